@@ -1,0 +1,449 @@
+"""The nano base model's recipe: a small Llama that stands in for a pretrained k-series model.
+
+It is pretrained on pages and on transcripts of *explorers of mixed skill* in worlds of its own: names, worlds and question
+templates are apart from those of train, dev and test. Most explorers act at random over valid moves: they search the wrong
+thing, open the wrong page, stop too early or go round in circles; a minority behaves sensibly. So the base model writes
+valid calls, can copy names and read a fact off a page, and solves few tasks: like a pretrained model, it has seen good
+behaviour among much bad. Which behaviour pays is left to RL.
+
+Stages: (1) a byte-level BPE tokenizer that cuts a name into the same tokens wherever it stands; (2) copy drills: random spans
+that come again (induction heads appear within a few hundred steps); (3) transcripts, shuffled with drills, with loss on the
+explorer's own tokens and on a sample of the others.
+
+In: nothing. Out: `data/nano/` (config, safetensors, tokenizer). To try an idea, change `Explorer` or the sizes in `Args`.
+
+    python data/pretrain.py                 # about an hour on two cores
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from context import CHATML, Chat
+from data.index import open_index
+from data.tasks import FRAMES, OPERATIONS, SHARES, draw_task, read_fact, world_folder
+from data.world import RELATIONS, TYPES, World, documents, page_html
+from tools import Browse, Python, Search, html_to_text, view_page
+
+
+@dataclass
+class Args:
+    out: str = field(default=str(Path(__file__).resolve().parent / "nano"), metadata={"help": "folder to write the model to"})
+    seed: int = field(default=0, metadata={"help": "decides worlds, explorers, drills and weights"})
+    worlds: int = field(default=16, metadata={"help": "number of pretraining worlds"})
+    entities: int = field(default=300, metadata={"help": "entities in each of them"})
+    transcripts: int = field(default=24000, metadata={"help": "explorer transcripts to write"})
+    skilled_share: float = field(default=0.12, metadata={"help": "share of explorers that behave sensibly"})
+    hidden: int = field(default=128, metadata={"help": "width of the model"})
+    layers: int = field(default=4, metadata={"help": "number of layers"})
+    heads: int = field(default=4, metadata={"help": "attention heads"})
+    drill_steps: int = field(default=500, metadata={"help": "optimizer steps on copy drills before the transcripts"})
+    steps: int = field(default=3500, metadata={"help": "optimizer steps on transcripts"})
+    batch_tokens: int = field(default=8192, metadata={"help": "tokens in one optimizer step"})
+    learning_rate: float = field(default=3e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
+    minutes: float = field(default=0.0, metadata={"help": "decay over this wall-clock time instead of `steps` (0: off)"})
+    cache: str = field(default="", metadata={"help": "file to keep the transcripts in between runs"})
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+# Words, numbers and everything else are never in one token; a space joins a following lower-case word only. So a name or a
+# number is cut alike after a space, a quote, a slash or a bracket.
+PIECES = r" [a-z]+|[a-z]+|[A-Z][a-z]*|\d{1,3}|[^A-Za-z0-9]+?(?= [a-z])|[^A-Za-z0-9]+"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>"]
+
+
+def train_tokenizer(texts, vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ChatML and tool tags; any text can be encoded and decodes to itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL) - len(TAGS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
+    fast.add_tokens(TAGS)
+    fast.chat_template = CHATML
+    return fast
+
+
+def tokenizer_corpus(args: Args):
+    """Pages, questions, calls and every number: what the tokenizer's merges are learned from."""
+    rng = random.Random(f"tokenizer-{args.seed}")
+    for number in range(1000):
+        yield f"{number} {number} " * 20
+    for seed in range(100, 100 + min(args.worlds, 6)):
+        world = World(seed, args.entities, "pretrain")
+        for index in range(args.entities):
+            yield html_to_text(page_html(world, world.entity(index)))
+        for _ in range(300):
+            family, hops = rng.choice(list(SHARES["pretrain"]))
+            task = draw_task(world, family, hops, rng, rng.random() < 0.3)
+            yield f"{task.question} http://{world.host}/{world.name(0)} "
+            yield '{"name": "search", "arguments": {"queries": ["mayor of Kor", "river of Bel"]}}{"name": "search", "arguments": {"queries": ["mayor'
+            yield '{"name": "browse", "arguments": {"url": "http://w1.test/Kor", "find": "mayor"}}{"name": "browse", "arguments": {"url": "http://w1.test/Kor", "page": 2}}'
+            yield '{"name": "browse", "arguments": {"url": "http://w1.test/Kor", "links": true}}{"name": "python", "arguments": {"code": "print(abs(384 - 127))"}}'
+            yield "Answer the question. Think inside then call tools or give the answer.\n Tools Call name arguments End list of str url page find links code"
+            yield "p1: p2: p3: not found error (page 1 of 3) (page 2 of 4) no results old result removed system user assistant Let me look. Not sure. Not found."
+
+
+# ----------------------------------------------------------------------------------------------------------- explorers
+
+class Explorer:
+    """Plays one task with a given skill and writes the transcript down as token ids.
+
+    At each turn it makes the sensible move with probability `skill`, else a random valid one. Thoughts of both kinds look
+    alike: a plan read off the question, then facts read off the last results, so that style gives nothing away.
+    """
+
+    def __init__(self, task, world: World, search: Search, chat: Chat, rng: random.Random, skill: float, pages: dict[str, str]):
+        self.task, self.world, self.search, self.chat, self.rng, self.skill, self.pages = task, world, search, chat, rng, skill, pages
+        self.relations = task.meta["relations"]
+        self.names = [url.rsplit("/", 1)[1] for url in task.evidence[:1 if task.family != "compute" else 2]]  # in the question
+        self.seen_names, self.seen_urls, self.numbers = list(self.names), [], []
+        self.facts: dict[tuple[str, str], str] = {}  # (name, relation) -> value, as read in results so far
+        self.last_facts: list[tuple[str, str]] = []  # those of the last result
+        self.computed = None
+
+    def plan(self) -> str:
+        if self.task.family == "compute":
+            return f"{self.relations[1]}: {self.relations[0]} of {self.names[0]}, {self.relations[0]} of {self.names[1]}."
+        return f"{self.names[0]}: {', '.join(self.relations)}."
+
+    def note(self, name: str, relation: str) -> str:
+        return f"The {relation} of {name} is {self.facts[name, relation]}."
+
+    # --- moves: each returns (thought, action as text, function that runs it)
+    def do_search(self, queries: list[str]):
+        return json.dumps({"name": "search", "arguments": {"queries": queries}}), lambda: self.search(queries=queries)
+
+    def do_browse(self, arguments: dict):
+        def run():
+            page = self.pages.get(arguments["url"])
+            return view_page(page, **arguments) if page else f"error 404 for {arguments['url']}"
+        return json.dumps({"name": "browse", "arguments": arguments}), run
+
+    def do_python(self, a: str, b: str, sign: str):
+        def run():
+            value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
+            self.computed = str(abs(value) if sign == "-" else value)
+            return self.computed
+        code = f"print(abs({a} - {b}))" if sign == "-" else f"print({a} {sign} {b})"
+        return json.dumps({"name": "python", "arguments": {"code": code}}), run
+
+    def sensible_move(self):
+        """(thought, call or None, answer or None): what follows from the facts read so far."""
+        if self.task.family == "compute":
+            relation, operation = self.relations
+            if self.computed is not None:
+                return f"It is {self.computed}.", None, self.computed
+            missing = [n for n in self.names if (n, relation) not in self.facts]
+            if missing:
+                return "", self.do_search([f"{relation} of {name}" for name in missing]), None
+            thought = " ".join(self.note(name, relation) for name in self.names)
+            return thought, self.do_python(*(self.facts[n, relation] for n in self.names), OPERATIONS[operation]), None
+        value, thought = self.names[0], ""
+        for relation in self.relations:
+            if (value, relation) in self.facts:
+                thought = self.note(value, relation)
+                value = self.facts[value, relation]
+                continue
+            type = self.world_type.get(value)
+            deep = any(r == relation and where == "deep" for r, _, where in RELATIONS[type]) if type else False
+            url = f"http://{self.world.host}/{value}"
+            if deep and url in self.seen_urls:
+                return thought or f"Open {value}.", self.do_browse({"url": url, "find": relation}), None
+            return thought, self.do_search([f"{relation} of {value}"]), None
+        return thought, None, value
+
+    def random_move(self):
+        rng = self.rng
+        if self.last_facts and rng.random() < 0.7:
+            thought = self.note(*rng.choice(self.last_facts))
+        else:
+            thought = rng.choice(["Let me look.", "Not sure.", "Not found."])
+        name = rng.choice(self.seen_names)
+        relation = rng.choice(self.relations) if rng.random() < 0.6 else rng.choice(RELATIONS[rng.choice(TYPES)])[0]
+        roll = rng.random()
+        if roll < 0.22 and len(self.seen_names) > 2:
+            if self.last_facts and rng.random() < 0.6:
+                fact = rng.choice(self.last_facts)
+                return self.note(*fact), None, self.facts[fact]
+            return thought, None, rng.choice(self.seen_names)
+        if roll < 0.55 and self.seen_urls:
+            url = rng.choice(self.seen_urls[-6:])
+            extra = rng.choice([{}, {"page": rng.randint(1, 3)}, {"find": relation}, {"find": relation}, {"links": True}])
+            return thought, self.do_browse({"url": url, **extra}), None
+        if roll < 0.60 and len(self.numbers) >= 2:
+            return thought, self.do_python(rng.choice(self.numbers), rng.choice(self.numbers), rng.choice("+-*")), None
+        queries = [rng.choice([f"{relation} of {name}", f"{relation} of {name}", name, relation])]
+        if rng.random() < 0.15:
+            queries.append(f"{relation} of {rng.choice(self.seen_names)}")
+        return thought, self.do_search(queries), None
+
+    def read(self, text: str) -> None:
+        """Take in a tool result: names, URLs, numbers and facts that a reader would find in it."""
+        self.last_facts = []
+        for word in text.replace("/", " ").replace(".", " ").split():
+            if word in self.world_type and word not in self.seen_names:
+                self.seen_names.append(word)
+            if word.isdigit() and len(word) == 3:
+                self.numbers.append(word)
+        title = None
+        for line in text.splitlines():
+            first = line.split(" ")[1:2] if line.startswith("[") else line.split(" ")[:1]
+            if "http" in line:
+                url = next(w for w in line.split() if w.startswith("http"))
+                title = url.rsplit("/", 1)[1]
+                if title in self.world_type and url not in self.seen_urls:
+                    self.seen_urls.append(url)
+                continue
+            if title in self.world_type:
+                for relation, _, _ in RELATIONS[self.world_type[title]]:
+                    value = read_fact(line.split(": ", 1)[-1], title, relation)
+                    if value:
+                        self.facts[title, relation] = value
+                        self.last_facts.append((title, relation))
+
+    def play(self, max_turns: int = 8, max_tokens: int = 1000) -> tuple[list[int], list[int], bool]:
+        """Returns (ids, mask with 1 on the explorer's own tokens, whether the answer was right)."""
+        chat, rng = self.chat, self.rng
+        ids = chat.head(self.task.question)
+        mask = [0] * len(ids)
+        last_call = None
+        for turn in range(max_turns):
+            if rng.random() < self.skill:
+                thought, call, answer = self.sensible_move()
+            else:
+                thought, call, answer = self.random_move()
+                if last_call and rng.random() < 0.08:
+                    call, answer = last_call, None  # round in circles
+            if turn == 0:
+                thought = self.plan()
+            action = f"<think>{thought or 'Let me look.'}</think>"
+            action += f"<answer>{answer}</answer>" if answer is not None else f"<tool_call>{call[0]}</tool_call>"
+            action_ids = chat.trusted(action) + [chat.end_id]
+            ids += action_ids
+            mask += [1] * len(action_ids)
+            if answer is not None:
+                return ids, mask, answer == self.task.answer
+            result = call[1]()
+            self.last_url = None
+            if call[0].startswith('{"name": "browse"') and "http" not in result:
+                # view_page with `find` does not repeat the URL: remember whose page it is
+                result_for_reader = json.loads(call[0])["arguments"]["url"] + "\n" + result
+            else:
+                result_for_reader = result
+            self.read(result_for_reader)
+            observation = chat.observation([result], 220)
+            if len(ids) + len(observation) > max_tokens:
+                return ids, mask, False
+            ids += observation
+            mask += [0] * len(observation)
+            last_call = call
+        return ids, mask, False
+
+
+def write_transcripts(args: Args, chat: Chat) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Explorer transcripts over all pretraining worlds; prints how often they were right."""
+    rng = random.Random(f"explorers-{args.seed}")
+    transcripts, right, by_family = [], 0, {}
+    per_world = args.transcripts // args.worlds
+    progress = tqdm(total=per_world * args.worlds, desc="explorers", unit="transcript", mininterval=5)
+    for seed in range(100, 100 + args.worlds):
+        folder = world_folder({"seed": seed, "entities": args.entities, "split": "pretrain"})
+        world = World(seed, args.entities, "pretrain")
+        search = Search(folder / "pages.db")
+        pages = {world.url(i): page_html(world, world.entity(i)) for i in range(args.entities)}
+        Explorer.world_type = {world.name(i): world.type(i) for i in range(args.entities)}
+        families, weights = zip(*SHARES["pretrain"].items())
+        for _ in range(per_world):
+            family, hops = rng.choices(families, weights)[0]
+            task = draw_task(world, family, hops, rng, rng.random() < 0.25)
+            skill = 0.97 if rng.random() < args.skilled_share else rng.uniform(0.0, 0.45)
+            ids, mask, correct = Explorer(task, world, search, chat, rng, skill, pages).play()
+            transcripts.append((np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)))
+            right += correct
+            count = by_family.setdefault((family, hops), [0, 0])
+            count[0] += correct
+            count[1] += 1
+            progress.update()
+    progress.close()
+    print(f"explorers were right on {right / len(transcripts):.1%} of {len(transcripts)} tasks;",
+          f"{np.mean([len(i) for i, _ in transcripts]):.0f} tokens a transcript;",
+          {f"{f}{h}": f"{c / n:.0%}" for (f, h), (c, n) in sorted(by_family.items())})
+    return transcripts
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+def copy_drill(rng: np.random.Generator, vocabulary: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random spans of random tokens that come again in random order; loss on every token of a span seen before.
+
+    Returns: ids (B, T), labels (B, T) with -100 where there is nothing to copy.
+    """
+    ids = np.zeros((rows, length), dtype=np.int64)
+    labels = np.full((rows, length), -100, dtype=np.int64)
+    for row in range(rows):
+        spans = [rng.integers(0, vocabulary, rng.integers(2, 12)) for _ in range(rng.integers(4, 24))]
+        seen, position = set(), 0
+        while position < length:
+            k = rng.integers(len(spans))
+            span = spans[k][:length - position]
+            ids[row, position:position + len(span)] = span
+            if k in seen:
+                labels[row, position + 1:position + len(span)] = span[1:]  # the first token of a span cannot be known
+            seen.add(k)
+            position += len(span)
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def pad(batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids (B, T) and labels (B, T): the explorer's tokens and a tenth of the others."""
+    length = max(len(ids) for ids, _ in batch)
+    ids = np.zeros((len(batch), length), dtype=np.int64)
+    labels = np.full((len(batch), length), -100, dtype=np.int64)
+    for row, (row_ids, mask) in enumerate(batch):
+        ids[row, :len(row_ids)] = row_ids
+        keep = mask | (rng.random(len(row_ids)) < 0.1)
+        labels[row, :len(row_ids)] = np.where(keep, row_ids, -100)
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def look_back(model: LlamaForCausalLM) -> None:
+    """Start three heads of the first layer as "look one (two) tokens back" heads, the first half of an induction head.
+
+    With rotary position embeddings the score of a query at m and a key at n from biases alone is
+    sum_i A^2 cos(phi_i + (m - n) theta_i): it peaks at m - n = d for phi_i = -d theta_i (Llama's rotate_half layout).
+    """
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads
+    theta = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for head, distance in ((0, 1), (1, 1), (2, 2)):
+            q, k = torch.zeros(size), torch.zeros(size)
+            pairs = torch.arange(size // 2)[:8]
+            k[pairs] = 5.0
+            q[pairs] = 5.0 * torch.cos(distance * theta[pairs])
+            q[pairs + size // 2] = -5.0 * torch.sin(distance * theta[pairs])
+            attention.q_proj.bias[head * size:(head + 1) * size] = q
+            attention.k_proj.bias[head * size:(head + 1) * size] = k
+
+
+def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy, plus predictions and targets at the labelled positions (logits are computed there only)."""
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, D)
+    targets = labels[:, 1:]
+    keep = targets >= 0
+    logits = model.lm_head(hidden[keep])  # (tokens in the loss, V)
+    return torch.nn.functional.cross_entropy(logits, targets[keep]), logits.argmax(-1), targets[keep]
+
+
+def main():
+    args, = HfArgumentParser(Args, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+    tokenizer = train_tokenizer(tokenizer_corpus(args), 2560)
+    tokenizer.save_pretrained(out)
+    chat = Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
+    if args.cache and Path(args.cache).exists():
+        transcripts = torch.load(args.cache, weights_only=False)
+    else:
+        transcripts = write_transcripts(args, chat)
+        if args.cache:
+            torch.save(transcripts, args.cache)
+
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
+        num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=4096, attention_bias=True,
+        tie_word_embeddings=True, eos_token_id=chat.end_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        attn_implementation="sdpa"))
+    look_back(model)
+    print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, prompt {len(chat.before_question)} tokens")
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
+                                   {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}],
+                                  lr=args.learning_rate, betas=(0.9, 0.98))
+    rng = np.random.default_rng(args.seed)
+    held_out, transcripts = transcripts[-200:], transcripts[:-200]
+    # rows of like length share a batch; the batches come in random order
+    order = np.argsort([len(ids) + rng.random() for ids, _ in transcripts], kind="stable")
+    batches, batch = [], []
+    for index in order:
+        batch.append(index)
+        if len(batch) * len(transcripts[index][0]) >= args.batch_tokens:
+            batches.append(batch)
+            batch = []
+    total = args.drill_steps + args.steps
+    start, tokens, queue, average = time.time(), 0, [], {}
+    progress = tqdm(range(total), desc="pretrain", mininterval=5)
+    for step in progress:
+        done = (time.time() - start) / 60 / args.minutes if args.minutes else step / total
+        if done >= 1:
+            break
+        warm = min(1.0, (step + 1) / 100)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * warm * (1 / 30 + (1 - 1 / 30) * 0.5 * (1 + math.cos(math.pi * done)))
+        drill = step < args.drill_steps or (done < 0.6 and rng.random() < 0.12)
+        if drill:
+            ids, labels = copy_drill(rng, len(tokenizer), args.batch_tokens // 256, 256)
+        else:
+            if not queue:
+                queue = [batches[i] for i in rng.permutation(len(batches))]
+            ids, labels = pad([transcripts[i] for i in queue.pop()], rng)
+        loss, predicted, targets = loss_of(model, ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += ids.numel()
+        name = "drill" if drill else "transcripts"
+        average[name] = 0.95 * average.get(name, loss.item()) + 0.05 * loss.item()
+        if drill:
+            hit = (predicted == targets).float().mean().item()
+            average["copy"] = 0.9 * average.get("copy", hit) + 0.1 * hit
+        progress.set_postfix({k: f"{v:.3f}" for k, v in average.items()} | {"M tokens": f"{tokens / 1e6:.1f}"})
+        if step % 250 == 249 or step == total - 1:
+            report(model, held_out, chat, step, tokens, time.time() - start, average)
+            model.save_pretrained(out)
+    model.save_pretrained(out)
+    report(model, held_out, chat, step, tokens, time.time() - start, average)
+
+
+@torch.no_grad()
+def report(model, held_out, chat, step: int, tokens: int, seconds: float, average: dict) -> None:
+    """Loss on held-out explorers' tokens, and how well values of facts are copied out of results into thoughts."""
+    losses, hits, count = [], 0, 0
+    for ids, mask in held_out:
+        ids = torch.from_numpy(ids.astype(np.int64))[None]
+        labels = torch.where(torch.from_numpy(mask)[None], ids, -100)
+        loss, predicted, targets = loss_of(model, ids, labels)
+        losses.append(loss.item())
+        text = [chat.tokenizer.convert_ids_to_tokens(int(t)) for t in targets]
+        for t in range(1, len(text) - 2):
+            if text[t] == "Ġis" and (text[t + 1][0].isdigit() or text[t + 1] == "Ġ"):
+                first = t + 1 + (text[t + 1] == "Ġ")  # a name comes after a space of its own
+                hits += int(predicted[first] == targets[first])
+                count += 1
+    tqdm.write(f"step {step} {seconds / 60:.1f} min {tokens / 1e6:.1f}M tokens | held-out loss {np.mean(losses):.3f} | "
+               f"fact copied {hits / max(1, count):.1%} of {count} | {({k: round(v, 3) for k, v in average.items()})}", file=sys.stdout)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

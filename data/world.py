@@ -1,0 +1,258 @@
+"""A seeded, fictional web: nothing in it can be known by heart, so every answer has to be looked up.
+
+`World(seed, entities, split)` is a *function* of its seed: `world.entity(i)` computes the i-th entity (its name, type and
+facts) from random numbers keyed by (seed, i), so a world of 100,000 entities takes no more memory than one of 500.
+`page_html` writes an entity's page: navigation, a lead whose sentences are also the page's meta description (what a search
+engine shows as the snippet), a history with stale facts, and a table of records that stands deep in the page.
+
+In: a seed. Out: a folder with `pages.db` (full-text index + HTML, see data/index.py) and `facts.jsonl` (the ground truth).
+To try an idea, add a relation to RELATIONS or a sentence form to `page_html`.
+
+    python data/world.py --seed 7 --entities 500 --out data/worlds/w7
+"""
+
+import argparse
+import html
+import itertools
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# type -> relations: (keyword, type of the value, where it stands). "lead" facts show in search snippets, "deep" ones only
+# in the table of records at the end of the page, so that they need `browse`.
+RELATIONS = {
+    "country": [("capital", "city", "lead"), ("president", "person", "lead"), ("area", "number", "lead"),
+                ("poet", "person", "deep"), ("independence", "year", "deep")],
+    "city": [("mayor", "person", "lead"), ("river", "river", "lead"), ("population", "number", "lead"),
+             ("architect", "person", "deep"), ("foundation", "year", "deep")],
+    "person": [("birthplace", "city", "lead"), ("employer", "company", "lead"), ("height", "number", "lead"),
+               ("teacher", "person", "deep"), ("birth", "year", "deep")],
+    "company": [("headquarters", "city", "lead"), ("founder", "person", "lead"), ("staff", "number", "lead"),
+                ("auditor", "company", "deep"), ("opening", "year", "deep")],
+    "river": [("mouth", "city", "lead"), ("source", "country", "lead"), ("length", "number", "lead"),
+              ("explorer", "person", "deep"), ("depth", "number", "deep")],
+    "book": [("author", "person", "lead"), ("publisher", "company", "lead"), ("chapters", "number", "lead"),
+             ("translator", "person", "deep"), ("printing", "year", "deep")],
+    "festival": [("venue", "city", "lead"), ("sponsor", "company", "lead"), ("attendance", "number", "lead"),
+                 ("organizer", "person", "deep"), ("opening", "year", "deep")],
+}
+TYPES = list(RELATIONS)
+PLURALS = {"country": "countries", "city": "cities", "person": "persons", "company": "companies", "river": "rivers",
+           "book": "books", "festival": "festivals"}
+# People are what most relations point at, so a third of the entities are people.
+TYPE_OF_SLOT = ["person", "city", "person", "company", "country", "river", "person", "book", "city", "festival"]
+SPLITS = ["pretrain", "train", "dev", "test"]  # names of different splits never coincide, whatever their seeds
+LINKS_PER_LIST = 40
+
+
+def _syllables(seed: int, count: int) -> list[str]:
+    """`count` distinct consonant-vowel-consonant syllables: names are read off unambiguously, three letters at a time."""
+    all_of_them = ["".join(letters) for letters in itertools.product("bdfghklmnprstvz", "aeiou", "klmnrst")]
+    return random.Random(seed).sample(all_of_them, count)
+
+
+FIRST_SYLLABLES = [s.capitalize() for s in _syllables(1, 240)]
+MIDDLE_SYLLABLES = _syllables(2, 240)
+LAST_SYLLABLES = _syllables(3, 240)
+
+
+@dataclass
+class Entity:
+    index: int
+    name: str
+    type: str
+    facts: dict[str, str]  # relation -> value as it stands on the page
+    targets: dict[str, int]  # relation -> index of the entity it points at (entity-valued relations only)
+
+
+class World:
+    """A fictional world as a function of its seed.
+
+    Args:
+        seed: any integer; decides every name and fact.
+        entities: how many entities the world has.
+        split: one of SPLITS; worlds of different splits share no entity name.
+    """
+
+    def __init__(self, seed: int, entities: int, split: str = "train"):
+        if entities < 2 * len(TYPE_OF_SLOT):
+            raise ValueError(f"a world needs at least {2 * len(TYPE_OF_SLOT)} entities, not {entities}")
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+        self.seed, self.entities, self.split = seed, entities, split
+        self.host = f"w{seed}.test"
+        # Names are numbers in base 240 (two digits while they suffice, three in large worlds); an affine permutation
+        # scatters them, and the number modulo 4 is the split.
+        self.syllables = 2 if entities * len(SPLITS) <= 240**2 // 2 else 3
+        self.name_space = 240**self.syllables // len(SPLITS)
+        rng = random.Random(f"names-{seed}-{split}")
+        self.name_offset = rng.randrange(self.name_space)
+        # a step coprime with the size of the name space visits every name once
+        self.name_step = next(s for s in iter(lambda: rng.randrange(1, self.name_space), None) if s % 2 and s % 3 and s % 5)
+
+    def name(self, index: int) -> str:
+        number = (self.name_offset + index * self.name_step) % self.name_space * len(SPLITS) + SPLITS.index(self.split)
+        number, last = divmod(number, 240)
+        middle = ""
+        if self.syllables == 3:
+            number, middle_digit = divmod(number, 240)
+            middle = MIDDLE_SYLLABLES[middle_digit]
+        return FIRST_SYLLABLES[number] + middle + LAST_SYLLABLES[last]
+
+    def type(self, index: int) -> str:
+        return TYPE_OF_SLOT[index % len(TYPE_OF_SLOT)]
+
+    def url(self, index: int) -> str:
+        return f"http://{self.host}/{self.name(index)}"
+
+    def random_entity(self, type: str, rng: random.Random) -> int:
+        """Index of a random entity of this type."""
+        slots = [slot for slot, t in enumerate(TYPE_OF_SLOT) if t == type]
+        full_rounds = self.entities // len(TYPE_OF_SLOT)
+        return rng.randrange(full_rounds) * len(TYPE_OF_SLOT) + rng.choice(slots)
+
+    def entity(self, index: int) -> Entity:
+        """The entity with this index: a pure function of (seed, split, index)."""
+        rng = random.Random(f"facts-{self.seed}-{self.split}-{index}")
+        facts, targets = {}, {}
+        for relation, kind, _ in RELATIONS[self.type(index)]:
+            if kind == "number":
+                facts[relation] = str(rng.randint(100, 999))
+            elif kind == "year":
+                facts[relation] = str(rng.randint(1500, 1999))
+            else:
+                targets[relation] = self.random_entity(kind, rng)
+                facts[relation] = self.name(targets[relation])
+        return Entity(index, self.name(index), self.type(index), facts, targets)
+
+
+FILLER = ["Travellers from {0} come here often.", "There is an old story about {0}.", "Some letters mention {0} and {1}.",
+          "The archive in {0} keeps a drawing.", "A song of {0} was sung here for years.", "Nobody knows why {0} left.",
+          "In spring the people remember {0}.", "{0} and {1} are named in the same chronicle."]
+
+
+def lead_sentences(entity: Entity) -> list[str]:
+    """The sentences at the top of an entity's page; they are also its meta description."""
+    rng = random.Random(f"lead-{entity.name}")
+    relations = [r for r, _, where in RELATIONS[entity.type] if where == "lead"]
+    rng.shuffle(relations)
+    sentences = [f"{entity.name} is a {entity.type}."]
+    for relation in relations:
+        subject = f"The {relation} of {entity.name}" if rng.random() < 0.5 else f"Its {relation}"
+        sentences.append(f"{subject} is {entity.facts[relation]}.")
+    return sentences
+
+
+def page_html(world: World, entity: Entity) -> str:
+    """The HTML page of an entity."""
+    rng = random.Random(f"page-{world.seed}-{entity.index}")
+
+    def link(index: int) -> str:
+        return f'<a href="/{world.name(index)}">{world.name(index)}</a>'
+
+    def filler(count: int) -> str:
+        others = [link(rng.randrange(world.entities)) for _ in range(2 * count)]
+        return " ".join(rng.choice(FILLER).format(*others[2 * i:2 * i + 2]) for i in range(count))
+
+    lead = lead_sentences(entity)
+    stale_relation = rng.choice([r for r, kind, where in RELATIONS[entity.type] if where == "lead"])
+    stale_kind = dict((r, k) for r, k, _ in RELATIONS[entity.type])[stale_relation]
+    stale = str(rng.randint(100, 999)) if stale_kind == "number" else link(world.random_entity(stale_kind, rng))
+    records = [r for r, _, where in RELATIONS[entity.type] if where == "deep"]
+    rows = []
+    for relation in records:
+        value = link(entity.targets[relation]) if relation in entity.targets else entity.facts[relation]
+        rows.append(f"<tr><td>{relation}</td><td>{value}</td></tr>")
+    plural = PLURALS[entity.type]
+    # Names and numbers are our own letters and digits: nothing here needs escaping but the meta attribute.
+    linked_lead = " ".join(lead)
+    for relation, target in entity.targets.items():
+        if f"{relation} of" in linked_lead or f"Its {relation}" in linked_lead:
+            linked_lead = linked_lead.replace(f" is {entity.facts[relation]}.", f" is {link(target)}.", 1)
+    return (f'<!doctype html><html><head><meta charset="utf-8"><title>{entity.name}</title>'
+            f'<meta name="description" content="{html.escape(" ".join(lead))}"></head><body>'
+            f'<nav><a href="/">Home</a> <a href="/{plural}">{plural}</a></nav><h1>{entity.name}</h1>'
+            f"<p>{linked_lead}</p><h2>Stories</h2><p>{filler(5)}</p><p>{filler(4)}</p>"
+            f"<h2>History</h2><p>Long ago the {stale_relation} was {stale}. {filler(6)}</p><p>{filler(5)}</p>"
+            f'<h2>Records</h2><table>{"".join(rows)}</table><p>{filler(3)}</p></body></html>')
+
+
+def documents(world: World):
+    """All pages of a world as documents for `data.index.build_index`, entity pages first, then the lists and the home page."""
+    from tools import html_to_text
+
+    def document(path: str, title: str, description: str, page: str) -> dict:
+        return {"url": f"http://{world.host}/{path}", "title": title, "description": description,
+                "text": html_to_text(page), "html": page}
+
+    for index in range(world.entities):
+        entity = world.entity(index)
+        yield document(entity.name, entity.name, " ".join(lead_sentences(entity)), page_html(world, entity))
+    home = []
+    for type in TYPES:
+        members = [i for i in range(world.entities) if world.type(i) == type]
+        lists = [members[i:i + LINKS_PER_LIST] for i in range(0, len(members), LINKS_PER_LIST)]
+        for number, chunk in enumerate(lists, start=1):
+            path = PLURALS[type] if number == 1 else f"{PLURALS[type]}-{number}"
+            items = "".join(f'<li><a href="/{world.name(i)}">{world.name(i)}</a></li>' for i in chunk)
+            more = f'<p><a href="/{PLURALS[type]}-{number + 1}">more {PLURALS[type]}</a></p>' if number < len(lists) else ""
+            page = (f'<!doctype html><html><head><meta charset="utf-8"><title>List of {PLURALS[type]} {number}</title></head>'
+                    f'<body><nav><a href="/">Home</a></nav><h1>List of {PLURALS[type]} {number}</h1><ul>{items}</ul>{more}</body></html>')
+            yield document(path, f"List of {PLURALS[type]} {number}", f"List of {PLURALS[type]}, part {number}.", page)
+        home.append(f'<li><a href="/{PLURALS[type]}">{PLURALS[type]}</a></li>')
+    page = (f'<!doctype html><html><head><meta charset="utf-8"><title>Home</title></head>'
+            f'<body><h1>Home</h1><ul>{"".join(home)}</ul></body></html>')
+    yield document("", "Home", "The home page.", page)
+
+
+def write_world(world: World, out: Path | str) -> Path:
+    """Write `pages.db` and `facts.jsonl` of a world into the folder `out` and return the folder.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from data.index import build_index
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "facts.jsonl", "w") as file:
+        for index in range(world.entities):
+            entity = world.entity(index)
+            file.write(json.dumps({"name": entity.name, "type": entity.type, "url": world.url(index), "facts": entity.facts}) + "\n")
+    (out / "world.json").write_text(json.dumps({"seed": world.seed, "entities": world.entities, "split": world.split}))
+    build_index(documents(world), out / "pages.db")
+    return out
+
+
+def load_world(folder: Path | str) -> World:
+    """The World that was written to `folder`.
+
+    Raises:
+        FileNotFoundError: no world there; the message says how to make one.
+    """
+    description = Path(folder) / "world.json"
+    if not description.exists():
+        raise FileNotFoundError(f"no world at {folder}: make one with `python data/world.py --out {folder}`")
+    return World(**json.loads(description.read_text()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a fictional world: pages, search index and facts.")
+    parser.add_argument("--seed", type=int, default=7, help="decides every name and fact")
+    parser.add_argument("--entities", type=int, default=500, help="number of entities (pages)")
+    parser.add_argument("--split", default="train", choices=SPLITS, help="worlds of different splits share no name")
+    parser.add_argument("--out", required=True, help="folder to write")
+    args = parser.parse_args()
+    try:
+        write_world(World(args.seed, args.entities, args.split), args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f"data/world.py: {error}")
+    print(f"{args.entities} entities written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
