@@ -134,7 +134,7 @@ class Explorer:
     def do_browse(self, arguments: dict):
         def run():
             page = self.pages.get(arguments["url"])
-            return view_page(page, **arguments) if page else f"error 404 for {arguments['url']}"
+            return view_page(page, arguments["url"], arguments.get("page", 1), arguments.get("find"), arguments.get("links", False)) if page else f"error 404 for {arguments['url']}"
         return json.dumps({"name": "browse", "arguments": arguments}), run
 
     def do_python(self, a: str, b: str, sign: str):
