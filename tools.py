@@ -161,7 +161,7 @@ class Search:
     """
     name, signature = "search", "search(queries: list of str)"
 
-    def __init__(self, db: Path | str, k: int = 3):
+    def __init__(self, db: Path | str, k: int = 2):
         from data.index import open_index
         self.db, self.k, self.local = db, k, threading.local()
         open_index(db).close()  # a missing index is reported here, not in a thread
@@ -215,7 +215,7 @@ def split_pages(text: str, page_chars: int) -> list[str]:
     return pages + [rest]
 
 
-def view_page(page: str, url: str, page_number: int = 1, find: str | None = None, links: bool = False, page_chars: int = 600) -> str:
+def view_page(page: str, url: str, page_number: int = 1, find: str | None = None, links: bool = False, page_chars: int = 400) -> str:
     """What the policy sees of a page: one piece of its text, the passages with a word, or its links.
 
     Args:
@@ -254,9 +254,9 @@ class Browse:
         page_chars: characters of one piece of a page.
         timeout_s: limit for one request, in seconds.
     """
-    name, signature = "browse", "browse(url: str, page: int, find: str, links: bool)"
+    name, signature = "browse", "browse(url, page or find or links)"
 
-    def __init__(self, hosts: dict[str, str] | None = None, live: bool = False, page_chars: int = 600, timeout_s: float = 10.0):
+    def __init__(self, hosts: dict[str, str] | None = None, live: bool = False, page_chars: int = 400, timeout_s: float = 10.0):
         self.hosts, self.live, self.page_chars, self.timeout_s = hosts or {}, live, page_chars, timeout_s
         self.local, self.cache, self.lock = threading.local(), collections.OrderedDict(), threading.Lock()
 
@@ -384,7 +384,7 @@ class Python:
         memory_mb: address space of the child, in MiB.
         output_chars: what the policy sees of the output, in characters.
     """
-    name, signature = "python", "python(code: str)"
+    name, signature = "python", "python(code)"
 
     def __init__(self, timeout_s: float = 5.0, memory_mb: int = 1024, output_chars: int = 2000):
         self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars

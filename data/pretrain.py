@@ -44,15 +44,15 @@ class Args:
     seed: int = field(default=0, metadata={"help": "decides worlds, explorers, drills and weights"})
     worlds: int = field(default=16, metadata={"help": "number of pretraining worlds"})
     entities: int = field(default=300, metadata={"help": "entities in each of them"})
-    transcripts: int = field(default=24000, metadata={"help": "explorer transcripts to write"})
-    skilled_share: float = field(default=0.12, metadata={"help": "share of explorers that behave sensibly"})
+    transcripts: int = field(default=30000, metadata={"help": "explorer transcripts to write"})
+    skilled_share: float = field(default=0.10, metadata={"help": "share of explorers that behave sensibly"})
     hidden: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
-    drill_steps: int = field(default=500, metadata={"help": "optimizer steps on copy drills before the transcripts"})
-    steps: int = field(default=3500, metadata={"help": "optimizer steps on transcripts"})
-    batch_tokens: int = field(default=8192, metadata={"help": "tokens in one optimizer step"})
-    learning_rate: float = field(default=3e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
+    drill_steps: int = field(default=600, metadata={"help": "optimizer steps on copy drills before the transcripts"})
+    steps: int = field(default=6000, metadata={"help": "optimizer steps on transcripts"})
+    batch_tokens: int = field(default=4096, metadata={"help": "tokens in one optimizer step"})
+    learning_rate: float = field(default=2.5e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
     minutes: float = field(default=0.0, metadata={"help": "decay over this wall-clock time instead of `steps` (0: off)"})
     cache: str = field(default="", metadata={"help": "file to keep the transcripts in between runs"})
 
@@ -179,16 +179,16 @@ class Explorer:
         name = rng.choice(self.seen_names)
         relation = rng.choice(self.relations) if rng.random() < 0.6 else rng.choice(RELATIONS[rng.choice(TYPES)])[0]
         roll = rng.random()
-        if roll < 0.22 and len(self.seen_names) > 2:
+        if roll < 0.3 and len(self.seen_names) > 2:
             if self.last_facts and rng.random() < 0.6:
                 fact = rng.choice(self.last_facts)
                 return self.note(*fact), None, self.facts[fact]
             return thought, None, rng.choice(self.seen_names)
-        if roll < 0.55 and self.seen_urls:
+        if roll < 0.6 and self.seen_urls:
             url = rng.choice(self.seen_urls[-6:])
-            extra = rng.choice([{}, {"page": rng.randint(1, 3)}, {"find": relation}, {"find": relation}, {"links": True}])
+            extra = rng.choice([{}, {"page": rng.randint(1, 4)}, {"links": True}] + 4 * [{"find": relation}])
             return thought, self.do_browse({"url": url, **extra}), None
-        if roll < 0.60 and len(self.numbers) >= 2:
+        if roll < 0.65 and len(self.numbers) >= 2:
             return thought, self.do_python(rng.choice(self.numbers), rng.choice(self.numbers), rng.choice("+-*")), None
         queries = [rng.choice([f"{relation} of {name}", f"{relation} of {name}", name, relation])]
         if rng.random() < 0.15:
@@ -219,7 +219,7 @@ class Explorer:
                         self.facts[title, relation] = value
                         self.last_facts.append((title, relation))
 
-    def play(self, max_turns: int = 8, max_tokens: int = 1000) -> tuple[list[int], list[int], bool]:
+    def play(self, max_turns: int = 6, max_tokens: int = 1000) -> tuple[list[int], list[int], bool]:
         """Returns (ids, mask with 1 on the explorer's own tokens, whether the answer was right)."""
         chat, rng = self.chat, self.rng
         ids = chat.head(self.task.question)
@@ -249,7 +249,7 @@ class Explorer:
             else:
                 result_for_reader = result
             self.read(result_for_reader)
-            observation = chat.observation([result], 220)
+            observation = chat.observation([result], 192)
             if len(ids) + len(observation) > max_tokens:
                 return ids, mask, False
             ids += observation
@@ -274,7 +274,7 @@ def write_transcripts(args: Args, chat: Chat) -> list[tuple[np.ndarray, np.ndarr
         for _ in range(per_world):
             family, hops = rng.choices(families, weights)[0]
             task = draw_task(world, family, hops, rng, rng.random() < 0.25)
-            skill = 0.97 if rng.random() < args.skilled_share else rng.uniform(0.0, 0.45)
+            skill = 0.97 if rng.random() < args.skilled_share else rng.uniform(0.0, 0.12)
             ids, mask, correct = Explorer(task, world, search, chat, rng, skill, pages).play()
             transcripts.append((np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)))
             right += correct

@@ -177,7 +177,7 @@ def parse_question(question: str) -> tuple[str | None, list[tuple[str, list[str]
 
 def read_fact(text: str, name: str, relation: str) -> str | None:
     """The value of a relation on the page of `name`, from the page's text; None where the page does not say."""
-    match = re.search(rf"(?:[Tt]he {relation} of {name}|\bIts {relation}) is (\w+)\.", text)
+    match = re.search(rf"\b[Tt]he {relation} of {name} is (\w+)\.", text)
     match = match or re.search(rf"^\s*{relation}\s*\|\s*(\w+)", text, re.MULTILINE)
     return match.group(1) if match else None
 

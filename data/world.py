@@ -55,9 +55,9 @@ def _syllables(seed: int, count: int) -> list[str]:
     return random.Random(seed).sample(all_of_them, count)
 
 
-FIRST_SYLLABLES = [s.capitalize() for s in _syllables(1, 240)]
-MIDDLE_SYLLABLES = _syllables(2, 240)
-LAST_SYLLABLES = _syllables(3, 240)
+SYLLABLES = 200  # of each kind; a multiple of the number of splits
+FIRST_SYLLABLES = [s.capitalize() for s in _syllables(1, SYLLABLES)]
+MIDDLE_SYLLABLES = LAST_SYLLABLES = _syllables(2, SYLLABLES)
 
 
 @dataclass
@@ -85,23 +85,21 @@ class World:
             raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
         self.seed, self.entities, self.split = seed, entities, split
         self.host = f"w{seed}.test"
-        # Names are numbers in base 240 (two digits while they suffice, three in large worlds); an affine permutation
-        # scatters them, and the number modulo 4 is the split.
-        self.syllables = 2 if entities * len(SPLITS) <= 240**2 // 2 else 3
-        self.name_space = 240**self.syllables // len(SPLITS)
+        # Two syllables while they suffice, three in large worlds. An affine permutation of the name numbers scatters them.
+        self.syllables = 2 if entities * len(SPLITS) <= SYLLABLES**2 // 2 else 3
+        self.name_space = SYLLABLES**self.syllables // len(SPLITS)
         rng = random.Random(f"names-{seed}-{split}")
         self.name_offset = rng.randrange(self.name_space)
         # a step coprime with the size of the name space visits every name once
         self.name_step = next(s for s in iter(lambda: rng.randrange(1, self.name_space), None) if s % 2 and s % 3 and s % 5)
 
     def name(self, index: int) -> str:
-        number = (self.name_offset + index * self.name_step) % self.name_space * len(SPLITS) + SPLITS.index(self.split)
-        number, last = divmod(number, 240)
-        middle = ""
-        if self.syllables == 3:
-            number, middle_digit = divmod(number, 240)
-            middle = MIDDLE_SYLLABLES[middle_digit]
-        return FIRST_SYLLABLES[number] + middle + LAST_SYLLABLES[last]
+        number = (self.name_offset + index * self.name_step) % self.name_space
+        number, last = divmod(number, SYLLABLES // len(SPLITS))
+        number, middle = divmod(number, SYLLABLES) if self.syllables == 3 else (number, None)
+        # Every split uses every syllable, but a pair (first, last) belongs to one split: the sum of their numbers modulo 4.
+        last = last * len(SPLITS) + (SPLITS.index(self.split) - number) % len(SPLITS)
+        return FIRST_SYLLABLES[number] + ("" if middle is None else MIDDLE_SYLLABLES[middle]) + LAST_SYLLABLES[last]
 
     def type(self, index: int) -> str:
         return TYPE_OF_SLOT[index % len(TYPE_OF_SLOT)]
@@ -142,8 +140,7 @@ def lead_sentences(entity: Entity) -> list[str]:
     rng.shuffle(relations)
     sentences = [f"{entity.name} is a {entity.type}."]
     for relation in relations:
-        subject = f"The {relation} of {entity.name}" if rng.random() < 0.5 else f"Its {relation}"
-        sentences.append(f"{subject} is {entity.facts[relation]}.")
+        sentences.append(f"The {relation} of {entity.name} is {entity.facts[relation]}.")
     return sentences
 
 
@@ -171,8 +168,8 @@ def page_html(world: World, entity: Entity) -> str:
     # Names and numbers are our own letters and digits: nothing here needs escaping but the meta attribute.
     linked_lead = " ".join(lead)
     for relation, target in entity.targets.items():
-        if f"{relation} of" in linked_lead or f"Its {relation}" in linked_lead:
-            linked_lead = linked_lead.replace(f" is {entity.facts[relation]}.", f" is {link(target)}.", 1)
+        linked_lead = linked_lead.replace(f"{relation} of {entity.name} is {entity.facts[relation]}.",
+                                          f"{relation} of {entity.name} is {link(target)}.")
     return (f'<!doctype html><html><head><meta charset="utf-8"><title>{entity.name}</title>'
             f'<meta name="description" content="{html.escape(" ".join(lead))}"></head><body>'
             f'<nav><a href="/">Home</a> <a href="/{plural}">{plural}</a></nav><h1>{entity.name}</h1>'
