@@ -454,3 +454,75 @@ LIVE_SESSIONS: set[Python] = set()  # closed at exit, so that no child outlives 
 def close_sessions() -> None:
     for session in list(LIVE_SESSIONS):
         session.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- toolbox
+
+def urls_in(text: str) -> list[str]:
+    """The addresses that stand in a tool result."""
+    return list(dict.fromkeys(re.findall(r"https?://[^\s<>\"']+", text)))
+
+
+class Toolbox:
+    """Gives each trajectory its tools: search and browse of its task's world, and a Python session of its own.
+
+    Args:
+        corpus: index (data/index.py) for tasks that name no world; "" if there are none.
+        live: let browse open public addresses of the real web.
+        search_results, page_chars: how much search and browse show.
+
+    Raises:
+        FileNotFoundError: the corpus has no index.
+    """
+
+    def __init__(self, corpus: str = "", live: bool = False, search_results: int = 2, page_chars: int = 400):
+        self.corpus, self.live, self.search_results, self.page_chars = corpus, live, search_results, page_chars
+        self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file
+        self.sessions: dict[tuple, Python] = {}  # by trajectory key
+        if corpus:
+            self.open(corpus)
+
+    def open(self, db: Path | str) -> tuple[Search, Browse]:
+        """Search and browse over one index, whose pages are served on loopback from the first use on."""
+        from data.serve import start_server
+        if str(db) not in self.shared:
+            server = start_server(db)
+            hosts = {server.host: "127.0.0.1:%d" % server.server_address[1]}
+            self.shared[str(db)] = (Search(db, self.search_results), Browse(hosts, self.live, self.page_chars))
+        return self.shared[str(db)]
+
+    def prepare(self, tasks) -> None:
+        """Open (and on first use write) the worlds of these tasks now rather than in the middle of a rollout.
+
+        Raises:
+            ValueError: a task names no world and there is no corpus.
+        """
+        for task in tasks:
+            self.index_of(task)
+
+    def index_of(self, task) -> tuple[Search, Browse]:
+        from data.tasks import world_folder
+        world = task.meta.get("world")
+        if world:
+            return self.open(world_folder(world) / "pages.db")
+        if not self.corpus:
+            raise ValueError(f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes one)")
+        return self.open(self.corpus)
+
+    def tools_for(self, trajectory) -> dict:
+        """name -> tool. HACK HERE: add a tool of your own to this dict and its signature to SIGNATURES."""
+        search, browse = self.index_of(trajectory.task)
+        session = self.sessions.setdefault(trajectory.key, Python())
+        return {tool.name: tool for tool in (search, browse, session)}
+
+    def close(self, trajectory) -> None:
+        """End what belongs to this trajectory alone."""
+        if session := self.sessions.pop(trajectory.key, None):
+            session.close()
+
+    def close_all(self) -> None:
+        for key in list(self.sessions):
+            self.sessions.pop(key).close()
+
+
+SIGNATURES = [tool.signature for tool in (Search, Browse, Python)]

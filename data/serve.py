@@ -1,0 +1,106 @@
+"""The embedded web: pages and search of one index over HTTP on loopback, so that `browse` reads real pages.
+
+In: an index (data/world.py or data/index.py writes one). Out: GET /path gives the page, GET /search?q=…&k=… gives JSON.
+URLs inside a corpus keep their own host name (http://w7.test/Belin); `Browse(hosts=…)` maps that name to this server, so
+tasks do not depend on ports. To try an idea (slow pages, errors), change `PageHandler`.
+
+    python data/serve.py --world data/worlds/w7 --port 8000
+"""
+
+import argparse
+import json
+import sqlite3
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.index import open_index, page_html_of, search_index
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keep-alive: one connection for many pages
+    disable_nagle_algorithm = True
+    timeout = 60  # an idle connection gives its thread back
+
+    def do_GET(self) -> None:
+        server, parts = self.server, urlsplit(self.path)
+        if parts.path == "/search":
+            query = parse_qs(parts.query)
+            k = query.get("k", ["5"])[0]
+            with server.lock:
+                hits = search_index(server.index, query.get("q", [""])[0], min(int(k), 50) if k.isdigit() else 5)
+            self.reply(200, json.dumps(hits).encode(), "application/json")
+            return
+        with server.lock:
+            page = None
+            for path in dict.fromkeys((parts.path, unquote(parts.path))):
+                page = page or page_html_of(server.index, f"{server.base_url}{path}" + (f"?{parts.query}" if parts.query else ""))
+            if page is None and parts.path == "/":  # a corpus without a home page: a way in
+                links = "".join(f'<li><a href="{url}">{title}</a></li>'
+                                for url, title in server.index.execute("select url, title from pages limit 100"))
+                page = f"<html><body><h1>{server.host}</h1><ul>{links}</ul></body></html>"
+        if page is None:
+            self.reply(404, b"<html><body>no such page</body></html>", "text/html; charset=utf-8")
+        else:
+            self.reply(200, page.encode("utf-8", "replace"), "text/html; charset=utf-8")
+
+    def reply(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+class PageServer(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 256
+
+    def __init__(self, db: Path | str, port: int = 0):
+        self.index, self.lock = open_index(db), threading.Lock()
+        meta = dict(self.index.execute("select key, value from meta"))
+        self.host = meta.get("host") or "corpus.test"
+        self.base_url = f"http://{self.host}"
+        super().__init__(("127.0.0.1", port), PageHandler)
+
+    def handle_error(self, request, client_address) -> None:
+        pass  # a client that hangs up is no news
+
+
+def start_server(db: Path | str) -> PageServer:
+    """Serve an index from a background thread on a free port of loopback.
+
+    Returns:
+        The server: `.host` is the corpus's own host name, `.server_address` where it really listens. It ends with the process.
+    """
+    server = PageServer(db)
+    threading.Thread(target=server.serve_forever, name=f"serve {server.host}", daemon=True).start()
+    return server
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Serve a world or a corpus on loopback: pages and /search?q=…")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--world", help="folder written by data/world.py")
+    source.add_argument("--db", help="index written by data/index.py")
+    parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1 (0: any free one)")
+    args = parser.parse_args()
+    try:
+        server = PageServer(args.db or Path(args.world) / "pages.db", args.port)
+    except (OSError, sqlite3.Error, OverflowError) as error:
+        sys.exit(f"data/serve.py: {error}")
+    print(f"http://127.0.0.1:{server.server_address[1]}/ serves {server.base_url}/  (Ctrl-C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Rewards and advantages: everything between a finished trajectory and the number that multiplies its log-probs.
+
+    reward        format first, then correctness              (Kimi-Researcher: format reward, correctness reward)
+    gamma_decay   r * gamma**(T - i) for step i of T          (Kimi-Researcher; correct trajectories only)
+    advantages    minus the leave-one-out mean of the group   (ours: the blog names no baseline)
+    control_negatives   which negative samples are discarded  (Kimi-Researcher discards some; the rule is ours)
+
+In: trajectories with `.status`, `.answer`, `.task`, `.turns`. Out: plain floats. Pure functions, no state.
+To try an idea, write `def my_reward(trajectory): return 0.3` in a file and pass `--reward file.py:my_reward`.
+"""
+
+import importlib.util
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+MAX_ANSWER_CHARS = 200
+MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december"]
+# The policy's own mistakes. `tool_fault` is not among them: the environment failed, the trajectory is left out.
+FORMAT_FAILURES = ("format_error", "over_context", "over_turns")
+
+
+@dataclass
+class Reward:
+    """total: what training sees. correct: 0 or 1. format_ok: no format failure. parts: anything worth logging."""
+    total: float
+    correct: float
+    format_ok: bool
+    parts: dict = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------------------------- correctness
+
+def normalize(text: str) -> str:
+    """Case, accents' encoding, punctuation, leading articles and spacing do not count; a minus sign or a digit does."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub(r"[^\w\s]", " ", text)
+    return " ".join(re.sub(r"^\s*(the|a|an)\s+", "", text).split())
+
+
+def parse_number(text: str) -> tuple[Decimal, str] | None:
+    """(value, unit) of a text that is one number with an optional unit, else None."""
+    match = re.fullmatch(r"([-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d{1,3})?)\s*([^\d\s][^\d]{0,20})?",
+                         unicodedata.normalize("NFKC", text).strip().casefold().rstrip(". "))
+    if match is None:
+        return None
+    try:
+        return Decimal(match.group(1).replace(",", "").replace("−", "-")), (match.group(2) or "").strip()
+    except InvalidOperation:
+        return None
+
+
+def parse_date(text: str) -> tuple[int, ...] | None:
+    """(year,), (year, month) or (year, month, day) of "1990-03-12", "12 March 1990", "March 12, 1990" or "1990", else None."""
+    text = text.strip().casefold().rstrip(".")
+    if iso := re.fullmatch(r"(\d{3,4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?", text):
+        date = tuple(int(part) for part in iso.groups() if part)
+    else:
+        month = rf"({'|'.join(MONTHS)})"
+        words = re.fullmatch(rf"(?:(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?)?{month}\s+(\d{{3,4}})", text)
+        american = re.fullmatch(rf"{month}\s+(\d{{1,2}})(?:st|nd|rd|th)?,?\s+(\d{{3,4}})", text)
+        if words:
+            day, name, year = words.groups()
+        elif american:
+            name, day, year = american.groups()
+        else:
+            return None
+        date = (int(year), MONTHS.index(name) + 1) + ((int(day),) if day else ())
+    return date if all(low <= part <= high for part, low, high in zip(date, (1, 1, 1), (9999, 12, 31))) else None
+
+
+def correct(prediction: str | None, answer: str | list[str], answer_type: str) -> float:
+    """1.0 if the prediction is the answer, else 0.0: exact after normalisation, so that no spam of guesses scores.
+
+    Args:
+        prediction: what the policy answered; None if it did not.
+        answer: the truth; for "list" all of its items, for other types a list means aliases, any of which counts.
+        answer_type: "name", "number", "date" or "list".
+
+    Raises:
+        ValueError: an unknown answer type.
+    """
+    if answer_type not in ("name", "number", "date", "list"):
+        raise ValueError(f"unknown answer type {answer_type!r}: use name, number, date or list")
+    if not prediction or not prediction.strip() or len(prediction) > MAX_ANSWER_CHARS * (5 if answer_type == "list" else 1):
+        return 0.0
+    truths = answer if isinstance(answer, list) else [answer]
+    if answer_type == "list":
+        truths = truths if isinstance(answer, list) else re.split(r"[,;\n]", answer)
+        items = [normalize(item) for item in re.split(r"[,;\n]|\band\b", prediction)]
+        items, wanted = [item for item in items if item], sorted(normalize(item) for item in truths)
+        return float(sorted(items) == wanted)
+    if answer_type == "number":
+        guess = parse_number(prediction)
+        return float(guess is not None and any(guess == parse_number(str(truth)) for truth in truths))
+    if answer_type == "date":
+        guess = parse_date(prediction)
+        return float(guess is not None and any(guess == parse_date(str(truth)) for truth in truths))
+    if re.search(r"[,;|\n/]", prediction) and not any(re.search(r"[,;|\n/]", truth) for truth in truths):
+        return 0.0  # several guesses
+    guess = normalize(prediction)
+    return float(bool(guess) and any(guess == normalize(truth) for truth in truths))
+
+
+# -------------------------------------------------------------------------------------------------------------- reward
+
+# HACK HERE: a function from a finished trajectory to a Reward or a float.
+def reward(trajectory, format_penalty: float = 0.5) -> Reward:
+    """Kimi-Researcher's rule: a format failure is penalised and correctness is not looked at; otherwise 1 or 0.
+
+    Args:
+        trajectory: finished; its `status`, `answer` and `task` are read.
+        format_penalty: what a format failure costs. The size is ours: not published.
+    """
+    if trajectory.status in FORMAT_FAILURES:
+        return Reward(-format_penalty, 0.0, False, {"format": -format_penalty})
+    if trajectory.status != "answered":
+        return Reward(0.0, 0.0, True, {"excluded": 1.0})
+    hit = correct(trajectory.answer, trajectory.task.answer, trajectory.task.answer_type)
+    return Reward(hit, hit, True, {"correct": hit})
+
+
+def load_reward(spec: str):
+    """The function named by "file.py:function", wrapped so that it may return a float; "" gives `reward` itself.
+
+    Raises:
+        ValueError: no such file or function; one line that says which.
+    """
+    if not spec:
+        return reward
+    path, _, name = spec.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise ValueError(f"--reward {spec}: give file.py:function; there is no file {path or spec!r}")
+    module_spec = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--reward {spec}: {path} does not run ({type(error).__name__}: {error})") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--reward {spec}: no function {name!r} in {path}")
+
+    def wrapped(trajectory) -> Reward:
+        value = function(trajectory)
+        if isinstance(value, Reward):
+            return value
+        ok = trajectory.status not in FORMAT_FAILURES
+        hit = correct(trajectory.answer, trajectory.task.answer, trajectory.task.answer_type) if trajectory.status == "answered" else 0.0
+        return Reward(float(value), hit, ok, {"custom": float(value)})
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------- credit to steps
+
+def gamma_decay(r: float, T: int, gamma: float) -> list[float]:
+    """r * gamma**(T - i) for i = 1..T: of two correct trajectories the shorter one gives its early steps more.
+
+    Args:
+        r: the outcome's reward.
+        T: model steps (turns) of the whole trajectory, however many segments or pieces it was made in.
+        gamma: decay a step; 1 turns it off.
+    """
+    return [r * gamma ** (T - i) for i in range(1, T + 1)]
+
+
+def step_rewards(outcome: Reward, T: int, gamma: float) -> list[float]:
+    """Reward of each of T steps: decayed if the trajectory is correct, else the same for all."""
+    return gamma_decay(outcome.total, T, gamma if outcome.correct > 0 else 1.0)
+
+
+def advantages(group: list[list[float]]) -> list[list[float]]:
+    """Step rewards minus the leave-one-out mean over the other trajectories of the same task, step by step.
+
+    Step i is compared with step min(i, T_k) of each other trajectory k, so the decay of the baseline matches the decay of
+    the reward: equal trajectories get zero, and a long correct trajectory among shorter ones gets negative early steps.
+    There is no division by a standard deviation. A trajectory alone in its group gets zero: nothing to compare with.
+
+    Args:
+        group: step rewards of each trajectory of one task.
+
+    Returns:
+        The same shape.
+    """
+    if len(group) < 2:
+        return [[0.0] * len(steps) for steps in group]
+    result = []
+    for k, steps in enumerate(group):
+        others = [other for j, other in enumerate(group) if j != k]
+        result.append([value - sum(other[min(i, len(other) - 1)] for other in others) / len(others)
+                       for i, value in enumerate(steps)])
+    return result
+
+
+def control_negatives(group: list[Reward], ratio: float) -> list[bool]:
+    """Which trajectories of a group stay in the loss: all correct ones, and at most max(1, ratio * correct) of the others.
+
+    Pushing down many wrong trajectories for each right one spreads probability over everything else until entropy runs
+    away or collapses (Kimi-Researcher discards some negative samples for this reason). Format failures are kept first,
+    because they are the mistake whose cause stands in the trajectory itself; the rest in sampling order, which is random.
+    Dropped ones have already informed the baseline, and the loss's denominator is constant.
+
+    Args:
+        group: rewards of the trajectories of one task.
+        ratio: negatives kept for each positive; infinity keeps all.
+    """
+    positives = sum(outcome.total > 0 for outcome in group)
+    allowed = max(1, ratio * positives)
+    order = sorted((k for k, outcome in enumerate(group) if outcome.total <= 0), key=lambda k: group[k].format_ok)
+    kept = {k for rank, k in enumerate(order) if rank < allowed}
+    return [outcome.total > 0 or k in kept for k, outcome in enumerate(group)]
