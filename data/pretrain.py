@@ -44,12 +44,12 @@ class Args:
     seed: int = field(default=0, metadata={"help": "decides worlds, explorers, drills and weights"})
     worlds: int = field(default=16, metadata={"help": "number of pretraining worlds"})
     entities: int = field(default=300, metadata={"help": "entities in each of them"})
-    transcripts: int = field(default=30000, metadata={"help": "explorer transcripts to write"})
+    transcripts: int = field(default=20000, metadata={"help": "explorer transcripts to write"})
     skilled_share: float = field(default=0.10, metadata={"help": "share of explorers that behave sensibly"})
     hidden: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
-    drill_steps: int = field(default=600, metadata={"help": "optimizer steps on copy drills before the transcripts"})
+    drill_steps: int = field(default=1500, metadata={"help": "optimizer steps on copy drills before the transcripts, at most"})
     steps: int = field(default=6000, metadata={"help": "optimizer steps on transcripts"})
     batch_tokens: int = field(default=4096, metadata={"help": "tokens in one optimizer step"})
     learning_rate: float = field(default=2.5e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
@@ -59,9 +59,9 @@ class Args:
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
-# Words, numbers and everything else are never in one token; a space joins a following lower-case word only. So a name or a
-# number is cut alike after a space, a quote, a slash or a bracket.
-PIECES = r" [a-z]+|[a-z]+|[A-Z][a-z]*|\d{1,3}|[^A-Za-z0-9]+?(?= [a-z])|[^A-Za-z0-9]+"
+# Words, numbers and everything else are never in one token. A space belongs to the lower-case word beside it and never to a
+# name or number (" of " in "mayor of Belin"), so those are cut alike after a space, a quote, a slash or a bracket.
+PIECES = r" ?[a-z]+ (?=[A-Z0-9])| [a-z]+|[a-z]+|[A-Z][a-z]*|\d{1,3}|[^A-Za-z0-9]+?(?= [a-z])|[^A-Za-z0-9]+"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>"]
 
@@ -219,7 +219,7 @@ class Explorer:
                         self.facts[title, relation] = value
                         self.last_facts.append((title, relation))
 
-    def play(self, max_turns: int = 6, max_tokens: int = 1000) -> tuple[list[int], list[int], bool]:
+    def play(self, max_turns: int = 6, max_tokens: int = 900) -> tuple[list[int], list[int], bool]:
         """Returns (ids, mask with 1 on the explorer's own tokens, whether the answer was right)."""
         chat, rng = self.chat, self.rng
         ids = chat.head(self.task.question)
@@ -312,6 +312,47 @@ def copy_drill(rng: np.random.Generator, vocabulary: int, rows: int, length: int
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
+def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Facts about a few names, then the same facts again in random order; loss on the second mention's value.
+
+    Only the name *and* the relation together say which value it is: this is what reading a fact off a page takes.
+    Names are random pairs of tokens, so that the circuit is learned and not the names.
+
+    Returns: ids (B, T), labels (B, T) as `copy_drill`.
+    """
+    if not hasattr(fact_drill, "pieces"):
+        fact_drill.pieces = ([(chat.untrusted(f" {r} of A")[:-1], chat.untrusted(r)) for r in sorted({r for t in TYPES for r, _, _ in RELATIONS[t]})],
+                             chat.untrusted("The"), chat.untrusted("A is A")[1:-1], chat.untrusted("."), chat.untrusted("A| A")[1:-1])
+    relations, the, is_, dot, bar = fact_drill.pieces
+    ids = np.zeros((rows, length), dtype=np.int64)
+    labels = np.full((rows, length), -100, dtype=np.int64)
+    for row in range(rows):
+        random_pair = lambda: rng.integers(270, len(chat.tokenizer), 2).tolist()
+        names = [random_pair() for _ in range(rng.integers(2, 6))]
+        kinds = [relations[k] for k in rng.choice(len(relations), rng.integers(2, 5), replace=False)]
+        facts = {(n, k): random_pair() if rng.random() < 0.7 else names[rng.integers(len(names))]
+                 for n in range(len(names)) for k in range(len(kinds))}
+        text, where = [], []
+        first_round = list(facts)
+        if rng.random() < 0.5:
+            rng.shuffle(first_round)
+        table = len(names) == 2 and rng.random() < 0.5  # rows of a table: no name in them
+        for n, k in first_round:
+            if not (table and n == 1):
+                text += kinds[k][1] + bar + facts[n, k] + dot if table else the + kinds[k][0] + names[n] + is_ + facts[n, k] + dot
+        while len(text) < length:
+            n, k = list(facts)[rng.integers(len(facts))]
+            if table and n == 1:
+                continue
+            text += the + kinds[k][0] + names[n] + is_
+            where.append(len(text))
+            text += facts[n, k] + dot
+        ids[row] = text[:length]
+        for position in where:
+            labels[row, position:position + 2] = ids[row, position:position + 2]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
 def pad(batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids (B, T) and labels (B, T): the explorer's tokens and a tenth of the others."""
     length = max(len(ids) for ids, _ in batch)
@@ -325,7 +366,10 @@ def pad(batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) ->
 
 
 def look_back(model: LlamaForCausalLM) -> None:
-    """Start three heads of the first layer as "look one (two) tokens back" heads, the first half of an induction head.
+    """Start the heads of the first layer as "look 1, 2, 4, 5 tokens back" heads, the first half of an induction head.
+
+    In "The mayor of Bel in is Kor", the value's token finds the name's end 2 tokens back and the relation 5 back; where the
+    same fact is asked for, the last token before the value finds them 1 and 4 back. The second layer has to match the two.
 
     With rotary position embeddings the score of a query at m and a key at n from biases alone is
     sum_i A^2 cos(phi_i + (m - n) theta_i): it peaks at m - n = d for phi_i = -d theta_i (Llama's rotate_half layout).
@@ -335,7 +379,7 @@ def look_back(model: LlamaForCausalLM) -> None:
     theta = 10000.0 ** (-torch.arange(0, size, 2) / size)
     attention = model.model.layers[0].self_attn
     with torch.no_grad():
-        for head, distance in ((0, 1), (1, 1), (2, 2)):
+        for head, distance in enumerate((1, 2, 4, 5)):
             q, k = torch.zeros(size), torch.zeros(size)
             pairs = torch.arange(size // 2)[:8]
             k[pairs] = 5.0
@@ -391,6 +435,7 @@ def main():
             batch = []
     total = args.drill_steps + args.steps
     start, tokens, queue, average = time.time(), 0, [], {}
+    spans_learned = facts_learned = False
     progress = tqdm(range(total), desc="pretrain", mininterval=5)
     for step in progress:
         done = (time.time() - start) / 60 / args.minutes if args.minutes else step / total
@@ -399,9 +444,19 @@ def main():
         warm = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * warm * (1 / 30 + (1 - 1 / 30) * 0.5 * (1 + math.cos(math.pi * done)))
-        drill = step < args.drill_steps or (done < 0.6 and rng.random() < 0.12)
-        if drill:
+        # First spans until they are copied, then facts until they are, then transcripts with some drills among them.
+        spans_learned = spans_learned or average.get("spans copied", 0) > 0.8
+        facts_learned = facts_learned or average.get("facts copied", 0) > 0.8 or step >= args.drill_steps
+        if not spans_learned:
+            name = "spans"
+        elif not facts_learned or (done < 0.7 and rng.random() < 0.15):
+            name = "facts" if rng.random() < 0.8 else "spans"
+        else:
+            name = "transcripts"
+        if name == "spans":
             ids, labels = copy_drill(rng, len(tokenizer), args.batch_tokens // 256, 256)
+        elif name == "facts":
+            ids, labels = fact_drill(rng, chat, args.batch_tokens // 256, 256)
         else:
             if not queue:
                 queue = [batches[i] for i in rng.permutation(len(batches))]
@@ -412,13 +467,12 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         tokens += ids.numel()
-        name = "drill" if drill else "transcripts"
         average[name] = 0.95 * average.get(name, loss.item()) + 0.05 * loss.item()
-        if drill:
+        if name != "transcripts":
             hit = (predicted == targets).float().mean().item()
-            average["copy"] = 0.9 * average.get("copy", hit) + 0.1 * hit
+            average[f"{name} copied"] = 0.9 * average.get(f"{name} copied", hit) + 0.1 * hit
         progress.set_postfix({k: f"{v:.3f}" for k, v in average.items()} | {"M tokens": f"{tokens / 1e6:.1f}"})
-        if step % 250 == 249 or step == total - 1:
+        if step % 200 == 199 or step == total - 1:
             report(model, held_out, chat, step, tokens, time.time() - start, average)
             model.save_pretrained(out)
     model.save_pretrained(out)
@@ -436,9 +490,8 @@ def report(model, held_out, chat, step: int, tokens: int, seconds: float, averag
         losses.append(loss.item())
         text = [chat.tokenizer.convert_ids_to_tokens(int(t)) for t in targets]
         for t in range(1, len(text) - 2):
-            if text[t] == "Ġis" and (text[t + 1][0].isdigit() or text[t + 1] == "Ġ"):
-                first = t + 1 + (text[t + 1] == "Ġ")  # a name comes after a space of its own
-                hits += int(predicted[first] == targets[first])
+            if text[t] == "ĠisĠ":
+                hits += int(predicted[t + 1] == targets[t + 1])
                 count += 1
     tqdm.write(f"step {step} {seconds / 60:.1f} min {tokens / 1e6:.1f}M tokens | held-out loss {np.mean(losses):.3f} | "
                f"fact copied {hits / max(1, count):.1%} of {count} | {({k: round(v, 3) for k, v in average.items()})}", file=sys.stdout)
