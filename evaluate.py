@@ -22,12 +22,11 @@ import numpy as np
 import requests
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from context import SYSTEM_PROMPT, Chat
 from data.tasks import Task, load_tasks
 from reward import FORMAT_FAILURES, correct
-from rollout import Engine, RolloutArgs, Trajectory, Turn, keep_memory, load_policy, rollout, take_results, trajectory_key
+from rollout import Engine, RolloutArgs, Trajectory, Turn, keep_memory, load_policy, parse_flags, rollout, take_results, trajectory_key
 from tools import SIGNATURES, FormatError, Toolbox, parse_action, run_calls
 
 
@@ -207,7 +206,7 @@ def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None 
 
 
 def main():
-    args, rollout_args = HfArgumentParser((EvaluateArgs, RolloutArgs), description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
+    args, rollout_args = parse_flags((EvaluateArgs, RolloutArgs), __doc__)
     keep_memory()
     try:
         tasks = load_tasks(args.tasks)[:args.limit or None]

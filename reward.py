@@ -36,8 +36,8 @@ class Reward:
 def normalize(text: str) -> str:
     """Case, accents' encoding, punctuation, leading articles and spacing do not count; a minus sign or a digit does."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub(r"[^\w\s]", " ", text)
-    return " ".join(re.sub(r"^\s*(the|a|an)\s+", "", text).split())
+    words = re.sub(r"[^\w\s]", " ", text).split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 
 def parse_number(text: str) -> tuple[Decimal, str] | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.cache_utils import Cache
 
 from context import MANAGERS, Chat, Segment, extend_segments
@@ -96,13 +96,27 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
             if path.exists() and not (path / "config.json").is_file():
                 raise OSError("the folder has no config.json: give a checkpoint folder")
             source, extra = str(path) if path.exists() else name, {}
-            if not path.exists() and (name.startswith((".", "/", "runs", "data")) or name.count("/") != 1):
-                raise OSError("no such folder")
+            if not path.exists() and (name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1):
+                raise OSError("no such folder")  # it cannot be a hub name either
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", **extra)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(f"cannot load the model {name!r}: {str(error).strip().splitlines()[0][:200]}") from None
     return model.to(device).eval(), tokenizer
+
+
+def parse_flags(dataclasses: tuple, doc: str) -> list:
+    """Command-line flags as instances of the dataclasses; a wrong flag ends the program with one line.
+
+    Args:
+        doc: the script's docstring; its first paragraph heads --help.
+    """
+    parser = HfArgumentParser(dataclasses, description=doc.split("\n\n")[0])
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message} (see --help)")
+    *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown flag {unknown[0]}")
+    return parsed
 
 
 def keep_memory() -> None:

@@ -14,6 +14,7 @@ In: a model, a task file. Out: runs/NAME/ with config.json, metrics.jsonl, curve
     accelerate launch train.py
 """
 
+import contextlib
 import json
 import math
 import os
@@ -30,13 +31,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from context import Chat, Segment
 from data.tasks import Task, load_tasks
 from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
-from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, rollout, trajectory_key
+from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from tools import SIGNATURES, Toolbox
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -152,18 +152,16 @@ def update(policy, optimizer, accelerator: Accelerator, rows: list[Row], denomin
     for number in range(count):
         if number < len(batches):
             ids, weights = collate(batches[number], accelerator.device)
+            wanted = weights != 0
         else:
             ids, weights = torch.zeros(1, 2, dtype=torch.long, device=accelerator.device), torch.zeros(1, 2, device=accelerator.device)
-        wanted = weights != 0 if number < len(batches) else torch.tensor([[False, True]], device=accelerator.device)
-        # HACK HERE: the loss. J is maximised, so its negative; x num_processes because data parallelism takes the mean.
-        sync = accelerator.no_sync(policy) if number < count - 1 else accelerator.autocast()
-        with sync, accelerator.autocast():
-            logprobs = policy(ids, wanted)
-            loss = -(logprobs * weights[wanted]).sum() / denominator * accelerator.num_processes
-        if number < count - 1:
-            with accelerator.no_sync(policy):
-                accelerator.backward(loss)
-        else:
+            wanted = torch.tensor([[False, True]], device=accelerator.device)
+        # Gradients travel between processes once, in the last pass.
+        with contextlib.nullcontext() if number == count - 1 else accelerator.no_sync(policy):
+            with accelerator.autocast():
+                logprobs = policy(ids, wanted)
+                # HACK HERE: the loss. J is maximised, hence the minus; x num_processes, for data parallelism takes the mean.
+                loss = -(logprobs * weights[wanted]).sum() / denominator * accelerator.num_processes
             accelerator.backward(loss)
     norm = float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
     if math.isfinite(norm):
@@ -316,8 +314,7 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 def main():
-    parser = HfArgumentParser((TrainArgs, RolloutArgs), description=__doc__.split("\n")[0])
-    args, rollout_args = parser.parse_args_into_dataclasses()
+    args, rollout_args = parse_flags((TrainArgs, RolloutArgs), __doc__)
     keep_memory()
     accelerator = Accelerator(log_with=args.log_with or None, mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -369,7 +366,7 @@ def main():
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tasks)} training tasks, run folder {out}")
 
     def play(trajectories: list[Trajectory], title: str) -> list[Trajectory]:
-        """Each process plays its share; every process gets all of them back only where `gather` asks."""
+        """Play this process's trajectories to their end, with a progress bar."""
         with tqdm(total=len(trajectories), desc=title, unit="trajectory", leave=False, disable=not is_main, mininterval=0.5) as bar:
             return rollout(engine, chat, trajectories, toolbox, rollout_args, on_finish=lambda _: bar.update())
 

@@ -29,12 +29,13 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context import CHATML, Chat
 from data.index import open_index
 from data.tasks import FRAMES, OPERATIONS, SHARES, draw_task, read_fact, world_folder
 from data.world import RELATIONS, TYPES, World, documents, page_html
+from rollout import keep_memory, parse_flags
 from tools import Browse, Python, Search, html_to_text, view_page
 
 
@@ -49,10 +50,10 @@ class Args:
     hidden: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
-    drill_steps: int = field(default=1500, metadata={"help": "optimizer steps on copy drills before the transcripts, at most"})
+    drill_steps: int = field(default=800, metadata={"help": "optimizer steps on copy drills before the transcripts, at most"})
     steps: int = field(default=6000, metadata={"help": "optimizer steps on transcripts"})
     batch_tokens: int = field(default=4096, metadata={"help": "tokens in one optimizer step"})
-    learning_rate: float = field(default=2.5e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
+    learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
     minutes: float = field(default=0.0, metadata={"help": "decay over this wall-clock time instead of `steps` (0: off)"})
     cache: str = field(default="", metadata={"help": "file to keep the transcripts in between runs"})
 
@@ -365,28 +366,50 @@ def pad(batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) ->
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
-def look_back(model: LlamaForCausalLM) -> None:
-    """Start the heads of the first layer as "look 1, 2, 4, 5 tokens back" heads, the first half of an induction head.
+def build_induction(model: LlamaForCausalLM) -> None:
+    """Start the first two layers as an induction circuit (Olsson et al. 2022, arXiv:2209.11895) instead of waiting for one.
 
-    In "The mayor of Bel in is Kor", the value's token finds the name's end 2 tokens back and the relation 5 back; where the
-    same fact is asked for, the last token before the value finds them 1 and 4 back. The second layer has to match the two.
+    From random weights copying appears only after millions of tokens, more than two cores can spend. So:
 
-    With rotary position embeddings the score of a query at m and a key at n from biases alone is
-    sum_i A^2 cos(phi_i + (m - n) theta_i): it peaks at m - n = d for phi_i = -d theta_i (Llama's rotate_half layout).
+    Layer 0, head j looks d = 1, 2, 4, 5 tokens back: from biases alone the rotary score of a query at m and a key at n is
+    sum_i A^2 cos(phi_i + (m - n) theta_i), which peaks at m - n = d for phi_i = -d theta_i (Llama's rotate_half layout). It
+    writes a projection of the token it sees into a subspace of its own, U_j.
+    Layer 1, head 0 matches the last two tokens: query (0, 1 back) against key (1, 2 back), and copies the token it finds.
+    Layer 1, head 1 matches a fact: in "The mayor of Bel in is Kor" the value finds the name's end 2 back and the relation 5
+    back; where the fact is asked for, the token before the value finds them 1 and 4 back.
+    The matches use only the slow rotary dimensions, which hardly turn over a few hundred tokens. The rest is random, and
+    everything is trained.
     """
     config = model.config
-    size = config.hidden_size // config.num_attention_heads
-    theta = 10000.0 ** (-torch.arange(0, size, 2) / size)
-    attention = model.model.layers[0].self_attn
+    width, heads = config.hidden_size, config.num_attention_heads
+    size = width // heads
+    theta = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
+    orthogonal = lambda rows, columns: torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns)))[0][:rows, :columns]
     with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(0, width**-0.5)  # tied: also the scale of the logits
+        first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+        shared = torch.linalg.qr(torch.randn(width, size))[0].T  # (size, width): what of a token is passed on
+        subspaces = torch.linalg.qr(torch.randn(width, width))[0].view(width, heads, size)  # U_j = subspaces[:, j]
+        pairs = torch.arange(6)
         for head, distance in enumerate((1, 2, 4, 5)):
-            q, k = torch.zeros(size), torch.zeros(size)
-            pairs = torch.arange(size // 2)[:8]
-            k[pairs] = 5.0
-            q[pairs] = 5.0 * torch.cos(distance * theta[pairs])
-            q[pairs + size // 2] = -5.0 * torch.sin(distance * theta[pairs])
-            attention.q_proj.bias[head * size:(head + 1) * size] = q
-            attention.k_proj.bias[head * size:(head + 1) * size] = k
+            span = slice(head * size, (head + 1) * size)
+            for projection, angle in ((first.k_proj, 0.0), (first.q_proj, distance)):
+                bias = torch.zeros(size)
+                bias[pairs] = 7.0 * torch.cos(angle * theta[pairs])
+                bias[pairs + size // 2] = -7.0 * torch.sin(angle * theta[pairs])
+                projection.bias[span] = bias
+                projection.weight[span] *= 0.1
+            first.v_proj.weight[span] = 0.3 * shared
+            first.o_proj.weight[:, span] = 0.7 * subspaces[:, head]
+        slow = torch.cat([torch.arange(size // 2)[5:], torch.arange(size // 2)[5:] + size // 2])
+        read = torch.zeros(size, size)
+        read[slow] = torch.linalg.qr(torch.randn(size, len(slow)))[0].T
+        seen = lambda head: read @ subspaces[:, head].T  # (size, width): reads what the head of layer 0 saw
+        for head, (query, key) in enumerate(((read @ shared + seen(0), seen(0) + seen(1)), (seen(0) + seen(2), seen(1) + seen(3)))):
+            span = slice(head * size, (head + 1) * size)
+            second.q_proj.weight[span], second.k_proj.weight[span] = 1.5 * query, 1.5 * key
+            copied = torch.linalg.qr(torch.randn(width, size))[0].T
+            second.v_proj.weight[span], second.o_proj.weight[:, span] = 0.5 * copied, copied.T
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -399,7 +422,8 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) ->
 
 
 def main():
-    args, = HfArgumentParser(Args, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
+    args, = parse_flags((Args,), __doc__)
+    keep_memory()
     torch.manual_seed(args.seed)
     out = Path(args.out)
     tokenizer = train_tokenizer(tokenizer_corpus(args), 2560)
@@ -415,9 +439,9 @@ def main():
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=4096, attention_bias=True,
-        tie_word_embeddings=True, eos_token_id=chat.end_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True, eos_token_id=chat.end_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         attn_implementation="sdpa"))
-    look_back(model)
+    build_induction(model)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, prompt {len(chat.before_question)} tokens")
     decay = [p for p in model.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
@@ -435,7 +459,7 @@ def main():
             batch = []
     total = args.drill_steps + args.steps
     start, tokens, queue, average = time.time(), 0, [], {}
-    spans_learned = facts_learned = False
+    learned = False
     progress = tqdm(range(total), desc="pretrain", mininterval=5)
     for step in progress:
         done = (time.time() - start) / 60 / args.minutes if args.minutes else step / total
@@ -444,12 +468,9 @@ def main():
         warm = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * warm * (1 / 30 + (1 - 1 / 30) * 0.5 * (1 + math.cos(math.pi * done)))
-        # First spans until they are copied, then facts until they are, then transcripts with some drills among them.
-        spans_learned = spans_learned or average.get("spans copied", 0) > 0.8
-        facts_learned = facts_learned or average.get("facts copied", 0) > 0.8 or step >= args.drill_steps
-        if not spans_learned:
-            name = "spans"
-        elif not facts_learned or (done < 0.7 and rng.random() < 0.15):
+        # First drills until facts are copied, then transcripts with some drills among them.
+        learned = learned or average.get("facts copied", 0) > 0.9 or step >= args.drill_steps
+        if not learned or (done < 0.7 and rng.random() < 0.1):
             name = "facts" if rng.random() < 0.8 else "spans"
         else:
             name = "transcripts"

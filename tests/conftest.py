@@ -1,0 +1,63 @@
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from context import Chat
+from data.tasks import load_tasks
+from data.world import World, write_world
+from rollout import Engine, RolloutArgs, load_policy
+from tools import SIGNATURES, Toolbox
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_policy("nano")[1]
+
+
+@pytest.fixture(scope="session")
+def chat(tokenizer):
+    return Chat(tokenizer, SIGNATURES)
+
+
+@pytest.fixture(scope="session")
+def world_dir(tmp_path_factory):
+    """A small world of the dev split, written once."""
+    return write_world(World(11, 60, "dev"), tmp_path_factory.mktemp("worlds") / "w11")
+
+
+@pytest.fixture(scope="session")
+def toolbox():
+    return Toolbox()
+
+
+@pytest.fixture(scope="session")
+def dev_tasks():
+    return load_tasks(ROOT / "data" / "dev.jsonl")
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """A random two-layer model with the nano tokenizer's vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # far from uniform, so that wrong positions or masks show
+        for parameter in model.parameters():
+            parameter.mul_(3.0) if parameter.dim() > 1 else None
+    return model
+
+
+@pytest.fixture
+def make_engine(chat):
+    def make(model, args: RolloutArgs) -> Engine:
+        return Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question)
+    return make

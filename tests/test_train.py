@@ -1,0 +1,166 @@
+import copy
+import json
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from context import Segment
+from data.tasks import Task
+from rollout import RolloutArgs, Trajectory, Turn
+from train import Policy, Row, TrainArgs, check_args, collate, cut_lines, load_state, micro_batches, rows_of, save_atomically, tasks_of_step, update
+
+
+def made_up_rows(count, seed=0, vocabulary=2000):
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        segment = Segment([])
+        for turn in range(rng.randint(1, 4)):
+            segment.append([rng.randrange(vocabulary) for _ in range(rng.randint(2, 20))])
+            ids = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 9))]
+            segment.append(ids, turn, [-1.0] * len(ids))
+        advantages = [rng.uniform(-1, 1) for _ in range(5)]
+        rows.append(Row(segment, [advantages[turn] if turn >= 0 else 0.0 for turn in segment.turn_of]))
+    return rows
+
+
+def gradient(model, rows, args):
+    """Gradient of the loss over rows, before clipping and without a step."""
+    model = copy.deepcopy(model)
+    policy = Policy(model, 1.0)
+    class Keep(torch.optim.SGD):
+        def zero_grad(self):
+            pass
+    update(policy, Keep(policy.parameters(), lr=0.0), Accelerator(cpu=True), rows, 100.0, args)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+ARGS = TrainArgs(max_grad_norm=1e9)
+
+
+def same(a, b, tolerance=1e-5):
+    return all(torch.allclose(a[name], b[name], atol=tolerance) for name in a)
+
+
+def test_gradient_by_hand(tiny):
+    """-1/N sum A log pi, over the sampled tokens only, row by row without padding."""
+    rows = made_up_rows(5)
+    model = copy.deepcopy(tiny)
+    loss = 0
+    for row in rows:
+        logprobs = torch.log_softmax(model(torch.tensor([row.segment.ids])).logits[0], -1)
+        loss = loss - sum(w * logprobs[t - 1, row.segment.ids[t]] for t, w in enumerate(row.weights) if w) / 100
+    loss.backward()
+    assert same({n: p.grad for n, p in model.named_parameters()}, gradient(tiny, rows, ARGS))
+
+
+def test_micro_batches_and_padding_change_nothing(tiny):
+    rows = made_up_rows(9)
+    whole = gradient(tiny, rows, ARGS)
+    for micro_tokens in (1, 150, 100000):
+        assert same(whole, gradient(tiny, rows, TrainArgs(max_grad_norm=1e9, micro_tokens=micro_tokens)))
+    assert sorted(id(row) for batch in micro_batches(rows, 150) for row in batch) == sorted(map(id, rows))
+
+
+def test_observation_tokens_have_exactly_no_gradient(tiny):
+    """Another observation *target* (with the same inputs elsewhere) leaves the loss unchanged; its logits get zero gradient."""
+    rows = made_up_rows(3)
+    ids, weights = collate(rows, "cpu")
+    policy = Policy(tiny, 1.0)
+    seen = {}
+    handle = tiny.lm_head.register_forward_hook(lambda m, inputs, logits: seen.update(rows=logits.shape[0]))
+    policy(ids, weights != 0)
+    handle.remove()
+    assert seen["rows"] == int((weights != 0).sum())  # no logits exist where there is no loss
+    hidden = {}
+    handle = tiny.model.register_forward_hook(lambda m, a, out: (hidden.update(h=out.last_hidden_state), out.last_hidden_state.retain_grad())[-1])
+    (policy(ids, weights != 0) * weights[weights != 0]).sum().backward()
+    handle.remove()
+    not_in_loss = weights[:, 1:] == 0
+    assert float(hidden["h"].grad[not_in_loss].abs().max()) == 0.0 and float(hidden["h"].grad[~not_in_loss].abs().min(-1).values.max()) > 0
+
+
+def trajectory(versions=(3, 3), segments=1):
+    t = Trajectory(Task("i", "q", "a"), (0,))
+    t.turns = [Turn([5, 6], [-1.0, -1.0], v, [7, 8]) for v in versions]
+    t.segments = [Segment([])]
+    t.segments[0].append([1, 2])
+    for number in range(len(versions)):
+        if number and segments == 2:
+            t.segments.append(Segment([]))
+            t.segments[-1].append([1, 2, 5, 6, 7, 8])  # rewritten: old actions come back as context, not as actions
+        t.segments[-1].append([5, 6], number, [-1.0, -1.0])
+        t.segments[-1].append([7, 8])
+    return t
+
+
+def test_stale_turns_get_no_weight():
+    row, = rows_of(trajectory(versions=(2, 3)), [0.5, 0.7], version=3)
+    assert row.weights == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0]
+    assert rows_of(trajectory(versions=(2, 2)), [0.5, 0.7], version=3) == []
+
+
+def test_splitting_into_segments_leaves_the_gradient_unchanged(tiny):
+    one, two = (rows_of(trajectory(segments=n), [0.5, 0.7], version=3) for n in (1, 2))
+    assert len(one) == 1 and len(two) == 2
+    assert same(gradient(tiny, one, ARGS), gradient(tiny, two, ARGS), 1e-6)
+
+
+def test_a_longer_trajectory_does_not_thin_the_others(tiny):
+    """Constant denominator: adding a row adds its gradient and changes nothing of the rest."""
+    rows = made_up_rows(4)
+    all_of, first, rest = gradient(tiny, rows, ARGS), gradient(tiny, rows[:1], ARGS), gradient(tiny, rows[1:], ARGS)
+    assert same(all_of, {name: first[name] + rest[name] for name in first})
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(tiny):
+    rows = made_up_rows(1)
+    rows[0].weights = [float("nan") if w else 0.0 for w in rows[0].weights]
+    policy = Policy(tiny, 1.0)
+    before = copy.deepcopy(tiny.state_dict())
+    assert update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), Accelerator(cpu=True), rows, 1.0, ARGS) is None
+    assert all(torch.equal(before[name], value) for name, value in tiny.state_dict().items())
+
+
+def test_task_order_is_a_function_of_seed_and_step():
+    tasks = [Task(str(i), f"q{i}", "a") for i in range(10)]
+    drawn = [t.id for step in range(5) for t in tasks_of_step(tasks, step, 4, 0)]
+    assert sorted(drawn[:10], key=int) == sorted(drawn[10:], key=int) == [str(i) for i in range(10)]
+    assert [t.id for t in tasks_of_step(tasks, 3, 4, 0)] == drawn[12:16]
+    assert [t.id for step in range(5) for t in tasks_of_step(tasks, step, 4, 1)] != drawn
+
+
+def test_a_failed_save_keeps_the_old_folder(tmp_path):
+    save_atomically(tmp_path / "c", lambda folder: (folder / "x").write_text("old"))
+
+    def disk_full(folder):
+        (folder / "x").write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        save_atomically(tmp_path / "c", disk_full)
+    assert (tmp_path / "c" / "x").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
+    (tmp_path / "state").mkdir()
+    torch.save({"step": 1}, tmp_path / "state" / "step-000001.pt")
+    (tmp_path / "state" / "step-000002.pt").write_bytes(b"torn")
+    assert load_state(tmp_path) == {"step": 1}
+    assert "damaged" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="start anew"):
+        load_state(tmp_path / "absent")
+
+
+def test_lines_of_undone_steps_are_cut(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)) + '{"step": 6, "to')
+    cut_lines(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("changes, rollout_changes", [(dict(stale="keep"), {}), ({}, dict(temperature=0.0)), (dict(samples=0), {}), (dict(gamma=0.0), {})])
+def test_flags_that_cannot_work(changes, rollout_changes):
+    with pytest.raises(ValueError, match="--"):
+        check_args(TrainArgs(**changes), RolloutArgs(**rollout_changes))

@@ -1,0 +1,134 @@
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import requests
+from conftest import ROOT
+
+from data.index import build_index, jsonl_documents, open_index, page_html_of, search_index
+from data.serve import start_server
+from data.tasks import FRAMES, load_tasks, make_tasks, solve
+from data.world import SPLITS, World, load_world, page_html
+from tools import html_to_text
+
+
+def test_a_world_is_a_function_of_its_seed():
+    assert page_html(World(5, 100), World(5, 100).entity(7)) == page_html(World(5, 100), World(5, 100).entity(7))
+    assert World(5, 100).name(7) != World(6, 100).name(7)
+    with pytest.raises(ValueError, match="at least"):
+        World(5, 3)
+
+
+def test_names_are_unique_and_splits_share_none():
+    names = {split: {World(seed, 3000, split).name(i) for seed in (1, 2) for i in range(3000)} for split in SPLITS}
+    assert len({World(1, 3000).name(i) for i in range(3000)}) == 3000
+    for a in SPLITS:
+        for b in SPLITS:
+            assert a == b or not names[a] & names[b]
+
+
+def test_large_world_needs_no_memory():
+    world = World(1, 1_000_000)
+    assert world.name(999_999) and world.entity(500_000).facts
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_shipped_tasks(split):
+    tasks = load_tasks(ROOT / "data" / f"{split}.jsonl")
+    share = Counter(t.family for t in tasks)
+    total = len(tasks)
+    assert total >= {"train": 1000, "dev": 100, "test": 400}[split]
+    assert all(t.split == split and t.meta["world"]["split"] == split for t in tasks)
+    assert all(not re.search(rf"\b{re.escape(t.answer)}\b", t.question) for t in tasks)
+    assert all(t.answer not in json.dumps(t.evidence) for t in tasks if not t.answer.isdigit())
+    if split == "test":
+        assert share["lookup"] <= 0.2 * total and share["browse"] >= 0.2 * total and share["compute"] >= 0.2 * total
+        assert share["multihop"] >= 0.4 * total
+        assert sum(t.family == "multihop" and t.hops >= 3 for t in tasks) >= 0.5 * share["multihop"]
+        assert Counter(t.meta["template"] for t in tasks)["possessive"] > 50
+    else:
+        assert all(t.meta["template"] == "of" for t in tasks)  # the possessive family is held out
+
+
+def test_splits_share_no_name_and_no_template():
+    words = {}
+    for split in ("train", "dev", "test"):
+        tasks = load_tasks(ROOT / "data" / f"{split}.jsonl")
+        words[split] = {name for t in tasks for name in re.findall(r"\b[A-Z][a-z]{5,}\b", t.question)} - {"Which", "Report", "Could"}
+    frames = [frame for group in FRAMES.values() for frame in group]
+    assert len(frames) == len(set(frames))
+    assert not words["train"] & words["test"] and not words["dev"] & words["test"] and not words["train"] & words["dev"]
+
+
+def test_second_solver_reads_pages_only_and_finds_corrupted_truth(world_dir):
+    world = load_world(world_dir)
+    tasks, _ = make_tasks(world, world_dir, 60, seed=1)
+    index = open_index(world_dir / "pages.db")
+    read = lambda name: (lambda page: html_to_text(page) if page else None)(page_html_of(index, f"http://{world.host}/{name}"))
+    assert all(solve(t.question, read) == t.answer for t in tasks)
+    wrong = [(t, tasks[(i + 1) % len(tasks)].answer) for i, t in enumerate(tasks) if tasks[(i + 1) % len(tasks)].answer != t.answer]
+    assert sum(solve(t.question, read) != corrupted for t, corrupted in wrong) == len(wrong)
+    assert solve("What is the meaning of life?", read) is None
+
+
+def test_browse_facts_are_in_no_snippet(world_dir):
+    world = load_world(world_dir)
+    tasks, _ = make_tasks(world, world_dir, 60, seed=2)
+    index = open_index(world_dir / "pages.db")
+    for task in (t for t in tasks if t.family == "browse"):
+        snippets = " ".join(hit["snippet"] for hit in search_index(index, task.question, 5))
+        assert f"{task.meta['relations'][0]} of" not in snippets
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{broken", "not valid JSON"), ('{"question": "q"}', "no 'answer'"), ("[1]", "JSON object"), ('{"question": 3, "answer": "a"}', "must be a string"),
+    ('{"question": "q0", "answer": "a"}', "earlier line")])
+def test_a_broken_task_line_is_named(tmp_path, line, words):
+    lines = [json.dumps({"question": f"q{i}", "answer": "a"}) for i in range(30)]
+    lines[16] = line
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=words) as error:
+        load_tasks(tmp_path / "t.jsonl")
+    assert "t.jsonl:17:" in str(error.value)
+
+
+def test_search_survives_odd_queries(world_dir):
+    index = open_index(world_dir / "pages.db")
+    for query in ['"', "a AND OR NOT", "x\0y", "', -- ;", "*" * 100, "", "NEAR(a b)", "𝔘 ß"]:
+        assert isinstance(search_index(index, query, 3), list)
+    assert search_index(index, "mayor river", 3) == search_index(index, "mayor river", 3)
+
+
+def test_jsonl_corpus_and_its_malformed_lines(tmp_path, capsys):
+    (tmp_path / "c.jsonl").write_text('{"text": "hens lay eggs", "title": "Hens"}\n{broken\n{"title": "no text"}\n{"contents": "cows give milk"}\n')
+    assert build_index(jsonl_documents(tmp_path / "c.jsonl", "http://c.test/", strict=False), tmp_path / "c.db") == 2
+    report = capsys.readouterr().err
+    assert "c.jsonl:2: skipped" in report and "c.jsonl:3: skipped" in report
+    with pytest.raises(ValueError, match="c.jsonl:2:"):
+        list(jsonl_documents(tmp_path / "c.jsonl", "http://c.test/", strict=True))
+    assert search_index(open_index(tmp_path / "c.db"), "eggs", 1)[0]["title"] == "Hens"
+
+
+def test_pages_and_search_over_http(world_dir):
+    world = load_world(world_dir)
+    server = start_server(world_dir / "pages.db")
+    base = "http://127.0.0.1:%d" % server.server_address[1]
+    assert world.entity(3).name in requests.get(f"{base}/{world.name(3)}", timeout=5).text
+    assert requests.get(f"{base}/nothing-here", timeout=5).status_code == 404
+    assert requests.get(f"{base}/search", params={"q": world.name(3)}, timeout=5).json()[0]["title"] == world.name(3)
+    assert "<a href" in requests.get(f"{base}/", timeout=5).text
+    server.shutdown()
+
+
+@pytest.mark.parametrize("command, words", [
+    (["data/serve.py", "--world", "nowhere", "--port", "0"], "no search index"),
+    (["data/index.py", "--html", "nowhere", "--out", "x.db"], "no folder nowhere"),
+    (["data/tasks.py", "--world", "nowhere", "--out", "x.jsonl"], "no world at nowhere"),
+    (["data/world.py", "--entities", "2", "--out", "x"], "at least")])
+def test_bad_input_gives_one_line(command, words, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
