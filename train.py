@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -68,6 +69,7 @@ class TrainArgs:
     eval_every: int = field(default=20, metadata={"help": "steps between evaluations on dev (0: never)"})
     eval_tasks: int = field(default=128, metadata={"help": "test tasks before and after, half as many dev tasks in between (0: no evaluation)"})
     save_every: int = field(default=10, metadata={"help": "steps between checkpoints"})
+    threads: int = field(default=0, metadata={"help": "CPU threads of each process (0: the cores, divided by the processes)"})
     log_with: str = field(default="", metadata={"help": "tracker of Accelerate: tensorboard, wandb, …"})
 
 
@@ -298,6 +300,25 @@ def choose_folder(args: TrainArgs) -> Path:
     return Path("runs") / f"run-{number}"
 
 
+def start_ranks() -> None:
+    """`accelerate launch --num_processes N` starts N processes on GPUs, but a single one on a CPU without MPI. Then this
+    process turns into torch's own launcher, which starts this script N times (gloo)."""
+    if "RANK" in os.environ or "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ or torch.cuda.is_available():
+        return
+    parent = psutil.Process().parent()
+    words = " ".join(parent.cmdline() if parent else []).split(sys.argv[0])[0].replace("num-processes", "num_processes").replace("=", " ").split()
+    count = words[words.index("--num_processes") + 1] if "--num_processes" in words[:-1] else "1"
+    if count.isdigit() and int(count) > 1:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv])
+
+
+def use_threads(threads: int, processes: int) -> None:
+    """All cores, shared by the processes of this machine: accelerate's launcher would leave it at one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // processes))
+
+
 def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
     """Raises ValueError with one clear line for a flag that cannot work."""
     if args.stale != "mask":
@@ -315,9 +336,11 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
 
 def main():
     args, rollout_args = parse_flags((TrainArgs, RolloutArgs), __doc__)
+    start_ranks()
     keep_memory()
-    accelerator = Accelerator(log_with=args.log_with or None, mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.log_with or None, mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device, is_main = accelerator.device, accelerator.is_main_process
+    use_threads(args.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         out = choose_folder(args)
         state = None

@@ -8,6 +8,7 @@ tasks do not depend on ports. To try an idea (slow pages, errors), change `PageH
 """
 
 import argparse
+import html
 import json
 import sqlite3
 import sys
@@ -40,7 +41,7 @@ class PageHandler(BaseHTTPRequestHandler):
             for path in dict.fromkeys((parts.path, unquote(parts.path))):
                 page = page or page_html_of(server.index, f"{server.base_url}{path}" + (f"?{parts.query}" if parts.query else ""))
             if page is None and parts.path == "/":  # a corpus without a home page: a way in
-                links = "".join(f'<li><a href="{url}">{title}</a></li>'
+                links = "".join(f'<li><a href="{html.escape(urlsplit(url).path)}">{html.escape(title)}</a></li>'
                                 for url, title in server.index.execute("select url, title from pages limit 100"))
                 page = f"<html><body><h1>{server.host}</h1><ul>{links}</ul></body></html>"
         if page is None:

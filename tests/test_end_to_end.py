@@ -17,7 +17,7 @@ SMALL = ["--tasks_per_step", "2", "--samples", "4", "--eval_tasks", "0", "--save
 
 
 def launch(*arguments, processes=1):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *(["--cpu"] if processes > 1 else []),
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes),
                "train.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
