@@ -143,7 +143,7 @@ class SlotCache(Cache):
         self.layers, self.slots, self.columns = [], slots, length + 1
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.rows = self.positions = self.length = None
+        self.rows = self.rows_tensor = self.positions = self.length = None
 
     def update(self, keys, values, layer_idx, *_, **__):
         if layer_idx == len(self.keys):  # the first pass shows the shape
@@ -256,8 +256,8 @@ class Engine:
                                 past_key_values=cache, use_cache=True, logits_to_keep=wanted).logits  # (B, distinct ends, V)
         return logits[torch.arange(B, device=self.device), where].float()
 
-    def step(self) -> list[tuple[int, Slot]]:
-        """One token for every slot that is in the middle of a turn; returns (row, slot) of the turns that ended."""
+    def step(self) -> list[Slot]:
+        """One token for every slot that is in the middle of a turn; returns the slots whose turn ended."""
         clock = time.perf_counter()
         pending = sorted((row for row, slot in enumerate(self.slots) if slot and slot.pending), key=lambda row: len(self.slots[row].pending))
         decoding = [row for row, slot in enumerate(self.slots) if slot and not slot.turn_done and not slot.pending]
@@ -269,7 +269,7 @@ class Engine:
                 slot = self.slots[row]
                 self.stats["prefilled"] += len(slot.pending)
                 slot.cached, slot.pending = slot.cached + slot.pending, []
-            ended += self.sample(logits, rows)
+            ended += self.sample(logits, [self.slots[row] for row in rows])
         self.stats["prefill_s"] += time.perf_counter() - clock
         if decoding:
             clock = time.perf_counter()
@@ -279,19 +279,17 @@ class Engine:
                     a, b = self.slots[front], self.slots[row]
                     self.cache.swap(front, row, max(len(s.cached) for s in (a, b) if s))
                     self.slots[front], self.slots[row] = b, a
-            rows = list(range(count))
-            ended = [(self.slots.index(slot), slot) for _, slot in ended]  # rows may have moved
             active = self.slots[:count]
             logits = self.forward([[slot.ids[-1]] for slot in active], [len(slot.cached) for slot in active], slice(0, count))
             for slot in active:
                 slot.cached.append(slot.ids[-1])
-            ended += self.sample(logits, rows)
+            ended += self.sample(logits, active)
             self.stats["decode_s"] += time.perf_counter() - clock
         return ended
 
-    def sample(self, logits: torch.Tensor, rows: list[int]) -> list[tuple[int, Slot]]:
-        """Draw a token for each row from softmax(logits / T) by inverting the CDF; returns the rows whose turn ended."""
-        slots = [self.slots[row] for row in rows]
+    def sample(self, logits: torch.Tensor, slots: list[Slot]) -> list[Slot]:
+        """Draw a token for each slot from softmax(logits / T) by inverting the CDF (torch.multinomial takes ten times as
+        long); returns the slots whose turn ended."""
         logprobs = torch.log_softmax(logits / (self.temperature or 1.0), dim=-1)  # (B, V)
         if self.temperature == 0:
             tokens = logits.argmax(-1, keepdim=True)
@@ -301,13 +299,13 @@ class Engine:
             tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
         chosen = logprobs.gather(-1, tokens)[:, 0].tolist()
         ended = []
-        for row, slot, token, logprob in zip(rows, slots, tokens[:, 0].tolist(), chosen):
+        for slot, token, logprob in zip(slots, tokens[:, 0].tolist(), chosen):
             slot.ids.append(token)
             slot.logprobs.append(logprob)
             self.stats["sampled"] += 1
             if token == self.end_id or len(slot.ids) == self.max_new_tokens:
                 slot.turn_done = True
-                ended.append((row, slot))
+                ended.append(slot)
         return ended
 
 
@@ -424,7 +422,7 @@ def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox:
                     go_on(slot)
                 else:
                     end(slot)
-            for _, slot in engine.step():
+            for slot in engine.step():
                 trajectory = slot.trajectory
                 tools = toolbox.tools_for(trajectory)
                 calls = finish_turn(trajectory, slot.ids, slot.logprobs, engine.version, chat, tools)

@@ -46,7 +46,7 @@ class Args:
     worlds: int = field(default=16, metadata={"help": "number of pretraining worlds"})
     entities: int = field(default=300, metadata={"help": "entities in each of them"})
     transcripts: int = field(default=20000, metadata={"help": "explorer transcripts to write"})
-    skilled_share: float = field(default=0.10, metadata={"help": "share of explorers that behave sensibly"})
+    skilled_share: float = field(default=0.30, metadata={"help": "share of explorers that behave sensibly"})
     hidden: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
@@ -55,6 +55,7 @@ class Args:
     batch_tokens: int = field(default=4096, metadata={"help": "tokens in one optimizer step"})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
     minutes: float = field(default=0.0, metadata={"help": "decay over this wall-clock time instead of `steps` (0: off)"})
+    init: str = field(default="", metadata={"help": "model folder to go on from, with its tokenizer, instead of starting anew"})
     cache: str = field(default="", metadata={"help": "file to keep the transcripts in between runs"})
 
 
@@ -426,7 +427,7 @@ def main():
     keep_memory()
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    tokenizer = train_tokenizer(tokenizer_corpus(args), 2560)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init) if args.init else train_tokenizer(tokenizer_corpus(args), 2560)
     tokenizer.save_pretrained(out)
     chat = Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
     if args.cache and Path(args.cache).exists():
@@ -441,7 +442,10 @@ def main():
         num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=4096, attention_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True, eos_token_id=chat.end_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         attn_implementation="sdpa"))
-    build_induction(model)
+    if args.init:
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        build_induction(model)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, prompt {len(chat.before_question)} tokens")
     decay = [p for p in model.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
@@ -459,7 +463,7 @@ def main():
             batch = []
     total = args.drill_steps + args.steps
     start, tokens, queue, average = time.time(), 0, [], {}
-    learned = False
+    learned = bool(args.init)
     progress = tqdm(range(total), desc="pretrain", mininterval=5)
     for step in progress:
         done = (time.time() - start) / 60 / args.minutes if args.minutes else step / total

@@ -26,10 +26,9 @@ def decode_all(engine, prompts, tasks):
                 engine.slots[row] = Slot(Trajectory(tasks[0], (0, number)), cached=[])
                 running[engine.slots[row]] = number
                 engine.start_turn(engine.slots[row], row, prompt)
-        for row, slot in engine.step():
-            assert engine.slots[row] is slot
+        for slot in engine.step():
             done[running.pop(slot)] = slot
-            engine.slots[row] = None
+            engine.slots[engine.slots.index(slot)] = None
     return [done[number] for number in range(len(prompts))]
 
 
