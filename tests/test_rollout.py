@@ -44,7 +44,7 @@ def test_greedy_engine_equals_generate(tiny, chat, make_engine, dev_tasks):
 
 def test_sampled_distribution_is_the_softmax(tiny, chat, make_engine, dev_tasks):
     """Chi-square of 4,000 draws of one token against softmax(logits / T)."""
-    engine = make_engine(tiny, RolloutArgs(slots=64, temperature=0.7, max_new_tokens=1, max_context=64))
+    engine = make_engine(tiny, RolloutArgs(slots=64, temperature=0.7, max_new_tokens=1, max_context=128))
     prompt = [300, 301, 302]
     engine.end_id = -1
     tokens = [slot.ids[0] for slot in decode_all(engine, [prompt] * 4000, dev_tasks)]
