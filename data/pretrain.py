@@ -173,28 +173,24 @@ class Explorer:
         return thought, None, value
 
     def random_move(self):
+        """A valid move that follows no plan: some name at hand, some relation, any tool. Answers quote a fact, mostly a wrong one."""
         rng = self.rng
-        if self.last_facts and rng.random() < 0.7:
-            thought = self.note(*rng.choice(self.last_facts))
-        else:
-            thought = rng.choice(["Let me look.", "Not sure.", "Not found."])
-        name = rng.choice(self.seen_names)
-        relation = rng.choice(self.relations) if rng.random() < 0.6 else rng.choice(RELATIONS[rng.choice(TYPES)])[0]
+        fact = rng.choice(self.last_facts) if self.last_facts else None
+        thought = self.note(*fact) if fact and rng.random() < 0.7 else rng.choice(["Let me look.", "Not sure.", "Not found."])
+        name = rng.choice(3 * self.names + self.seen_names[-4:])
+        relation = rng.choice(self.relations) if rng.random() < 0.5 else rng.choice(RELATIONS[rng.choice(TYPES)])[0]
         roll = rng.random()
-        if roll < 0.3 and len(self.seen_names) > 2:
-            if self.last_facts and rng.random() < 0.6:
-                fact = rng.choice(self.last_facts)
-                return self.note(*fact), None, self.facts[fact]
-            return thought, None, rng.choice(self.seen_names)
+        if roll < 0.35 and fact:
+            return self.note(*fact), None, self.facts[fact]
         if roll < 0.6 and self.seen_urls:
-            url = rng.choice(self.seen_urls[-6:])
+            url = rng.choice(self.seen_urls[-3:])
             extra = rng.choice([{}, {"page": rng.randint(1, 4)}, {"links": True}] + 4 * [{"find": relation}])
             return thought, self.do_browse({"url": url, **extra}), None
         if roll < 0.65 and len(self.numbers) >= 2:
-            return thought, self.do_python(rng.choice(self.numbers), rng.choice(self.numbers), rng.choice("+-*")), None
+            return thought, self.do_python(*self.numbers[-2:], rng.choice("+-*")), None
         queries = [rng.choice([f"{relation} of {name}", f"{relation} of {name}", name, relation])]
         if rng.random() < 0.15:
-            queries.append(f"{relation} of {rng.choice(self.seen_names)}")
+            queries.append(f"{relation} of {rng.choice(self.names)}")
         return thought, self.do_search(queries), None
 
     def read(self, text: str) -> None:
