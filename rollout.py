@@ -162,7 +162,9 @@ class SlotCache(Cache):
 
     def swap(self, a: int, b: int, length: int) -> None:
         for tensor in self.keys + self.values:
-            tensor[[a, b], :, :length] = tensor[[b, a], :, :length]
+            kept = tensor[a, :, :length].clone()
+            tensor[a, :, :length] = tensor[b, :, :length]
+            tensor[b, :, :length] = kept
 
     def copy(self, source: int, target: int, length: int) -> None:
         for tensor in self.keys + self.values:
@@ -274,11 +276,12 @@ class Engine:
         if decoding:
             clock = time.perf_counter()
             count = len(decoding)
-            for front, row in enumerate(decoding):  # the decoding rows come first, so that the cache is read without a copy
-                if front != row:
-                    a, b = self.slots[front], self.slots[row]
-                    self.cache.swap(front, row, max(len(s.cached) for s in (a, b) if s))
-                    self.slots[front], self.slots[row] = b, a
+            # Decoding rows come first, so that the cache is read without a copy: the last ones fill the gaps at the front.
+            gaps = sorted(set(range(count)) - set(decoding))
+            for gap, row in zip(gaps, decoding[len(decoding) - len(gaps):]):
+                a, b = self.slots[gap], self.slots[row]
+                self.cache.swap(gap, row, max(len(slot.cached) for slot in (a, b) if slot))
+                self.slots[gap], self.slots[row] = b, a
             active = self.slots[:count]
             logits = self.forward([[slot.ids[-1]] for slot in active], [len(slot.cached) for slot in active], slice(0, count))
             for slot in active:
