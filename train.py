@@ -53,7 +53,7 @@ class TrainArgs:
     resume: str = field(default="", metadata={"help": "folder of a run to go on with; its own flags are used, but --steps may be given anew"})
     seed: int = field(default=0, metadata={"help": "decides every random choice"})
     steps: int = field(default=60, metadata={"help": "optimizer steps"})
-    tasks_per_step: int = field(default=10, metadata={"help": "tasks in one step, over all processes"})
+    tasks_per_step: int = field(default=16, metadata={"help": "tasks in one step, over all processes"})
     samples: int = field(default=8, metadata={"help": "trajectories of one task: the group that gives the baseline"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of AdamW; 1e-6 is usual for large models"})
     warmup: int = field(default=3, metadata={"help": "steps of linear warm-up"})
