@@ -45,7 +45,7 @@ class RolloutArgs:
     page_chars: int = field(default=400, metadata={"help": "characters of a page that one browse call shows"})
     corpus: str = field(default="", metadata={"help": "index of your own (data/index.py) for tasks that name no world"})
     live: bool = field(default=False, metadata={"help": "let browse open public addresses of the real web"})
-    tool_steps: int = field(default=3, metadata={"help": "engine steps after which a tool result joins; fixed, so that the same seed gives the same batches"})
+    tool_steps: int = field(default=8, metadata={"help": "tool results and new trajectories join at each so-many-th engine step: together, and at the same step whenever the seed is the same"})
 
 
 @dataclass
@@ -250,7 +250,9 @@ class Engine:
         cache.rows = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
         cache.rows_tensor = torch.arange(rows.start, rows.stop, device=self.device) if isinstance(rows, slice) else cache.rows
         cache.positions, cache.length = torch.from_numpy(targets).to(self.device), length
-        mask = torch.arange(length, device=self.device) <= positions[:, None, :, None]  # (B, 1, T, length): see the past
+        # (B, 1, T, length), 0 where a token sees and -inf where not: made once, and not from a bool mask in each layer
+        mask = torch.zeros(B, 1, T, length, device=self.device).masked_fill_(
+            torch.arange(length, device=self.device) > positions[:, None, :, None], -torch.inf)
         last = torch.tensor([len(chunk) - 1 for chunk in chunks], device=self.device)
         wanted, where = torch.unique(last, return_inverse=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -375,8 +377,9 @@ def take_results(trajectory: Trajectory, results: list[tuple[str, bool]], chat: 
 def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox: Toolbox, args: RolloutArgs, on_finish=None) -> list[Trajectory]:
     """Play all trajectories to their end (sync mode) and return them in the order given.
 
-    A tool result joins exactly `args.tool_steps` engine steps after its call (the engine waits if it is late), so batches,
-    and with them every last bit of the log-probs, do not depend on how fast a tool happened to be.
+    Tool results and new trajectories join at every `args.tool_steps`-th engine step (the engine waits for late results), so
+    prompts are computed in large batches, and batches, and with them every last bit of the log-probs, do not depend on how
+    fast a tool happened to be.
 
     Args:
         engine, chat: the policy.
@@ -385,7 +388,7 @@ def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox:
         on_finish: called with each finished trajectory, for a progress bar.
     """
     queue = list(reversed(trajectories))
-    waiting: list[tuple[int, Slot, float, concurrent.futures.Future]] = []  # (engine step when due, slot, since, results)
+    waiting: list[tuple[Slot, float, concurrent.futures.Future]] = []  # (slot, since, results)
     step = 0
 
     def end(slot: Slot) -> None:
@@ -404,18 +407,16 @@ def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox:
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=16, thread_name_prefix="tools")
     try:
         while queue or waiting or any(engine.slots):
-            for row in engine.free_slots():
+            joining = step % args.tool_steps == 0
+            for row in engine.free_slots() if joining else []:
                 if not queue:
                     break
                 trajectory = queue.pop()
                 trajectory.head_ids = trajectory.head_ids or chat.head(trajectory.task.question)
                 engine.slots[row] = Slot(trajectory, cached=[])
                 go_on(engine.slots[row])
-            step += 1
-            if waiting and all(slot.turn_done for slot in filter(None, engine.slots)):
-                step = max(step, waiting[0][0])  # nothing to decode: go straight to the next result
-            while waiting and waiting[0][0] <= step:
-                _, slot, since, future = waiting.pop(0)
+            while joining and waiting:
+                slot, since, future = waiting.pop(0)
                 clock = time.perf_counter()
                 results = future.result()
                 engine.stats["idle_s"] += time.perf_counter() - clock
@@ -425,7 +426,11 @@ def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox:
                     go_on(slot)
                 else:
                     end(slot)
-            for slot in engine.step():
+            ended = engine.step()
+            step += 1
+            if all(slot.turn_done for slot in filter(None, engine.slots)):
+                step = -(-step // args.tool_steps) * args.tool_steps  # nothing to decode: go straight to the next join
+            for slot in ended:
                 trajectory = slot.trajectory
                 tools = toolbox.tools_for(trajectory)
                 calls = finish_turn(trajectory, slot.ids, slot.logprobs, engine.version, chat, tools)
@@ -433,7 +438,7 @@ def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox:
                 if calls is None:
                     end(slot)
                 else:
-                    waiting.append((step + args.tool_steps, slot, time.perf_counter(), pool.submit(run_calls, calls, tools)))
+                    waiting.append((slot, time.perf_counter(), pool.submit(run_calls, calls, tools)))
     finally:
         engine.slots = [None] * len(engine.slots)
         toolbox.close_all()

@@ -57,6 +57,7 @@ class TrainArgs:
     samples: int = field(default=8, metadata={"help": "trajectories of one task: the group that gives the baseline"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of AdamW; 1e-6 is usual for large models"})
     warmup: int = field(default=3, metadata={"help": "steps of linear warm-up"})
+    decay_steps: int = field(default=60, metadata={"help": "steps over which the rate then falls to a tenth, along a line (0: constant)"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping"})
     gamma: float = field(default=0.95, metadata={"help": "decay of a correct trajectory's reward a step; 1 turns it off"})
     format_penalty: float = field(default=0.5, metadata={"help": "cost of a format failure"})
@@ -197,6 +198,12 @@ def tasks_of_step(tasks: list[Task], step: int, count: int, seed: int) -> list[T
         yield tasks[order[1][index]]
 
 
+def learning_rate_at(step: int, args: TrainArgs) -> float:
+    """Linear warm-up, then linear decay to a tenth at `decay_steps`. It does not look at --steps, so a resumed run may be longer."""
+    decayed = 1 - 0.9 * min(1.0, step / args.decay_steps) if args.decay_steps else 1.0
+    return args.learning_rate * min(1.0, (step + 1) / args.warmup) * decayed
+
+
 def save_atomically(folder: Path, write) -> None:
     """`write(temporary folder)`, then put it in the place of `folder`: whoever reads sees the old one or the new one."""
     temporary, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
@@ -325,7 +332,7 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
         raise ValueError(f"--stale {args.stale}: only 'mask' (strictly on-policy) exists so far")
     if rollout_args.temperature <= 0:
         raise ValueError("--temperature must be above 0 in training: greedy decoding has no log-probs to learn from")
-    for name in ("steps", "tasks_per_step", "samples", "micro_tokens", "save_every"):
+    for name in ("steps", "tasks_per_step", "samples", "micro_tokens", "save_every", "warmup"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1")
     if not 0 < args.gamma <= 1:
@@ -447,7 +454,7 @@ def main():
 
             # 3. The update. The denominator is a constant: no trajectory counts less because it, or another, is long.
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * min(1.0, (step + 1) / args.warmup)
+                group["lr"] = learning_rate_at(step, args)
             denominator = args.tasks_per_step * args.samples * args.nominal_tokens
             updating = True
             norm = update(policy, optimizer, accelerator, rows, denominator, args)
@@ -477,7 +484,7 @@ def main():
                 "turns": total["turns"] / total["trajectories"], "tokens": total["tokens"] / total["trajectories"],
                 "entropy": total["surprise"] / max(1, total["tokens"]), "kept_negatives": total["kept"] / max(1, total["negatives"]),
                 "stale_share": total["stale"] / max(1, total["tokens"]), "parked": 0, "idle_share": total["idle_s"] / total["rollout_s"],
-                "rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": total["tokens"] / rollout_s, "grad_norm": norm,
+                "learning_rate": optimizer.param_groups[0]["lr"], "rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": total["tokens"] / rollout_s, "grad_norm": norm,
                 "status": dict(status), "format_errors": dict(sum((Counter(part["error"]) for part in parts), Counter()))}
             if is_main:
                 with open(out / "metrics.jsonl", "a") as file:

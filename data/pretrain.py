@@ -50,6 +50,7 @@ class Args:
     hidden: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
+    drill_share: float = field(default=0.1, metadata={"help": "share of drills among the batches after that, until the last fifth"})
     drill_steps: int = field(default=800, metadata={"help": "optimizer steps on copy drills before the transcripts, at most"})
     steps: int = field(default=6000, metadata={"help": "optimizer steps on transcripts"})
     batch_tokens: int = field(default=4096, metadata={"help": "tokens in one optimizer step"})
@@ -120,6 +121,7 @@ class Explorer:
         self.facts: dict[tuple[str, str], str] = {}  # (name, relation) -> value, as read in results so far
         self.last_facts: list[tuple[str, str]] = []  # those of the last result
         self.computed = None
+        self.noted: set[str] = set()
 
     def plan(self) -> str:
         if self.task.family == "compute":
@@ -148,29 +150,32 @@ class Explorer:
         return json.dumps({"name": "python", "arguments": {"code": code}}), run
 
     def sensible_move(self):
-        """(thought, call or None, answer or None): what follows from the facts read so far."""
+        """(thought, call or None, answer or None): note what was found, say what is left of the plan, and go on with that."""
         if self.task.family == "compute":
             relation, operation = self.relations
             if self.computed is not None:
                 return f"It is {self.computed}.", None, self.computed
             missing = [n for n in self.names if (n, relation) not in self.facts]
+            thought = " ".join(self.note(name, relation) for name in self.names if name not in missing)
             if missing:
-                return "", self.do_search([f"{relation} of {name}" for name in missing]), None
-            thought = " ".join(self.note(name, relation) for name in self.names)
-            return thought, self.do_python(*(self.facts[n, relation] for n in self.names), OPERATIONS[operation]), None
-        value, thought = self.names[0], ""
-        for relation in self.relations:
-            if (value, relation) in self.facts:
-                thought = self.note(value, relation)
-                value = self.facts[value, relation]
-                continue
-            type = self.world_type.get(value)
-            deep = any(r == relation and where == "deep" for r, _, where in RELATIONS[type]) if type else False
-            url = f"http://{self.world.host}/{value}"
-            if deep and url in self.seen_urls:
-                return thought or f"Open {value}.", self.do_browse({"url": url, "find": relation}), None
-            return thought, self.do_search([f"{relation} of {value}"]), None
-        return thought, None, value
+                return f"{thought} {self.plan()}".strip(), self.do_search([f"{relation} of {name}" for name in missing]), None
+            numbers = [self.facts[name, relation] for name in self.names]
+            return f"{thought} {operation}: {', '.join(numbers)}.", self.do_python(*numbers, OPERATIONS[operation]), None
+        value, left, notes = self.names[0], list(self.relations), []
+        while left and (value, left[0]) in self.facts:
+            notes.append(self.note(value, left[0]))
+            value = self.facts[value, left.pop(0)]
+        thought = " ".join(note for note in notes if note not in self.noted)
+        self.noted.update(notes)
+        if not left:
+            return thought or notes[-1], None, value
+        thought = f"{thought} {value}: {', '.join(left)}.".strip()
+        type = self.world_type.get(value)
+        deep = any(r == left[0] and where == "deep" for r, _, where in RELATIONS[type]) if type else False
+        url = f"http://{self.world.host}/{value}"
+        if deep and url in self.seen_urls:
+            return thought, self.do_browse({"url": url, "find": left[0]}), None
+        return thought, self.do_search([f"{left[0]} of {value}"]), None
 
     def random_move(self):
         """A valid move that follows no plan: some name at hand, some relation, any tool. Answers quote a fact, mostly a wrong one."""
@@ -179,6 +184,8 @@ class Explorer:
         thought = self.note(*fact) if fact and rng.random() < 0.7 else rng.choice(["Let me look.", "Not sure.", "Not found."])
         name = rng.choice(3 * self.names + self.seen_names[-4:])
         relation = rng.choice(self.relations) if rng.random() < 0.5 else rng.choice(RELATIONS[rng.choice(TYPES)])[0]
+        if rng.random() < 0.5:
+            thought = f"{thought} {name}: {relation}."
         roll = rng.random()
         if roll < 0.35 and fact:
             return self.note(*fact), None, self.facts[fact]
@@ -351,6 +358,54 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
+def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plans worked off in thoughts alone: a fact is noted, the plan gets shorter, the next query follows from it.
+
+    "Kor: mayor, teacher." and "The mayor of Kor is Bel." give "The mayor of Kor is Bel. Bel: teacher." and the query "teacher
+    of Bel"; two numbers give the sum to compute. Names and relations are drawn at random, so that the rule is learned.
+
+    Returns: ids (B, T), labels (B, T) as `copy_drill`.
+    """
+    relations = sorted({r for t in TYPES for r, _, _ in RELATIONS[t]})
+    name = lambda: world.name(int(rng.integers(world.entities)))
+    value = lambda: name() if rng.random() < 0.6 else str(rng.integers(100, 1000))
+    ids, labels = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), -100, dtype=np.int64)
+    for row in range(rows):
+        row_ids, row_labels = [], []
+
+        def write(text: str, learn: bool) -> None:
+            new = chat.trusted(text)
+            row_ids.extend(new)
+            row_labels.extend(new if learn else [-100] * len(new))
+
+        def results(facts: list[str]) -> None:
+            others = [f"The {rng.choice(relations)} of {name()} is {value()}." for _ in range(rng.integers(0, 3))]
+            write("<tool_response>" + " ".join(rng.permutation(facts + others)) + "</tool_response>", False)
+
+        while len(row_ids) < length:
+            if rng.random() < 0.3:
+                operation, relation, names, numbers = rng.choice(sorted(OPERATIONS)), rng.choice(relations), [name(), name()], [str(rng.integers(100, 1000)) for _ in range(2)]
+                write(f"<think>{operation}: {relation} of {names[0]}, {relation} of {names[1]}.</think>", False)
+                write(f'<tool_call>{{"name": "search", "arguments": {{"queries": ["{relation} of {names[0]}", "{relation} of {names[1]}"]}}}}</tool_call>', True)
+                facts = [f"The {relation} of {n} is {v}." for n, v in zip(names, numbers)]
+                results(facts)
+                a, b, sign = *numbers, OPERATIONS[operation]
+                code = f"print(abs({a} - {b}))" if sign == "-" else f"print({a} {sign} {b})"
+                write(f'<think>{" ".join(facts)} {operation}: {a}, {b}.</think><tool_call>{{"name": "python", "arguments": {{"code": "{code}"}}}}</tool_call>', True)
+                continue
+            subject, left = name(), list(rng.choice(relations, rng.integers(1, 5)))
+            write(f"<think>{subject}: {', '.join(left)}.</think>", False)
+            while left:
+                write(f'<tool_call>{{"name": "search", "arguments": {{"queries": ["{left[0]} of {subject}"]}}}}</tool_call>', True)
+                found = name() if len(left) > 1 else value()
+                fact = f"The {left.pop(0)} of {subject} is {found}."
+                results([fact])
+                subject = found
+                write(f"<think>{fact} {subject}: {', '.join(left)}.</think>" if left else f"<think>{fact}</think><answer>{found}</answer>", True)
+        ids[row], labels[row] = row_ids[:length], row_labels[:length]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
 def pad(batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids (B, T) and labels (B, T): the explorer's tokens and a tenth of the others."""
     length = max(len(ids) for ids, _ in batch)
@@ -457,6 +512,7 @@ def main():
         if len(batch) * len(transcripts[index][0]) >= args.batch_tokens:
             batches.append(batch)
             batch = []
+    drill_world = World(100 + args.worlds, 5000, "pretrain")
     total = args.drill_steps + args.steps
     start, tokens, queue, average = time.time(), 0, [], {}
     learned = bool(args.init)
@@ -470,12 +526,14 @@ def main():
             group["lr"] = args.learning_rate * warm * (1 / 30 + (1 - 1 / 30) * 0.5 * (1 + math.cos(math.pi * done)))
         # First drills until facts are copied, then transcripts with some drills among them.
         learned = learned or average.get("facts copied", 0) > 0.9 or step >= args.drill_steps
-        if not learned or (done < 0.7 and rng.random() < 0.1):
-            name = "facts" if rng.random() < 0.8 else "spans"
+        if not learned or (done < 0.8 and rng.random() < args.drill_share):
+            name = "plans" if learned and rng.random() < 0.7 else "facts" if rng.random() < 0.8 else "spans"
         else:
             name = "transcripts"
         if name == "spans":
             ids, labels = copy_drill(rng, len(tokenizer), args.batch_tokens // 256, 256)
+        elif name == "plans":
+            ids, labels = plan_drill(rng, chat, drill_world, args.batch_tokens // 256, 256)
         elif name == "facts":
             ids, labels = fact_drill(rng, chat, args.batch_tokens // 256, 256)
         else:

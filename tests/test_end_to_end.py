@@ -98,11 +98,11 @@ def test_bad_input_gives_a_clear_line(arguments, words):
     assert done.returncode != 0 and words in done.stderr
 
 
-def test_a_model_that_learns_to_stop(chat, tmp_path):
-    """The loop raises whatever is rewarded: a reward for short trajectories makes them shorter."""
-    (tmp_path / "short.py").write_text("def short(trajectory):\n    return 1.0 if len(trajectory.turns) == 1 and trajectory.status == 'answered' else 0.0\n")
-    done = launch("--tasks_per_step", 4, "--samples", 8, "--eval_tasks", 0, "--steps", 8, "--max_turns", 4, "--train_tasks", "data/dev.jsonl",
-                  "--reward", f"{tmp_path}/short.py:short", "--out", tmp_path / "run", "--learning_rate", "1e-3")
+def test_the_loop_raises_what_is_rewarded(tmp_path):
+    """A reward for giving an answer within two turns makes such trajectories more frequent."""
+    (tmp_path / "soon.py").write_text("def soon(trajectory):\n    return float(len(trajectory.turns) <= 2 and trajectory.status == 'answered')\n")
+    done = launch("--tasks_per_step", 4, "--samples", 8, "--eval_tasks", 0, "--steps", 9, "--max_turns", 4, "--train_tasks", "data/dev.jsonl",
+                  "--reward", f"{tmp_path}/soon.py:soon", "--out", tmp_path / "run", "--learning_rate", "1e-3", "--warmup", "1")
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = metrics(tmp_path / "run")
-    assert rows[-1]["reward"] > rows[0]["reward"] or rows[-1]["turns"] < rows[0]["turns"]
+    rewards = [m["reward"] for m in metrics(tmp_path / "run")]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
