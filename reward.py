@@ -195,19 +195,22 @@ def advantages(group: list[list[float]]) -> list[list[float]]:
 
 
 def control_negatives(group: list[Reward], ratio: float) -> list[bool]:
-    """Which trajectories of a group stay in the loss: all correct ones, and at most max(1, ratio * correct) of the others.
+    """Which trajectories of a group stay in the loss: all at or above the group's mean reward, and at most
+    max(1, ratio * number of positive ones) of those below it.
 
     Pushing down many wrong trajectories for each right one spreads probability over everything else until entropy runs
-    away or collapses (Kimi-Researcher discards some negative samples for this reason). Format failures are kept first,
-    because they are the mistake whose cause stands in the trajectory itself; the rest in sampling order, which is random.
-    Dropped ones have already informed the baseline, and the loss's denominator is constant.
+    away or collapses (Kimi-Researcher discards some negative samples for this reason). What is pushed down most easily is
+    kept first: format failures, because they are the mistake whose cause stands in the trajectory itself; the rest in
+    sampling order, which is random. A wrong answer in a group of format failures lies above the mean: it is never dropped, so a
+    group without a correct answer still teaches the format. Dropped ones have already informed the baseline, and the
+    loss's denominator is constant.
 
     Args:
         group: rewards of the trajectories of one task.
-        ratio: negatives kept for each positive; infinity keeps all.
+        ratio: negatives kept for each trajectory with a positive reward; infinity keeps all.
     """
-    positives = sum(outcome.total > 0 for outcome in group)
-    allowed = max(1, ratio * positives)
-    order = sorted((k for k, outcome in enumerate(group) if outcome.total <= 0), key=lambda k: group[k].format_ok)
-    kept = {k for rank, k in enumerate(order) if rank < allowed}
-    return [outcome.total > 0 or k in kept for k, outcome in enumerate(group)]
+    mean = sum(outcome.total for outcome in group) / max(1, len(group))
+    negatives = sorted((k for k, outcome in enumerate(group) if outcome.total < mean), key=lambda k: group[k].format_ok)
+    allowed = max(1, ratio * sum(outcome.total > 0 for outcome in group))
+    dropped = {k for rank, k in enumerate(negatives) if rank >= allowed}
+    return [k not in dropped for k in range(len(group))]

@@ -450,7 +450,7 @@ def main():
                         rows += rows_of(t, advantage, engine.version)
                 outcomes += rewards
                 negatives += sum(r.total <= 0 for r in rewards)
-                kept_negatives += sum(keep and r.total <= 0 for r, keep in zip(rewards, kept))
+                kept_negatives += sum(keep for r, keep in zip(rewards, kept) if r.total <= 0)
 
             # 3. The update. The denominator is a constant: no trajectory counts less because it, or another, is long.
             for group in optimizer.param_groups:

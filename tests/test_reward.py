@@ -90,7 +90,7 @@ def test_longer_correct_trajectory_gets_less_than_a_shorter_one():
 def test_negative_control():
     right, wrong, bad = Reward(1, 1, True), Reward(0, 0, True), Reward(-0.5, 0, False)
     assert control_negatives([right, wrong, wrong, wrong, bad], 2) == [True, True, False, False, True]  # format failures first
-    assert control_negatives([wrong, wrong], 2) == [True, False]  # no positive: one stays
+    assert control_negatives([wrong, wrong, bad, bad], 2) == [True, True, True, False]  # no positive: one of those below the mean stays
     assert control_negatives([right, wrong, wrong], float("inf")) == [True] * 3
     for kept in (control_negatives([right] * 4 + [wrong] * n, 0) for n in range(5)):
         assert all(kept[:4])  # positives are never dropped
