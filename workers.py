@@ -28,6 +28,7 @@ from multiprocessing import resource_tracker
 
 import torch
 import torch.multiprocessing
+import transformers
 
 from context import Chat, Segment
 from data.tasks import Task
@@ -257,6 +258,7 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
     die_with_parent(parent)
     torch.set_num_threads(setup.threads)
     keep_memory()
+    transformers.utils.logging.disable_progress_bar()
     channel = Channel(connection)
     try:
         worker = Worker(channel, weights, setup)
