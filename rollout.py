@@ -1,8 +1,25 @@
 """The agent loop and the generation engine: from tasks to trajectories.
 
-`rollout` plays many trajectories at once. The `Engine` under it decodes them together with continuous batching: a slot a
-trajectory, the KV cache of a trajectory kept across its turns (a turn costs its new tokens, not the whole context), a
-finished slot refilled at once, and a slot that waits for a tool out of the batch.
+`play` is the agent loop: many trajectories at once, tools in threads beside it. The `Engine` under it decodes them together
+with continuous batching: a slot a trajectory, the KV cache of a trajectory kept across its turns (a turn costs its new tokens,
+not the whole context), a finished slot refilled at once, and a slot that waits for a tool out of the batch.
+
+The same loop runs in the trainer (`rollout`, --rollout sync) and in rollout processes (workers.py, --rollout async):
+
+    trainer                                             each worker
+    -------                                             -----------
+    queue of trajectories, whole groups, replay buffer  engine, tools in threads
+        trajectories: new, then parked    -- pipe ->    free slots take them
+        a step is full or over budget: hold  ------>    no turn is started any more; the turns under way end
+        replay buffer of unfinished ones  <- pipe --    their state at the turn boundary, in one message
+    reward, advantages, update
+    new weights into shared memory, "go"  -- pipe ->    copied between turns, version and checksum compared;
+                                                        held trajectories go on where they stopped
+        finished trajectories             <- pipe --    each as it ends
+
+Turn-level partial rollout is one condition in `play`: `if not holding()` before turns are started. A turn is atomic: all its
+tokens come from one version of the weights, which is written in it. With --overlap nobody holds for the update: workers
+stop at a turn boundary only to copy new weights.
 
 In: a policy (any `AutoModelForCausalLM`), tasks. Out: `Trajectory` objects with token ids *as sampled*, their log-probs and
 the segments that training sees. Nothing steers decoding: no grammar, no retries, plain sampling from softmax(logits / T).
@@ -11,7 +28,9 @@ To try an idea (another stop rule, another observation), change `finish_turn`.
 
 import concurrent.futures
 import ctypes
+import queue
 import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -24,7 +43,7 @@ from transformers.cache_utils import Cache
 
 from context import MANAGERS, Chat, Segment, extend_segments
 from data.tasks import Task
-from tools import FormatError, Toolbox, parse_action, run_calls, urls_in
+from tools import FormatError, ToolCall, Toolbox, parse_action, run_calls, urls_in
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
@@ -46,6 +65,8 @@ class RolloutArgs:
     corpus: str = field(default="", metadata={"help": "index of your own (data/index.py) for tasks that name no world"})
     live: bool = field(default=False, metadata={"help": "let browse open public addresses of the real web"})
     tool_steps: int = field(default=8, metadata={"help": "tool results and new trajectories join at each so-many-th engine step: together, and at the same step whenever the seed is the same"})
+    tool_timeout_s: float = field(default=60.0, metadata={"help": "seconds after which a turn's tool calls are given up; the policy sees an error, the trajectory is not punished"})
+    trajectory_timeout_s: float = field(default=3600.0, metadata={"help": "seconds of decoding and tools after which a trajectory ends as tool_fault"})
 
 
 @dataclass
@@ -58,6 +79,7 @@ class Turn:
     calls: list[dict] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
     faults: int = 0  # results that were the environment's failure
+    began: float = 0.0  # when its prompt was queued, seconds on the clock that all processes of a machine share
     generate_s: float = 0.0
     tool_s: float = 0.0
 
@@ -66,7 +88,7 @@ class Turn:
 class Trajectory:
     """One attempt at one task. Plain data: it can be pickled at any turn boundary and continued elsewhere."""
     task: Task
-    key: tuple[int, ...]  # (run seed, step, task, attempt): decides its random draws, whoever runs it
+    key: tuple[int, ...]  # (run seed, version, task, index in the group, …): decides its random draws, whoever runs it
     head_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
@@ -334,6 +356,8 @@ def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[i
     prompt = MANAGERS[args.context](trajectory, chat, budget)
     if len(trajectory.turns) >= args.max_turns:
         trajectory.status = "over_turns"
+    elif sum(turn.generate_s + turn.tool_s for turn in trajectory.turns) > args.trajectory_timeout_s:
+        trajectory.status = "tool_fault"  # left out, not punished: slowness is the environment's
     elif len(prompt) + args.max_new_tokens > args.max_context:
         trajectory.status = "over_context"
     else:
@@ -374,12 +398,166 @@ def take_results(trajectory: Trajectory, results: list[tuple[str, bool]], chat: 
         trajectory.status = "tool_fault"
 
 
-def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox: Toolbox, args: RolloutArgs, on_finish=None) -> list[Trajectory]:
-    """Play all trajectories to their end (sync mode) and return them in the order given.
+class ToolThreads:
+    """Threads that run tool calls, at most `most`. One that hangs is given up, replaced, and cannot keep the process from ending."""
 
-    Tool results and new trajectories join at every `args.tool_steps`-th engine step (the engine waits for late results), so
-    prompts are computed in large batches, and batches, and with them every last bit of the log-probs, do not depend on how
-    fast a tool happened to be.
+    def __init__(self, most: int):
+        self.most, self.threads, self.busy = most, 0, 0
+        self.jobs, self.lock, self.news = queue.SimpleQueue(), threading.Lock(), threading.Event()
+        self.lost: set[concurrent.futures.Future] = set()
+
+    def submit(self, function, *arguments) -> concurrent.futures.Future:
+        future = concurrent.futures.Future()
+        with self.lock:
+            self.busy += 1
+            if self.threads < min(self.busy, self.most):
+                self.threads += 1
+                threading.Thread(target=self.work, name="tools", daemon=True).start()
+        self.jobs.put((future, function, arguments))
+        return future
+
+    def work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            future, function, arguments = job
+            result = error = None
+            try:
+                result = function(*arguments)
+            except Exception as exception:
+                error = exception
+            with self.lock:
+                if future in self.lost:  # another thread has taken this one's place
+                    self.lost.discard(future)
+                    return
+                self.busy -= 1
+                future.set_exception(error) if error else future.set_result(result)
+            self.news.set()
+
+    def give_up(self, future: concurrent.futures.Future) -> None:
+        with self.lock:
+            if not future.done():
+                self.lost.add(future)
+                self.threads, self.busy = self.threads - 1, self.busy - 1
+
+    def close(self) -> None:
+        for _ in range(self.threads):
+            self.jobs.put(None)
+
+
+def run_turn(calls: list[ToolCall], tools: dict, replay: list[ToolCall]) -> list[tuple[str, bool]]:
+    """Run one turn's calls.
+
+    A Python session lives in one process, so a trajectory that was continued in another has lost its variables: the first
+    turn that calls `python` there first repeats the code of all earlier turns, in order, and drops the output.
+    """
+    if replay:
+        run_calls(replay, tools)
+    return run_calls(calls, tools)
+
+
+def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, finish, holding=lambda: False, lockstep: bool = False,
+         act=finish_turn) -> None:
+    """The agent loop: plays trajectories until `take` has no more and all have ended.
+
+    Tool results and new trajectories join at every `args.tool_steps`-th engine step, so prompts are computed in large batches.
+
+    Args:
+        take: take(n) gives at most n trajectories to start or to continue, or None when no more will come.
+        finish: called with each trajectory that has ended.
+        holding: asked at each join; while it is true no turn is started. This is all there is to partial rollout and to new
+            weights: once no slot is in the middle of a turn, every trajectory is at a turn boundary.
+        lockstep: wait at each join for all tool results. Batches, and with them every last bit of the log-probs, then do not
+            depend on how fast a tool happened to be (sync mode). Otherwise late results join later.
+        act: reads a finished turn, see `finish_turn`.
+    """
+    waiting: list[tuple[Slot, float, concurrent.futures.Future]] = []  # (slot, since, results)
+    ready: list[Slot] = []  # at a turn boundary
+    replays: dict[Slot, list[ToolCall]] = {}  # python calls of trajectories that were begun elsewhere
+    threads = ToolThreads(len(engine.slots))
+    step, more = 0, True
+
+    def start(row: int, trajectory: Trajectory) -> None:
+        trajectory.head_ids = trajectory.head_ids or chat.head(trajectory.task.question)
+        slot = engine.slots[row] = Slot(trajectory, cached=[])
+        cut_off = trajectory.turns[-1:] if trajectory.turns and not trajectory.turns[-1].results else []  # parked before its tools had answered
+        past = trajectory.turns[:len(trajectory.turns) - len(cut_off)]
+        replays[slot] = [ToolCall(**call) for turn in past for call in turn.calls if call["name"] == "python"]
+        for turn in cut_off:
+            run_tools(slot, [ToolCall(**call) for call in turn.calls])
+        if not cut_off:
+            ready.append(slot)
+
+    def run_tools(slot: Slot, calls: list[ToolCall]) -> None:
+        replay = replays.pop(slot, []) if any(call.name == "python" for call in calls) else []
+        waiting.append((slot, time.perf_counter(), threads.submit(run_turn, calls, toolbox.tools_for(slot.trajectory), replay)))
+
+    def end(slot: Slot) -> None:
+        engine.slots[engine.slots.index(slot)] = None
+        replays.pop(slot, None)
+        toolbox.close(slot.trajectory)
+        finish(slot.trajectory)
+
+    try:
+        while more or any(engine.slots):
+            if step % args.tool_steps == 0:
+                hold = holding()
+                if more and not hold:
+                    rows = engine.free_slots()
+                    arrived = take(len(rows))
+                    more = arrived is not None
+                    for row, trajectory in zip(rows, arrived or []):
+                        start(row, trajectory)
+                for slot, since, future in list(waiting):
+                    if lockstep and not future.done():
+                        clock = time.perf_counter()
+                        concurrent.futures.wait([future], timeout=max(0.0, since + args.tool_timeout_s - clock))
+                        engine.stats["idle_s"] += time.perf_counter() - clock
+                    waited = time.perf_counter() - since
+                    if not future.done() and waited < args.tool_timeout_s:
+                        continue
+                    waiting.remove((slot, since, future))
+                    threads.give_up(future)
+                    trajectory = slot.trajectory
+                    late = [(f"error: no answer within {args.tool_timeout_s:g} s", True)] * len(trajectory.turns[-1].calls)
+                    take_results(trajectory, future.result() if future.done() else late, chat, args)
+                    trajectory.turns[-1].tool_s = waited
+                    if trajectory.status == "running":
+                        ready.append(slot)
+                    else:
+                        end(slot)
+                if not hold:
+                    for slot in ready:
+                        prompt = next_prompt(slot.trajectory, chat, args)
+                        if prompt is None:
+                            end(slot)
+                        else:
+                            engine.start_turn(slot, engine.slots.index(slot), prompt)
+                    ready.clear()
+            if all(slot is None or slot.turn_done for slot in engine.slots):  # nothing to decode: go straight to the next join
+                step = -(-step // args.tool_steps) * args.tool_steps
+                if not lockstep:
+                    clock = time.perf_counter()
+                    threads.news.wait(0.005)
+                    threads.news.clear()
+                    engine.stats["idle_s"] += time.perf_counter() - clock
+                continue
+            ended = engine.step()
+            step += 1
+            for slot in ended:
+                trajectory = slot.trajectory
+                calls = act(trajectory, slot.ids, slot.logprobs, engine.version, chat, toolbox.tools_for(trajectory))
+                trajectory.turns[-1].began, trajectory.turns[-1].generate_s = slot.started, time.perf_counter() - slot.started
+                if calls is None:
+                    end(slot)
+                else:
+                    run_tools(slot, calls)
+    finally:
+        engine.slots = [None] * len(engine.slots)
+        toolbox.close_all()
+        threads.close()
+
+
+def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox: Toolbox, args: RolloutArgs, on_finish=None, act=finish_turn) -> list[Trajectory]:
+    """Play all trajectories to their end in this process, in lockstep (sync mode), and return them in the order given.
 
     Args:
         engine, chat: the policy.
@@ -387,60 +565,7 @@ def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox:
         toolbox: gives each trajectory its tools.
         on_finish: called with each finished trajectory, for a progress bar.
     """
-    queue = list(reversed(trajectories))
-    waiting: list[tuple[Slot, float, concurrent.futures.Future]] = []  # (slot, since, results)
-    step = 0
-
-    def end(slot: Slot) -> None:
-        engine.slots[engine.slots.index(slot)] = None
-        toolbox.close(slot.trajectory)
-        if on_finish:
-            on_finish(slot.trajectory)
-
-    def go_on(slot: Slot) -> None:
-        prompt = next_prompt(slot.trajectory, chat, args)
-        if prompt is None:
-            end(slot)
-        else:
-            engine.start_turn(slot, engine.slots.index(slot), prompt)
-
-    pool = concurrent.futures.ThreadPoolExecutor(max_workers=16, thread_name_prefix="tools")
-    try:
-        while queue or waiting or any(engine.slots):
-            joining = step % args.tool_steps == 0
-            for row in engine.free_slots() if joining else []:
-                if not queue:
-                    break
-                trajectory = queue.pop()
-                trajectory.head_ids = trajectory.head_ids or chat.head(trajectory.task.question)
-                engine.slots[row] = Slot(trajectory, cached=[])
-                go_on(engine.slots[row])
-            while joining and waiting:
-                slot, since, future = waiting.pop(0)
-                clock = time.perf_counter()
-                results = future.result()
-                engine.stats["idle_s"] += time.perf_counter() - clock
-                take_results(slot.trajectory, results, chat, args)
-                slot.trajectory.turns[-1].tool_s = time.perf_counter() - since
-                if slot.trajectory.status == "running":
-                    go_on(slot)
-                else:
-                    end(slot)
-            ended = engine.step()
-            step += 1
-            if all(slot.turn_done for slot in filter(None, engine.slots)):
-                step = -(-step // args.tool_steps) * args.tool_steps  # nothing to decode: go straight to the next join
-            for slot in ended:
-                trajectory = slot.trajectory
-                tools = toolbox.tools_for(trajectory)
-                calls = finish_turn(trajectory, slot.ids, slot.logprobs, engine.version, chat, tools)
-                trajectory.turns[-1].generate_s = time.perf_counter() - slot.started
-                if calls is None:
-                    end(slot)
-                else:
-                    waiting.append((slot, time.perf_counter(), pool.submit(run_calls, calls, tools)))
-    finally:
-        engine.slots = [None] * len(engine.slots)
-        toolbox.close_all()
-        pool.shutdown(wait=False, cancel_futures=True)
+    left = list(reversed(trajectories))
+    play(engine, chat, toolbox, args, lockstep=True, act=act, finish=on_finish or (lambda trajectory: None),
+         take=lambda n: [left.pop() for _ in range(min(n, len(left)))] if left else None)
     return trajectories

@@ -6,7 +6,8 @@ Each step: take some training tasks, play each several times with the current we
     grad J = 1/N * sum over trajectories k, steps i, tokens t of  A(k, i) * grad log pi(token t | everything before it)
 
 with A(k, i) = r_k * gamma**(T_k - i) - leave-one-out baseline, N constant, and only tokens that the current policy sampled.
-No value network, no KL term, no clipping of ratios: data are used once, by the weights that sampled them.
+No value network, no KL term, no clipping of ratios: data are used once, by the weights that sampled them. (With --partial a
+trajectory may be sampled by several versions of the weights; --stale says what happens to the older ones' turns.)
 
 In: a model, a task file. Out: runs/NAME/ with config.json, metrics.jsonl, curves.png, trajectories.jsonl, checkpoint/
 (a plain save_pretrained folder) and state/ (for --resume). To try an idea, look for HACK HERE, in here and in reward.py.
@@ -14,13 +15,19 @@ In: a model, a task file. Out: runs/NAME/ with config.json, metrics.jsonl, curve
     accelerate launch train.py
 """
 
-import contextlib
-import json
-import math
 import os
-import shutil
 import signal
 import sys
+
+if __name__ == "__main__":  # until main() listens: no traceback out of the middle of an import
+    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("train.py: stopped before it began\n"), os._exit(130)))
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -39,8 +46,11 @@ from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
 from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from tools import SIGNATURES, Toolbox
+from workers import Group, Rollouts, Setup, WorkerError, die_with_parent, make_group, where_it_failed
 
 DATA = Path(__file__).resolve().parent / "data"
+IS_CAP = 2.0  # --stale is: an importance ratio counts at most so much
+END_S = 8.0  # after a signal the process is gone at the latest so many seconds later
 
 
 @dataclass
@@ -65,7 +75,14 @@ class TrainArgs:
     reward: str = field(default="", metadata={"help": "file.py:function, a reward of your own"})
     nominal_tokens: int = field(default=128, metadata={"help": "sampled tokens a trajectory, for the constant denominator of the loss"})
     micro_tokens: int = field(default=4096, metadata={"help": "padded tokens in one forward and backward pass"})
-    stale: str = field(default="mask", metadata={"help": "mask: only turns sampled by the current weights reach the loss"})
+    rollout: str = field(default="sync", metadata={"help": "sync: trajectories are played in this process, the same ones at each repetition; async: in rollout processes"})
+    workers: int = field(default=0, metadata={"help": "rollout processes of each rank with --rollout async (0: one a core on CPUs, one on a GPU)"})
+    partial: bool = field(default=False, metadata={"help": "async: a step ends when tasks_per_step groups are whole or its budget is over; the others are parked at a turn boundary and continued by the next weights"})
+    budget_s: float = field(default=0.0, metadata={"help": "partial: seconds of rollout after which a step ends with the groups that are whole (at least one; 0: no limit)"})
+    budget_tokens: int = field(default=0, metadata={"help": "partial: the same in sampled tokens of one rank"})
+    max_age: int = field(default=4, metadata={"help": "partial: a group begun so many steps ago is waited for, whatever the budget"})
+    overlap: bool = field(default=False, metadata={"help": "partial: workers go on during the update, with the weights they have, and take the new ones between turns"})
+    stale: str = field(default="mask", metadata={"help": "turns sampled by older weights: mask leaves them out of the loss, is weights each token by min(2, p_now / p_sampler), keep trains on them as they are"})
     check_logprobs: bool = field(default=False, metadata={"help": "before each update compare trainer and sampler log-probs; stop if they differ by more than 1e-4"})
     eval_every: int = field(default=10, metadata={"help": "steps between evaluations on dev (0: never)"})
     eval_tasks: int = field(default=128, metadata={"help": "test tasks before and after, half as many dev tasks in between (0: no evaluation)"})
@@ -104,19 +121,21 @@ class Row:
     """A segment with the advantage of each of its tokens; 0 means not in the loss."""
     segment: Segment
     weights: list[float]
+    correct: list[bool] = field(default_factory=list)  # tokens whose weight is to be multiplied by an importance ratio; empty: none
 
 
-def rows_of(trajectory: Trajectory, step_advantages: list[float], version: int) -> list[Row]:
+def rows_of(trajectory: Trajectory, step_advantages: list[float], version: int, stale: str = "mask") -> list[Row]:
     """The rows that training sees of a trajectory.
 
-    Prompt and observation tokens (turn -1) and turns of older policy versions get no weight. A turn that stands in several
-    segments (the context manager opened a new one) is trained only in the segment where it was sampled.
+    Prompt and observation tokens (turn -1) get no weight, and with `mask` neither do turns of older policy versions. A turn that
+    stands in several segments (the context manager opened a new one) is trained only in the segment where it was sampled.
     """
     rows = []
     for segment in trajectory.segments:
-        weights = [step_advantages[turn] if turn >= 0 and trajectory.turns[turn].version == version else 0.0 for turn in segment.turn_of]
+        old = [turn >= 0 and trajectory.turns[turn].version != version for turn in segment.turn_of]
+        weights = [step_advantages[turn] if turn >= 0 and not (is_old and stale == "mask") else 0.0 for turn, is_old in zip(segment.turn_of, old)]
         if any(weights):
-            rows.append(Row(segment, weights))
+            rows.append(Row(segment, weights, old if stale == "is" and any(old) else []))
     return rows
 
 
@@ -139,6 +158,23 @@ def collate(rows: list[Row], device) -> tuple[torch.Tensor, torch.Tensor]:
         ids[b, :len(row.segment.ids)] = torch.tensor(row.segment.ids)
         weights[b, :len(row.weights)] = torch.tensor(row.weights)
     return ids.to(device), weights.to(device)
+
+
+def importance(rows: list[Row], wanted: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """Truncated importance ratios of the tokens in the loss: min(IS_CAP, p_now / p_sampler) for stale ones, exactly 1 for the others.
+
+    Args:
+        wanted: (B, T) bool. logprobs: (wanted tokens,), of the policy now.
+    """
+    ratios = torch.ones_like(logprobs)
+    if any(row.correct for row in rows):
+        sampled, stale = torch.zeros(wanted.shape), torch.zeros(wanted.shape, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            sampled[b, :len(row.segment.logprobs)] = torch.tensor(row.segment.logprobs)
+            stale[b, :len(row.correct)] = torch.tensor(row.correct, dtype=torch.bool)
+        sampled, stale = sampled.to(wanted.device)[wanted], stale.to(wanted.device)[wanted]
+        ratios[stale] = (logprobs.detach() - sampled).exp().clamp(max=IS_CAP)[stale]
+    return ratios
 
 
 def update(policy, optimizer, accelerator: Accelerator, rows: list[Row], denominator: float, args: TrainArgs) -> float | None:
@@ -164,7 +200,8 @@ def update(policy, optimizer, accelerator: Accelerator, rows: list[Row], denomin
             with accelerator.autocast():
                 logprobs = policy(ids, wanted)
                 # HACK HERE: the loss. J is maximised, hence the minus; x num_processes, for data parallelism takes the mean.
-                loss = -(logprobs * weights[wanted]).sum() / denominator * accelerator.num_processes
+                ratios = importance(batches[number], wanted, logprobs) if number < len(batches) else 1.0
+                loss = -(logprobs * ratios * weights[wanted]).sum() / denominator * accelerator.num_processes
             accelerator.backward(loss)
     norm = float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
     if math.isfinite(norm):
@@ -174,10 +211,10 @@ def update(policy, optimizer, accelerator: Accelerator, rows: list[Row], denomin
 
 
 @torch.no_grad()
-def logprob_gap(policy, trajectories: list[Trajectory], micro_tokens: int, device) -> float:
-    """Largest |trainer - sampler| over the log-probs of all sampled tokens. On-policy means this is rounding error."""
+def logprob_gap(policy, trajectories: list[Trajectory], micro_tokens: int, device, version: int = 0) -> float:
+    """Largest |trainer - sampler| over the log-probs of all tokens that this version of the weights sampled: rounding error."""
     gap = 0.0
-    rows = [Row(segment, [float(turn >= 0) for turn in segment.turn_of]) for t in trajectories for segment in t.segments]
+    rows = [row for t in trajectories for row in rows_of(t, [1.0] * len(t.turns), version)]
     for batch in micro_batches(rows, micro_tokens):
         ids, weights = collate(batch, device)
         sampled = torch.tensor([value for row in batch for value, weight in zip(row.segment.logprobs, row.weights) if weight], device=device)
@@ -188,14 +225,15 @@ def logprob_gap(policy, trajectories: list[Trajectory], micro_tokens: int, devic
 
 # -------------------------------------------------------------------------------------------------------- bookkeeping
 
+def task_at(tasks: list[Task], position: int, seed: int) -> Task:
+    """The stream of training tasks, from position 0 on: each epoch is a new permutation, so a resumed run draws the same ones."""
+    epoch, index = divmod(position, len(tasks))
+    return tasks[np.random.default_rng([seed, epoch]).permutation(len(tasks))[index]]
+
+
 def tasks_of_step(tasks: list[Task], step: int, count: int, seed: int) -> list[Task]:
-    """The tasks of a step (from 0): each epoch is a new permutation, so a resumed run draws the same ones."""
-    order = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, index = divmod(position, len(tasks))
-        if not order or order[0] != epoch:
-            order = [epoch, np.random.default_rng([seed, epoch]).permutation(len(tasks))]
-        yield tasks[order[1][index]]
+    """The tasks of a step (from 0)."""
+    return [task_at(tasks, position, seed) for position in range(step * count, (step + 1) * count)]
 
 
 def learning_rate_at(step: int, args: TrainArgs) -> float:
@@ -221,20 +259,33 @@ def save_atomically(folder: Path, write) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save(out: Path, step: int, policy, optimizer, chat: Chat) -> None:
-    """Write checkpoint/ (for users) and state/ (for --resume); the last two states are kept, in case one is damaged."""
+def save(out: Path, step: int, policy, optimizer, chat: Chat, rollouts: list) -> None:
+    """Write checkpoint/ (for users) and state/ (for --resume); the last two states are kept, in case one is damaged.
+
+    A state is one file whose name holds the start of its SHA-256: it appears whole, under its final name, or not at all.
+
+    Args:
+        rollouts: `Rollouts.state()` of each rank, None in sync mode.
+    """
     model = policy.model
     save_atomically(out / "checkpoint", lambda folder: (model.save_pretrained(folder), chat.tokenizer.save_pretrained(folder)))
     (out / "state").mkdir(exist_ok=True)
     temporary = out / "state" / "saving"
     try:
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
+        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rollouts": rollouts}, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, out / "state" / f"step-{step:06d}-{sha256(temporary)}.pt")
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    os.replace(temporary, out / "state" / f"step-{step:06d}.pt")
-    for old in sorted((out / "state").glob("step-*.pt"))[:-2]:
+    for old in sorted((out / "state").glob("step-*.pt"), key=lambda path: path.name[:11])[:-2]:
         old.unlink()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_state(out: Path) -> dict:
@@ -245,17 +296,32 @@ def load_state(out: Path) -> dict:
     """
     for path in sorted((out / "state").glob("step-*.pt"), reverse=True):
         try:
+            if path.stem != f"{path.stem[:11]}-{sha256(path)}":
+                raise ValueError("checksum")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            print(f"{path} is damaged ({type(error).__name__}): trying the one before", file=sys.stderr)
+            print(f"{path} is damaged ({type(error).__name__}: {str(error)[:60]}): trying the one before", file=sys.stderr)
     raise FileNotFoundError(f"--resume: no whole state in {out}/state; start anew with --out")
+
+
+def share_of(states: list, rank: int, ranks: int) -> dict | None:
+    """What this rank has to go on with of the `Rollouts.state()`s in a checkpoint, None if they hold nothing. With another number of
+    ranks than before the groups are dealt out anew, and new tasks begin after the furthest one."""
+    states = [state for state in states if state]
+    if not states:
+        return None
+    if len(states) == ranks:
+        return states[rank]
+    groups = [group for state in states for group in state["groups"]]
+    return {"next_number": -(-max(state["next_number"] for state in states) * len(states) // ranks), "groups": groups[rank::ranks]}
 
 
 def cut_lines(path: Path, last_step: int) -> None:
     """Drop the lines of steps after `last_step` from a JSON-lines file: those steps will be done again."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= last_step]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        path.with_name(path.name + ".new").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        os.replace(path.with_name(path.name + ".new"), path)
 
 
 def draw_curves(out: Path) -> None:
@@ -320,16 +386,43 @@ def start_ranks() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv])
 
 
-def use_threads(threads: int, processes: int) -> None:
-    """All cores, shared by the processes of this machine: accelerate's launcher would leave it at one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // processes))
+def cores_of(processes: int) -> int:
+    """CPU cores for one of so many processes on this machine."""
+    return max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // processes)
+
+
+def end_on_signals() -> None:
+    """Ctrl-C, SIGTERM and a closed terminal end the run once, in order, and in END_S seconds at the latest, come what may."""
+    def stop(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
+        last_resort = threading.Timer(END_S, lambda: (sys.stderr.write("train.py: stopped, in the middle of something that did not end\n"), os._exit(1)))
+        last_resort.daemon = True
+        last_resort.start()
+        raise KeyboardInterrupt
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, stop)
+    # A launcher that is killed does not end what it has started: Linux then sends us SIGTERM.
+    parent = psutil.Process().parent()
+    if parent and {Path(word).name for word in parent.cmdline()} & {"accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}:
+        die_with_parent(parent.pid, signal.SIGTERM)
 
 
 def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
     """Raises ValueError with one clear line for a flag that cannot work."""
-    if args.stale != "mask":
-        raise ValueError(f"--stale {args.stale}: only 'mask' (strictly on-policy) exists so far")
+    if args.stale not in ("mask", "is", "keep"):
+        raise ValueError(f"--stale {args.stale}: choose mask, is or keep")
+    if args.rollout not in ("sync", "async"):
+        raise ValueError(f"--rollout {args.rollout}: choose sync or async")
+    if args.partial and args.rollout != "async":
+        raise ValueError("--partial needs --rollout async")
+    if not args.partial and (args.overlap or args.budget_s or args.budget_tokens):
+        raise ValueError("--overlap, --budget_s and --budget_tokens need --partial")
+    for name in ("workers", "budget_s", "budget_tokens"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must not be negative")
+    if args.max_age < 1:
+        raise ValueError("--max_age must be at least 1")
     if rollout_args.temperature <= 0:
         raise ValueError("--temperature must be above 0 in training: greedy decoding has no log-probs to learn from")
     for name in ("steps", "tasks_per_step", "samples", "micro_tokens", "save_every", "warmup"):
@@ -343,11 +436,14 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
 
 def main():
     args, rollout_args = parse_flags((TrainArgs, RolloutArgs), __doc__)
+    end_on_signals()
     start_ranks()
     keep_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.log_with or None, mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device, is_main = accelerator.device, accelerator.is_main_process
-    use_threads(args.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    cores = cores_of(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(args.threads or cores)  # accelerate's launcher would leave it at one
     try:
         out = choose_folder(args)
         state = None
@@ -386,6 +482,7 @@ def main():
     engine = Engine(model, chat.end_id, rollout_args.slots, rollout_args.max_context, rollout_args.max_new_tokens,
                     rollout_args.temperature, chat.before_question)
     engine.new_weights(first_step)
+    mine = len(range(rank, args.tasks_per_step, ranks))  # this process's share of the tasks of a step
     if args.log_with:
         accelerator.init_trackers("nano-researcher", config=asdict(args) | asdict(rollout_args))
     if is_main:
@@ -395,14 +492,47 @@ def main():
         (out / "config.json").write_text(json.dumps(asdict(args) | asdict(rollout_args), indent=1))
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tasks)} training tasks, run folder {out}")
 
+    def bar(count: int, title: str):
+        return tqdm(total=count, desc=title, unit="trajectory", leave=False, disable=not is_main, mininterval=0.5)
+
     def play(trajectories: list[Trajectory], title: str) -> list[Trajectory]:
-        """Play this process's trajectories to their end, with a progress bar."""
-        with tqdm(total=len(trajectories), desc=title, unit="trajectory", leave=False, disable=not is_main, mininterval=0.5) as bar:
-            return rollout(engine, chat, trajectories, toolbox, rollout_args, on_finish=lambda _: bar.update())
+        """Play this process's trajectories to their end, in this process."""
+        with bar(len(trajectories), title) as progress:
+            return rollout(engine, chat, trajectories, toolbox, rollout_args, on_finish=lambda _: progress.update())
+
+    def sync_groups(step: int) -> list[Group]:
+        """This process's groups of a step, played by the current weights."""
+        tasks = tasks_of_step(train_tasks, step, args.tasks_per_step, args.seed)[rank::ranks]
+        groups = [Group(number, step, [Trajectory(task, trajectory_key(args.seed, step, task, attempt)) for attempt in range(args.samples)])
+                  for number, task in enumerate(tasks)]
+        play([t for group in groups for t in group.trajectories], "rollout")
+        return groups
+
+    def async_groups(step: int) -> list[Group]:
+        """The groups that this process's workers have made whole."""
+        with bar(mine * args.samples, "rollout") as progress:
+            return pool.collect(step, on_finish=lambda _: progress.update())
+
+    def score(trajectory: Trajectory):
+        try:
+            return reward_of(trajectory) if args.reward else reward_of(trajectory, args.format_penalty)
+        except Exception as error:  # never a silent 0: a broken reward stops the run
+            sys.exit(f"train.py: the reward failed on task {trajectory.task.id!r}: {where_it_failed(error)}")
+
+    def next_group(n: int, version: int) -> Group:
+        position = n * ranks + rank
+        return make_group(task_at(train_tasks, position, args.seed), position, version, args.samples, args.seed)
+
+    def start_workers() -> Rollouts:
+        """This process's rollout workers, with what an earlier run had under way."""
+        on_cpu = device.type == "cpu"
+        count = args.workers or (cores if on_cpu else 1)
+        setup = Setup(args.model, rollout_args, str(device), max(1, cores // count) if on_cpu else 1)
+        return Rollouts(model, setup, count, next_group, mine, args.partial, args.overlap, args.budget_s, args.budget_tokens, args.max_age,
+                        first_step, share_of(state.get("rollouts", []) if state else [], rank, ranks) or {"next_number": first_step * mine, "groups": []})
 
     def evaluate_on(split: str, tasks: list[Task], step: int) -> dict | None:
-        mine = tasks[accelerator.process_index::accelerator.num_processes]
-        played = gather_object(play(make_trajectories(mine, 1, args.seed, 1_000_000), f"evaluate on {split}"))
+        played = gather_object(play(make_trajectories(tasks[rank::ranks], 1, args.seed, 1_000_000), f"evaluate on {split}"))
         result = summarise(played, {"step": step, "split": split}, args.seed)
         if is_main:
             with open(out / "evaluations.jsonl", "a") as file:
@@ -410,13 +540,11 @@ def main():
             accelerator.log({f"{split}/pass@1": result["pass@1"]}, step=step)
         return result
 
-    def stop(number, frame):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
-
-    before = after = None
+    before = after = pool = None
     done, skipped, updating = first_step, 0, False
     try:
+        if args.rollout == "async":
+            pool = start_workers()
         if test_tasks and first_step == 0:
             before = evaluate_on("test", test_tasks, 0)
             if is_main:
@@ -424,15 +552,15 @@ def main():
                       f"{before['pass@1_ci'][0]:.1%} to {before['pass@1_ci'][1]:.1%}, {before['n']} test tasks)", flush=True)
         progress = tqdm(range(first_step, args.steps), desc="train", initial=first_step, total=args.steps, disable=not is_main)
         for step in progress:
-            # 1. Rollouts: every task of the step several times, by the current weights.
+            # 1. Rollouts: every task of the step several times, by the current weights (or partly by older ones, see --partial).
             clock = time.perf_counter()
-            tasks = list(tasks_of_step(train_tasks, step, args.tasks_per_step, args.seed))[accelerator.process_index::accelerator.num_processes]
-            trajectories = [Trajectory(task, trajectory_key(args.seed, step, task, attempt)) for task in tasks for attempt in range(args.samples)]
             idle_before = engine.stats["idle_s"]
-            play(trajectories, "rollout")
-            rollout_s, idle_s = time.perf_counter() - clock, engine.stats["idle_s"] - idle_before
+            groups = async_groups(step) if pool else sync_groups(step)
+            trajectories = [t for group in groups for t in group.trajectories]
+            rollout_s = time.perf_counter() - clock
+            idle_share = pool.idle_share if pool else (engine.stats["idle_s"] - idle_before) / rollout_s
             if args.check_logprobs:
-                gap = logprob_gap(accelerator.unwrap_model(policy), trajectories, args.micro_tokens, device)
+                gap = logprob_gap(accelerator.unwrap_model(policy), trajectories, args.micro_tokens, device, step)
                 print(f"step {step + 1}: largest |trainer - sampler| log-prob {gap:.1e}", flush=True)
                 if gap > 1e-4 and device.type == "cpu":
                     sys.exit("train.py: trainer and sampler disagree by more than 1e-4: the data would not be on-policy")
@@ -440,14 +568,13 @@ def main():
             # 2. Rewards and advantages, group by group; some negatives are discarded after they informed the baseline.
             clock = time.perf_counter()
             rows, outcomes, negatives, kept_negatives = [], [], 0, 0
-            for first in range(0, len(trajectories), args.samples):
-                group = [t for t in trajectories[first:first + args.samples] if t.status != "tool_fault"]
-                rewards = [reward_of(t, args.format_penalty) if not args.reward else reward_of(t) for t in group]
+            for group in ([t for t in group.trajectories if t.status != "tool_fault"] for group in groups):
+                rewards = [score(t) for t in group]
                 steps_of = [step_rewards(r, len(t.turns), args.gamma) for r, t in zip(rewards, group)]
                 kept = control_negatives(rewards, args.negatives)
                 for t, advantage, keep in zip(group, advantages(steps_of), kept):
                     if keep:
-                        rows += rows_of(t, advantage, engine.version)
+                        rows += rows_of(t, advantage, step, args.stale)
                 outcomes += rewards
                 negatives += sum(r.total <= 0 for r in rewards)
                 kept_negatives += sum(keep for r, keep in zip(rewards, kept) if r.total <= 0)
@@ -458,9 +585,10 @@ def main():
             denominator = args.tasks_per_step * args.samples * args.nominal_tokens
             updating = True
             norm = update(policy, optimizer, accelerator, rows, denominator, args)
-            updating = False
-            done = step + 1
-            engine.new_weights(done)
+            engine.new_weights(step + 1)
+            if pool:
+                pool.publish(model, step + 1)
+            done, updating = step + 1, False
             train_s = time.perf_counter() - clock
             skipped = skipped + 1 if norm is None else 0
             if norm is None and is_main:
@@ -471,26 +599,31 @@ def main():
             # 4. Bookkeeping.
             turns = [turn for t in trajectories for turn in t.turns]
             sampled = [-p for turn in turns for p in turn.logprobs]  # its mean is an unbiased estimate of the entropy
+            ages = Counter()  # sampled tokens by how many updates old the weights were that sampled them
+            for turn in turns:
+                ages[done - 1 - turn.version] += len(turn.action_ids)
             local = {"trajectories": len(trajectories), "reward": sum(o.total for o in outcomes), "outcomes": len(outcomes),
                      "right": sum(o.correct for o in outcomes), "turns": len(turns), "tokens": len(sampled), "surprise": sum(sampled),
-                     "negatives": negatives, "kept": kept_negatives, "rollout_s": rollout_s, "idle_s": idle_s,
-                     "stale": sum(len(turn.action_ids) for turn in turns if turn.version != done - 1),
-                     "status": dict(Counter(t.status for t in trajectories)), "error": dict(Counter(t.error for t in trajectories if t.error))}
+                     "negatives": negatives, "kept": kept_negatives, "idle_share": idle_share,
+                     "in_loss": sum(sum(map(bool, row.weights)) for row in rows), "parked": pool.parked() if pool else 0,
+                     "restarts": pool.restarts if pool else 0, "ages": dict(ages), "status": dict(Counter(t.status for t in trajectories)), "error": dict(Counter(t.error for t in trajectories if t.error))}
             parts = gather_object([local])
-            total = {key: sum(part[key] for part in parts) for key in local if key not in ("status", "error")}
-            status = sum((Counter(part["status"]) for part in parts), Counter())
+            total = {key: sum(part[key] for part in parts) for key in local if key not in ("status", "error", "ages")}
+            status, errors, ages = (sum((Counter(part[key]) for part in parts), Counter()) for key in ("status", "error", "ages"))
+            tokens = max(1, total["tokens"])
             metrics = {
                 "step": done, "reward": total["reward"] / max(1, total["outcomes"]), "pass_rate": total["right"] / total["trajectories"],
                 "turns": total["turns"] / total["trajectories"], "tokens": total["tokens"] / total["trajectories"],
-                "entropy": total["surprise"] / max(1, total["tokens"]), "kept_negatives": total["kept"] / max(1, total["negatives"]),
-                "stale_share": total["stale"] / max(1, total["tokens"]), "parked": 0, "idle_share": total["idle_s"] / total["rollout_s"],
-                "learning_rate": optimizer.param_groups[0]["lr"], "rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": total["tokens"] / rollout_s, "grad_norm": norm,
-                "status": dict(status), "format_errors": dict(sum((Counter(part["error"]) for part in parts), Counter()))}
+                "entropy": total["surprise"] / tokens, "kept_negatives": total["kept"] / max(1, total["negatives"]),
+                "stale_share": 1 - ages[0] / tokens, "staleness": {str(age): count / tokens for age, count in sorted(ages.items())},
+                "trained_share": total["in_loss"] / tokens, "parked": total["parked"], "idle_share": total["idle_share"] / ranks,
+                "restarts": total["restarts"], "learning_rate": optimizer.param_groups[0]["lr"], "rollout_s": rollout_s, "train_s": train_s, "tokens_per_s": total["tokens"] / rollout_s, "grad_norm": norm,
+                "status": dict(status), "format_errors": dict(errors)}
             if is_main:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(metrics) + "\n")
                 with open(out / "trajectories.jsonl", "a", encoding="utf-8") as file:
-                    for t in trajectories[::args.samples]:
+                    for t in (group.trajectories[0] for group in groups):
                         file.write(json.dumps({"step": done, "id": t.task.id, "question": t.task.question, "truth": t.task.answer,
                                                "answer": t.answer, "status": t.status, "error": t.error, "turns": len(t.turns),
                                                "text": chat.decode(t.segments[-1].ids)}) + "\n")
@@ -499,9 +632,11 @@ def main():
             accelerator.log({key: value for key, value in metrics.items() if isinstance(value, (int, float))}, step=done)
             if dev_tasks and done % args.eval_every == 0 and done < args.steps:
                 evaluate_on("dev", dev_tasks, done)
-            if is_main and (done % args.save_every == 0 or done == args.steps):
-                save(out, done, accelerator.unwrap_model(policy), optimizer, chat)
-                draw_curves(out)
+            if done % args.save_every == 0 or done == args.steps:
+                under_way = gather_object([pool.state() if pool else None])
+                if is_main:
+                    save(out, done, accelerator.unwrap_model(policy), optimizer, chat, under_way)
+                    draw_curves(out)
         progress.close()
         if test_tasks:
             if dev_tasks:
@@ -514,12 +649,17 @@ def main():
                 print(f"held-out Pass@1: {start}{after['pass@1']:.1%} after {done} steps ({after['n']} test tasks, one sample each; "
                       f"for more: python evaluate.py --model {out}/checkpoint)")
     except KeyboardInterrupt:
-        if is_main and not updating and done > first_step:
-            save(out, done, accelerator.unwrap_model(policy), optimizer, chat)
-        sys.exit(f"train.py: stopped after step {done}; go on with: accelerate launch train.py --resume {out}" if is_main else 130)
+        if is_main and not updating and done > first_step and (ranks == 1 or not pool):  # other ranks' parked work cannot be asked for now
+            save(out, done, accelerator.unwrap_model(policy), optimizer, chat, [pool.state(ask=False) if pool else None])
+        how = f"go on with: accelerate launch train.py --resume {out}" if any((out / "state").glob("step-*.pt")) else "nothing to go on with was saved yet"
+        sys.exit(f"train.py: stopped after step {done}; {how}" if is_main else 130)
+    except WorkerError as error:
+        sys.exit(f"train.py: {error}; the last whole checkpoint is kept, go on with --resume {out}")
     except OSError as error:
         sys.exit(f"train.py: {error.strerror or error} ({error.filename or out}); the last whole checkpoint is kept, go on with --resume {out}")
     finally:
+        if pool:
+            pool.close()
         if args.log_with:
             accelerator.end_training()
         if torch.distributed.is_initialized():
@@ -527,4 +667,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped before the first step")

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from context import Segment
 from data.tasks import Task
 from rollout import RolloutArgs, Trajectory, Turn
-from train import Policy, Row, TrainArgs, check_args, collate, cut_lines, load_state, micro_batches, rows_of, save_atomically, tasks_of_step, update
+from train import Policy, Row, TrainArgs, check_args, collate, cut_lines, load_state, micro_batches, rows_of, save_atomically, sha256, share_of, tasks_of_step, update
 
 
 def made_up_rows(count, seed=0, vocabulary=2000):
@@ -145,10 +146,15 @@ def test_a_failed_save_keeps_the_old_folder(tmp_path):
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
     (tmp_path / "state").mkdir()
-    torch.save({"step": 1}, tmp_path / "state" / "step-000001.pt")
-    (tmp_path / "state" / "step-000002.pt").write_bytes(b"torn")
+    torch.save({"step": 1}, tmp_path / "good")
+    digest = sha256(tmp_path / "good")
+    os.replace(tmp_path / "good", tmp_path / "state" / f"step-000001-{digest}.pt")
+    (tmp_path / "state" / "step-000002-0123456789abcdef.pt").write_bytes(b"torn")
+    changed = bytearray((tmp_path / "state" / f"step-000001-{digest}.pt").read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (tmp_path / "state" / f"step-000003-{digest}.pt").write_bytes(changed)
     assert load_state(tmp_path) == {"step": 1}
-    assert "damaged" in capsys.readouterr().err
+    assert capsys.readouterr().err.count(" is damaged ") == 2
     with pytest.raises(FileNotFoundError, match="start anew"):
         load_state(tmp_path / "absent")
 
@@ -160,7 +166,7 @@ def test_lines_of_undone_steps_are_cut(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("changes, rollout_changes", [(dict(stale="keep"), {}), ({}, dict(temperature=0.0)), (dict(samples=0), {}), (dict(gamma=0.0), {})])
+@pytest.mark.parametrize("changes, rollout_changes", [(dict(stale="some"), {}), (dict(partial=True), {}), (dict(rollout="async", overlap=True), {}), (dict(rollout="async", partial=True, max_age=0), {}), ({}, dict(temperature=0.0)), (dict(samples=0), {}), (dict(gamma=0.0), {})])
 def test_flags_that_cannot_work(changes, rollout_changes):
     with pytest.raises(ValueError, match="--"):
         check_args(TrainArgs(**changes), RolloutArgs(**rollout_changes))

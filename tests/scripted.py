@@ -1,0 +1,70 @@
+"""A scripted environment for tests and benches: real decoding, but the task says how many turns a trajectory takes and how long
+its tool takes. Every turn calls `wait`, which sleeps; the last one answers. What the policy writes is recorded and not read.
+
+In: tasks with meta["turns"], the number of turns of each attempt, and meta["latency_s"], the same for every call or "heavy".
+"""
+
+import time
+import zlib
+
+import numpy as np
+
+from data.tasks import Task
+from rollout import Trajectory, Turn
+from tools import ToolCall
+
+
+def heavy_latency(rng) -> float:
+    """Seconds: log-normal with median 50 ms; sigma 1.586 puts 1% above 2 s; cut at 5 s."""
+    return min(5.0, 0.05 * float(np.exp(1.586 * rng.standard_normal())))
+
+
+def heavy_turns(rng) -> int:
+    """1 to 50 turns: log-normal with median 4, so that one trajectory in fifty takes more than 25."""
+    return int(np.clip(np.ceil(4 * np.exp(0.95 * rng.standard_normal())), 1, 50))
+
+
+def scripted_tasks(count: int, samples: int, seed: int = 0, turns=heavy_turns, latency_s: float | str = "heavy") -> list[Task]:
+    rng = np.random.default_rng(seed)
+    return [Task(f"scripted-{number}", f"How many steps does number {number} take?", "", family="scripted",
+                 meta={"turns": [turns(rng) for _ in range(samples)], "latency_s": latency_s}) for number in range(count)]
+
+
+def turns_of(trajectory: Trajectory) -> int:
+    return trajectory.task.meta["turns"][trajectory.key[3]]
+
+
+def scripted_turn(trajectory: Trajectory, ids: list[int], logprobs: list[float], version: int, chat, tools: dict) -> list | None:
+    """In the place of rollout.finish_turn."""
+    trajectory.segments[-1].append(ids, len(trajectory.turns), logprobs)
+    turn = Turn(ids, logprobs, version)
+    trajectory.turns.append(turn)
+    if len(trajectory.turns) >= turns_of(trajectory):
+        trajectory.status, trajectory.answer = "answered", ""
+        return None
+    latency_s = trajectory.task.meta["latency_s"]
+    if latency_s == "heavy":  # the same call takes the same time, whoever makes it and however often
+        latency_s = heavy_latency(np.random.default_rng([zlib.crc32(trajectory.task.id.encode()), trajectory.key[3], len(trajectory.turns)]))
+    turn.calls = [{"name": "wait", "arguments": {"seconds": latency_s}}]
+    return [ToolCall(**call) for call in turn.calls]
+
+
+def wait(seconds: float) -> str:
+    time.sleep(seconds)
+    return "waited"
+
+
+class ScriptedToolbox:
+    """In the place of tools.Toolbox."""
+
+    def __init__(self, args=None):
+        pass
+
+    def tools_for(self, trajectory) -> dict:
+        return {"wait": wait}
+
+    def close(self, trajectory) -> None:
+        pass
+
+    def close_all(self) -> None:
+        pass
