@@ -23,9 +23,9 @@ def decode_all(engine, prompts, tasks):
         for row in engine.free_slots():
             if queue:
                 number, prompt = queue.pop(0)
-                engine.slots[row] = Slot(Trajectory(tasks[0], (0, number)), cached=[])
+                engine.slots[row] = Slot(Trajectory(tasks[0], (0, number)))
                 running[engine.slots[row]] = number
-                engine.start_turn(engine.slots[row], row, prompt)
+                engine.start_turn(engine.slots[row], prompt)
         for slot in engine.step():
             done[running.pop(slot)] = slot
             engine.slots[engine.slots.index(slot)] = None
@@ -61,10 +61,10 @@ def test_a_cached_turn_equals_a_fresh_one_and_new_weights_void_the_cache(tiny, c
     args = RolloutArgs(slots=2, temperature=0.0, max_new_tokens=8, max_context=400)
     engine, prompt = make_engine(tiny, args), list(range(300, 340))
     engine.end_id = -1
-    slot = engine.slots[0] = Slot(Trajectory(dev_tasks[0], (0,)), cached=[])
+    slot = engine.slots[0] = Slot(Trajectory(dev_tasks[0], (0,)))
 
     def turn(ids):
-        engine.start_turn(slot, engine.slots.index(slot), ids)
+        engine.start_turn(slot, ids)
         while not slot.turn_done:
             engine.step()
         return slot.ids
