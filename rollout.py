@@ -14,6 +14,7 @@ import ctypes
 import inspect
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ from tools import FormatError, Toolbox, parse_action, run_calls, urls_in
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
 PREFILL_TOKENS = 2048  # of prompts in one pass, padding included
+PADDING_TOKENS = 64  # in one pass of prompts: more cost more than another pass does
+TRACED_ROWS = 16  # decoding passes of up to so many rows are replayed from a trace: of more rows, Python is a small part
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
 
 
@@ -200,6 +203,25 @@ AttentionInterface.register("slots", slot_attention)
 AttentionMaskInterface.register("slots", sdpa_mask)  # for passes that are not the engine's: as for "sdpa"
 
 
+class DecodeStep(torch.nn.Module):
+    """The model's pass over one token of each of the first B rows, as a function of tensors alone, so that it can be traced.
+
+    A trace replays the same operations on the same weights without the Python between them: 1.5 ms a pass of the nano
+    model, which is half of it where few rows are left to decode.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, positions, mask, targets, *tensors):
+        cache = SlotCache(0, 0)
+        cache.keys, cache.values = tensors[:len(tensors) // 2], tensors[len(tensors) // 2:]
+        cache.rows, cache.rows_tensor = slice(0, ids.shape[0]), torch.arange(ids.shape[0])
+        cache.positions, cache.length = targets, mask.shape[-1]
+        return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+
 @dataclass(eq=False)
 class Slot:
     """A trajectory in flight, as the engine sees it."""
@@ -246,11 +268,13 @@ class Engine:
         self.users: list[Slot | None] = [None] * count  # of each row; one that is no longer in `slots` has left
         self.queue: list[Slot] = []  # turns that have no row yet
         self.shared_prefix, self.prefix_ready, self.version = shared_prefix, False, 0
+        self.traced, self.checked = None, set()  # DecodeStep's trace (False: it cannot be traced), batch sizes at which it was right
         self.stats = {"decode_s": 0.0, "prefill_s": 0.0, "idle_s": 0.0, "sampled": 0, "prefilled": 0, "evicted": 0}
 
     def new_weights(self, version: int) -> None:
         """The model's weights have changed: every cached key and value is void. Call it between turns."""
         self.version, self.prefix_ready = version, False
+        self.checked = set()
         for slot in filter(None, self.slots):
             slot.cached = []
 
@@ -320,12 +344,41 @@ class Engine:
         # (B, 1, T, length), 0 where a token sees and -inf where not: made once, and not from a bool mask in each layer
         mask = torch.zeros(B, 1, T, length, device=self.device).masked_fill_(
             torch.arange(length, device=self.device) > positions[:, None, :, None], -torch.inf)
+        ids = torch.from_numpy(ids).to(self.device)
+        if self.device.type == "cpu" and isinstance(rows, slice) and B <= TRACED_ROWS and cache.keys and self.traced is not False:
+            return self.replay(ids, positions, mask, cache)[:, -1].float()
         if self.device.type == "cpu" and T == 1:  # memory is what decoding costs on a CPU, kernel launches on a GPU
             mask.bounds = [(first, min(B, first + 8), int(lengths[first:first + 8].max())) for first in range(0, B, 8)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.model(input_ids=torch.from_numpy(ids).to(self.device), position_ids=positions, attention_mask=mask,
+            logits = self.model(input_ids=ids, position_ids=positions, attention_mask=mask,
                                 past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].float()
+
+    def replay(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        """The traced decoding pass. At each batch size the first pass with new weights also runs eagerly: should the two
+        differ (a model whose Python decides something by size), the trace is given up and the eager result counts."""
+        inputs = (ids, positions, mask, cache.positions, *cache.keys, *cache.values)
+        if self.traced is None:
+            self.model.loss_type = "ForCausalLM"  # tracing looks at every attribute, and this one complains of being unset
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about Python values that become constants: that is what the check is for
+                try:
+                    self.traced = torch.jit.trace(DecodeStep(self.model), inputs, check_trace=False)
+                except RuntimeError:
+                    self.traced = False
+        if self.traced is not False and len(ids) in self.checked:
+            with torch.jit.optimized_execution(False):  # no specialising to shapes: they change every step
+                return self.traced(*inputs)
+        eager = DecodeStep(self.model)(*inputs)
+        if self.traced is not False:
+            try:
+                with torch.jit.optimized_execution(False):
+                    right = torch.allclose(self.traced(*inputs), eager, rtol=1e-4, atol=1e-4)
+            except RuntimeError:
+                right = False
+            self.checked.add(len(ids))
+            self.traced = self.traced if right else False
+        return eager
 
     def step(self) -> list[Slot]:
         """One token for every slot that is in the middle of a turn; returns the slots whose turn ended."""
@@ -336,8 +389,10 @@ class Engine:
         decoding = [slot for slot in busy if not slot.pending]
         ended = []
         while pending:  # prompts of like length run together, long ones in pieces between which the others go on decoding
-            count = 1
-            while count < len(pending) and (count + 1) * len(pending[count].pending) <= PREFILL_TOKENS:
+            count, padding = 1, 0
+            while count < len(pending) and (count + 1) * len(pending[count].pending) <= PREFILL_TOKENS and (
+                    padding + count * (len(pending[count].pending) - len(pending[count - 1].pending)) <= PADDING_TOKENS):
+                padding += count * (len(pending[count].pending) - len(pending[count - 1].pending))
                 count += 1
             batch, pending = pending[:count], pending[count:]
             pieces = [slot.pending[:PREFILL_TOKENS] for slot in batch]
