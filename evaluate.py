@@ -202,7 +202,7 @@ def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None 
     """(model, chat, engine) of a local policy."""
     model, tokenizer = load_policy(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chat = Chat(tokenizer, SIGNATURES)
-    return model, chat, Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question)
+    return model, chat, Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question, args.kv_tokens)
 
 
 def main():

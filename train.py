@@ -480,7 +480,7 @@ def main():
         first_step = state["step"]
     # The sampler uses the learner's own weights: on-policy by construction, and nothing to copy.
     engine = Engine(model, chat.end_id, rollout_args.slots, rollout_args.max_context, rollout_args.max_new_tokens,
-                    rollout_args.temperature, chat.before_question)
+                    rollout_args.temperature, chat.before_question, rollout_args.kv_tokens)
     engine.new_weights(first_step)
     mine = len(range(rank, args.tasks_per_step, ranks))  # this process's share of the tasks of a step
     if args.log_with:

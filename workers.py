@@ -210,7 +210,7 @@ class Worker:
         self.model, tokenizer = load_policy(setup.policy, setup.device)
         self.chat = Chat(tokenizer, SIGNATURES)
         args = setup.args
-        self.engine = Engine(self.model, self.chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, self.chat.before_question)
+        self.engine = Engine(self.model, self.chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, self.chat.before_question, args.kv_tokens)
         self.engine.new_weights(weights.read(self.model))
         self.queue: deque[Trajectory] = deque()
         self.hold, self.asked, self.answered = False, 0, 0  # `asked` counts holds, `answered` is the last one we answered

@@ -59,5 +59,5 @@ def tiny(tokenizer):
 @pytest.fixture
 def make_engine(chat):
     def make(model, args: RolloutArgs) -> Engine:
-        return Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question)
+        return Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question, args.kv_tokens)
     return make

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rollout import RolloutArgs, Slot, Trajectory, finish_turn, load_policy, next_prompt, rollout, take_results, trajectory_key
 from tools import run_calls
@@ -23,23 +24,85 @@ def decode_all(engine, prompts, tasks):
         for row in engine.free_slots():
             if queue:
                 number, prompt = queue.pop(0)
-                engine.slots[row] = Slot(Trajectory(tasks[0], (0, number)), cached=[])
+                engine.slots[row] = Slot(Trajectory(tasks[0], (0, number)))
                 running[engine.slots[row]] = number
-                engine.start_turn(engine.slots[row], row, prompt)
+                engine.start_turn(engine.slots[row], prompt)
         for slot in engine.step():
             done[running.pop(slot)] = slot
             engine.slots[engine.slots.index(slot)] = None
     return [done[number] for number in range(len(prompts))]
 
 
-def test_greedy_engine_equals_generate(tiny, chat, make_engine, dev_tasks):
+def ragged_prompts(chat, count):
     rng = random.Random(0)
-    prompts = [(chat.before_question if rng.random() < 0.5 else []) + [rng.randrange(300, 2000) for _ in range(rng.randint(1, 90))] for _ in range(11)]
-    slots = decode_all(make_engine(tiny, RolloutArgs(slots=4, temperature=0.0, max_new_tokens=20, max_context=400)), prompts, dev_tasks)
+    return [(chat.before_question if rng.random() < 0.5 else []) + [rng.randrange(300, 2000) for _ in range(rng.randint(1, 90))] for _ in range(count)]
+
+
+def assert_equals_generate(model, chat, prompts, slots):
     for prompt, slot in zip(prompts, slots):
-        wanted = tiny.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=20,
-                               eos_token_id=chat.end_id, pad_token_id=0)[0, len(prompt):].tolist()
+        wanted = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=20,
+                                eos_token_id=chat.end_id, pad_token_id=0)[0, len(prompt):].tolist()
         assert slot.ids == wanted
+
+
+# few slots: decoding is replayed from a trace; many: rows are bounded by eights; 800 tokens are two rows of the cache; pieces
+# of 32 tokens cut the longer prompts.
+@pytest.mark.parametrize("slots, kv_tokens, piece", [(4, 0, 2048), (22, 0, 2048), (7, 800, 2048), (4, 0, 32)])
+def test_greedy_engine_equals_generate(tiny, chat, make_engine, dev_tasks, monkeypatch, slots, kv_tokens, piece):
+    monkeypatch.setattr("rollout.PREFILL_TOKENS", piece)
+    prompts = ragged_prompts(chat, max(11, slots))
+    engine = make_engine(tiny, RolloutArgs(slots=slots, kv_tokens=kv_tokens, temperature=0.0, max_new_tokens=20, max_context=400))
+    assert_equals_generate(tiny, chat, prompts, decode_all(engine, prompts, dev_tasks))
+    assert engine.traced is not False
+    assert bool(engine.cache.keys[0].shape[0] == 3) == bool(kv_tokens)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "gpt2", "gemma"])
+def test_other_architectures(chat, make_engine, dev_tasks, tokenizer, name):
+    """Untied with norms on the heads, partial rotary with fused projections, learned positions, one key head."""
+    common = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=chat.end_id, pad_token_id=0)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= {"qwen3": dict(num_key_value_heads=2, head_dim=8, tie_word_embeddings=False), "gemma": dict(num_key_value_heads=1, head_dim=8)}.get(name, {})
+    sizes = dict(n_embd=32, n_layer=2, n_head=4) if name == "gpt2" else sizes
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **common, **sizes), attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0) if parameter.dim() > 1 else None
+    prompts = ragged_prompts(chat, 5)
+    engine = make_engine(model, RolloutArgs(slots=4, temperature=0.0, max_new_tokens=20, max_context=400))
+    assert_equals_generate(model, chat, prompts, decode_all(engine, prompts, dev_tasks))
+
+
+def test_what_is_not_full_attention_is_refused(make_engine, tokenizer):
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    window = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", sliding_window=64, **sizes))
+    with pytest.raises(ValueError, match="sliding window of 64"):
+        make_engine(window, RolloutArgs(slots=2, max_context=128))
+    make_engine(window, RolloutArgs(slots=2, max_context=64))  # never longer than the window: as good as full
+    with pytest.raises(ValueError, match="caps attention scores"):
+        make_engine(AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", head_dim=8, **sizes)), RolloutArgs(slots=2, max_context=64))
+
+
+def test_waiting_trajectories_give_up_their_rows(tiny, chat, make_engine, dev_tasks):
+    """Six trajectories in flight, memory for two: every second turn goes on as if nothing had been evicted."""
+    args = RolloutArgs(slots=6, kv_tokens=800, temperature=0.0, max_new_tokens=8, max_context=400)
+    outputs = {}
+    for kv_tokens in (800, 0):
+        engine = make_engine(tiny, RolloutArgs(**(vars(args) | {"kv_tokens": kv_tokens})))
+        engine.end_id = -1
+        engine.slots = [Slot(Trajectory(dev_tasks[0], (0, k))) for k in range(6)]
+        prompts = ragged_prompts(chat, 6)
+        for turn in range(2):
+            for slot, prompt in zip(engine.slots, prompts):
+                engine.start_turn(slot, prompt)
+            while not all(slot.turn_done for slot in engine.slots):
+                engine.step()
+            prompts = [prompt + slot.ids + [400 + turn] * 5 for slot, prompt in zip(engine.slots, prompts)]
+        outputs[kv_tokens] = [slot.ids for slot in engine.slots]
+        assert bool(engine.stats["evicted"]) == bool(kv_tokens)
+        assert engine.cache.keys[0].shape[0] == (3 if kv_tokens else 7)
+    assert outputs[800] == outputs[0]
 
 
 def test_sampled_distribution_is_the_softmax(tiny, chat, make_engine, dev_tasks):
@@ -61,10 +124,10 @@ def test_a_cached_turn_equals_a_fresh_one_and_new_weights_void_the_cache(tiny, c
     args = RolloutArgs(slots=2, temperature=0.0, max_new_tokens=8, max_context=400)
     engine, prompt = make_engine(tiny, args), list(range(300, 340))
     engine.end_id = -1
-    slot = engine.slots[0] = Slot(Trajectory(dev_tasks[0], (0,)), cached=[])
+    slot = engine.slots[0] = Slot(Trajectory(dev_tasks[0], (0,)))
 
     def turn(ids):
-        engine.start_turn(slot, engine.slots.index(slot), ids)
+        engine.start_turn(slot, ids)
         while not slot.turn_done:
             engine.step()
         return slot.ids
@@ -86,12 +149,14 @@ def test_a_cached_turn_equals_a_fresh_one_and_new_weights_void_the_cache(tiny, c
     assert again == decode_all(other, [longer], dev_tasks)[0].ids
 
 
-@pytest.mark.parametrize("context, temperature", [("none", 1.0), ("elide", 0.7)])
-def test_trainer_and_sampler_agree_on_every_turn(chat, make_engine, toolbox, dev_tasks, context, temperature):
+@pytest.mark.parametrize("context, temperature, kv_tokens", [("none", 1.0, 2048), ("elide", 0.7, 0)])
+def test_trainer_and_sampler_agree_on_every_turn(chat, make_engine, toolbox, dev_tasks, context, temperature, kv_tokens):
     from train import Policy, logprob_gap
     model, _ = load_policy("nano")
-    args = RolloutArgs(context=context, context_budget=300, temperature=temperature, slots=5)
-    trajectories = play(make_engine(model, args), chat, dev_tasks[:6], toolbox, args)
+    args = RolloutArgs(context=context, context_budget=300, temperature=temperature, slots=5, kv_tokens=kv_tokens)
+    engine = make_engine(model, args)
+    trajectories = play(engine, chat, dev_tasks[:6], toolbox, args)
+    assert kv_tokens == 0 or engine.stats["evicted"] > 0
     assert any(len(t.turns) > 2 for t in trajectories)
     assert context == "none" or any(len(t.segments) > 1 for t in trajectories)
     assert logprob_gap(Policy(model, temperature), trajectories, 4096, "cpu") < 1e-4
