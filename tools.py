@@ -39,8 +39,12 @@ from urllib.parse import urljoin, urlsplit
 import html2text
 import requests
 
+import sandbox
+from sandbox import FOLDER_BYTES
+
 MAX_PAGE_BYTES = 2_000_000
 MAX_CALLS = 8  # in one turn
+MAX_OUTPUT_BYTES = 1_000_000  # of one python call; more ends the session
 
 
 class ToolFault(Exception):
@@ -344,93 +348,132 @@ class Browse:
 
 # -------------------------------------------------------------------------------------------------------------- python
 
-# What runs in the child: limits first, then one JSON line in, one JSON line out. `-S` keeps the start short (no site
-# module); site-packages come last on the path so that numpy can be imported where it is installed.
-WORKER = r"""
-import ast, ctypes, io, json, os, resource, signal, sys, traceback
-memory, cpu_s, packages, out_fd = json.loads(sys.argv[1])
-os.umask(0o077)
-for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, cpu_s),
-                     (resource.RLIMIT_FSIZE, 16 << 20), (resource.RLIMIT_NOFILE, 64)):
-    try: resource.setrlimit(limit, (value, value))
-    except (ValueError, OSError): pass
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the parent
-sys.path.append(packages)
-space = {"__name__": "__main__"}
-for line in sys.stdin:
-    sys.stdout = sys.stderr = out = io.StringIO()
-    try:
-        tree = ast.parse(json.loads(line))
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, "<code>", "exec"), space)
-        if last is not None:
-            value = eval(compile(ast.Expression(last.value), "<code>", "eval"), space)
-            if value is not None: print(repr(value))
-    except BaseException as error:
-        print("".join(traceback.format_exception_only(error)).strip())
-    with os.fdopen(os.dup(out_fd), "w", encoding="utf-8", errors="replace") as reply:
-        reply.write(json.dumps(out.getvalue()[:200000]) + "\n")
-"""
-
-
 class Python:
-    """A stateful Python session in a child process with limits; one for each trajectory.
-
-    It stops accidents (loops, memory, output), not a determined attacker: the code can still read files and open sockets.
+    """A stateful Python session in a sandbox (sandbox.py says what it stops and what not); one for each trajectory.
 
     Args:
         timeout_s: wall-clock limit for one call, in seconds.
         memory_mb: address space of the child, in MiB.
         output_chars: what the policy sees of the output, in characters.
+        unsafe: run without the sandbox, with limits on time, memory and output only: for code that you would run yourself.
     """
     name, signature = "python", "python(code)"
 
-    def __init__(self, timeout_s: float = 5.0, memory_mb: int = 1024, output_chars: int = 2000):
-        self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
-        self.process, self.replies, self.folder = None, None, None
+    def __init__(self, timeout_s: float = 5.0, memory_mb: int = 1024, output_chars: int = 2000, unsafe: bool = False):
+        self.timeout_s, self.memory_mb, self.output_chars, self.unsafe = timeout_s, memory_mb, output_chars, unsafe
+        self.process, self.folder, self.code_fd, self.done_fd, self.poll = None, None, -1, -1, None
 
     def check(self, arguments: dict) -> str | None:
         good = set(arguments) == {"code"} and isinstance(arguments["code"], str)
         return None if good else "python takes 'code', a string"
 
     def start(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="nano-python-")
-        read_fd, write_fd = os.pipe()
-        limits = json.dumps([self.memory_mb << 20, 600, sysconfig.get_path("purelib"), write_fd])
+        """Start the child and wait until it has given up its rights (about 40 ms).
+
+        Raises:
+            ToolFault: it cannot be started or confined.
+        """
+        code_read, code_write = os.pipe()
+        done_read, done_write = os.pipe()
+        self.code_fd, self.done_fd, self.folder = code_write, done_read, tempfile.mkdtemp(prefix="nano-python-")
+        settings = {"memory": self.memory_mb << 20, "packages": sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")}),
+                    "unsafe": self.unsafe, "code": code_read, "done": done_write}
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("sandbox.py")), json.dumps(settings)]
+        environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": self.folder, "TMPDIR": self.folder,
+                       "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", WORKER, limits], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, pass_fds=[write_fd], start_new_session=True, cwd=self.folder,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": self.folder, "OMP_NUM_THREADS": "1"})
+            # In a thread of its own that never ends: the child dies with the *thread* that started it (PR_SET_PDEATHSIG).
+            self.process = STARTER.submit(
+                subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+                pass_fds=[code_read, done_write], start_new_session=True, cwd=self.folder, env=environment).result()
+        except (OSError, RuntimeError) as error:
+            self.close()
+            raise ToolFault(f"python cannot be started ({error})") from None
         finally:
-            os.close(write_fd)
-        self.replies = os.fdopen(read_fd, "rb")
+            os.close(code_read)
+            os.close(done_write)
         LIVE_SESSIONS.add(self)
+        for fd in (self.code_fd, self.done_fd, self.process.stdout.fileno()):
+            os.set_blocking(fd, False)
+        self.poll = select.poll()  # select.select() cannot do file descriptors above 1023
+        self.poll.register(self.done_fd, select.POLLIN)
+        ready = self.poll.poll(30_000)
+        words = os.read(self.done_fd, 1000).decode().strip() if ready else "it did not start within 30 s"
+        if words != "ready":
+            words = words or self.process.stdout.read(1000).decode(errors="replace").strip().split("\n")[-1]
+            self.close()
+            raise ToolFault(f"python cannot be started ({words})")
+        self.poll.register(self.process.stdout, select.POLLIN)
 
     def __call__(self, code: str) -> str:
-        if self.process is None:
-            self.start()
+        for attempt in range(3):
+            try:
+                if self.process is None:
+                    self.start()
+                break
+            except ToolFault:
+                if attempt == 2:
+                    raise
+                time.sleep(0.1 * 2**attempt)
         try:
-            self.process.stdin.write(json.dumps(code).encode() + b"\n")
-            self.process.stdin.flush()
-            reply, deadline = b"", time.monotonic() + self.timeout_s
-            while not reply.endswith(b"\n"):
-                ready, _, _ = select.select([self.replies], [], [], max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    self.close()
-                    return f"timeout after {self.timeout_s:g} s; the session was restarted, variables are lost"
-                chunk = os.read(self.replies.fileno(), 65536)
-                if not chunk:
-                    raise BrokenPipeError
-                reply += chunk
-        except (BrokenPipeError, OSError):
+            output, problem = self.run(code)
+        except OSError:  # a pipe is closed: the child has ended itself
+            output, problem = "", "the session died and was restarted, variables are lost"
+        if problem:
             self.close()
-            return "the session died and was restarted, variables are lost"
-        output = json.loads(reply).strip()
+        output = output.strip()
         if len(output) > self.output_chars:
             output = f"{output[:self.output_chars]} … ({len(output)} characters)"
-        return output or "(no output)"
+        return "\n".join(filter(None, (output, problem))) or "(no output)"
+
+    def run(self, code: str) -> tuple[str, str]:
+        """Send code to the child and wait until it is done: (output, why the session must end or "").
+
+        Raises:
+            OSError: the child has ended.
+        """
+        lost = "the session was restarted, variables are lost"
+        unsent, output, done = json.dumps(code).encode() + b"\n", bytearray(), False
+        start = time.monotonic()
+        look = start + 0.25
+        os.killpg(self.process.pid, signal.SIGCONT)
+        self.poll.register(self.code_fd, select.POLLOUT)
+        while not done:
+            now = time.monotonic()
+            if now >= start + self.timeout_s:
+                return "", f"timeout after {self.timeout_s:g} s; {lost}"
+            if now >= look:
+                look = now + 0.25
+                if folder_bytes(self.folder) > FOLDER_BYTES:
+                    return "", f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}"
+            for fd, _ in self.poll.poll(1000 * (min(look, start + self.timeout_s) - now) + 1):
+                if fd == self.code_fd:
+                    unsent = unsent[os.write(fd, unsent):]
+                    if not unsent:
+                        self.poll.unregister(fd)
+                elif fd == self.done_fd:
+                    done = True
+                    if not os.read(fd, 1000):
+                        raise BrokenPipeError
+                else:
+                    self.read_output(output, 1 << 16)
+            if len(output) > MAX_OUTPUT_BYTES:
+                return output.decode("utf-8", "replace"), f"more than {MAX_OUTPUT_BYTES} bytes of output; {lost}"
+        self.read_output(output, MAX_OUTPUT_BYTES)
+        os.killpg(self.process.pid, signal.SIGSTOP)  # a thread that was left running waits until the next call
+        full = folder_bytes(self.folder) > FOLDER_BYTES
+        return output.decode("utf-8", "replace").replace("\0", "\ufffd"), f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}" if full else ""
+
+    def read_output(self, output: bytearray, limit: int) -> None:
+        """Append what is in the pipe now, up to about `limit` bytes."""
+        try:
+            for _ in range(0, limit, 1 << 16):
+                chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    raise BrokenPipeError
+                output += chunk
+        except BlockingIOError:
+            pass
 
     def close(self) -> None:
         """Kill the session with everything it started, and remove its folder."""
@@ -439,14 +482,40 @@ class Python:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            self.process.stdin.close()
             self.process.wait()
-            self.replies.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.process = None
-            LIVE_SESSIONS.discard(self)
+            self.process.stdout.close()
+        for fd in (self.code_fd, self.done_fd):
+            if fd >= 0:
+                os.close(fd)
+        if self.folder:
+            try:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            except RecursionError:
+                pass
+            if os.path.exists(self.folder):  # nested deeper than rmtree can go
+                subprocess.run(["rm", "-rf", self.folder])
+        self.process, self.folder, self.code_fd, self.done_fd = None, None, -1, -1
+        LIVE_SESSIONS.discard(self)
 
 
+def folder_bytes(folder: str) -> int:
+    """Disk space below a folder (at least 4 KiB an entry), counted until it is too much; what cannot be looked into is too much."""
+    total, folders = 0, [folder]
+    while folders and total <= FOLDER_BYTES:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    total += max(4096, 512 * entry.stat(follow_symlinks=False).st_blocks)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except FileNotFoundError:  # removed since
+            pass
+        except OSError:
+            return FOLDER_BYTES + 1
+    return total
+
+
+STARTER = concurrent.futures.ThreadPoolExecutor(1, "python-starter")
 LIVE_SESSIONS: set[Python] = set()  # closed at exit, so that no child outlives us
 
 
