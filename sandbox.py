@@ -91,7 +91,6 @@ def set_limits(memory: int) -> None:
         # The kernel counts the threads of a *user* here, so an ordinary user's desktop counts too (the whole machine bounds it).
         threads = 64 if os.geteuid() == 0 else int(open("/proc/loadavg").read().split()[3].split("/")[1]) + 256
     os.umask(0o077)
-    os.nice(5)
     for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, 600), (resource.RLIMIT_NPROC, threads),
                          (resource.RLIMIT_FSIZE, FOLDER_BYTES // 4), (resource.RLIMIT_NOFILE, 64)):
         hard = resource.getrlimit(limit)[1]

@@ -44,6 +44,7 @@ from sandbox import FOLDER_BYTES
 
 MAX_PAGE_BYTES = 2_000_000
 MAX_CALLS = 8  # in one turn
+SANDBOX = Path(__file__).with_name("sandbox.py")
 MAX_OUTPUT_BYTES = 1_000_000  # of one python call; more ends the session
 
 
@@ -378,7 +379,7 @@ class Python:
         self.code_fd, self.done_fd, self.folder = code_write, done_read, tempfile.mkdtemp(prefix="nano-python-")
         settings = {"memory": self.memory_mb << 20, "packages": sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")}),
                     "unsafe": self.unsafe, "code": code_read, "done": done_write}
-        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("sandbox.py")), json.dumps(settings)]
+        command = [sys.executable, "-I", "-S", str(SANDBOX), json.dumps(settings)]
         environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": self.folder, "TMPDIR": self.folder,
                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
         try:
