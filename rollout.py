@@ -45,6 +45,9 @@ class RolloutArgs:
     page_chars: int = field(default=400, metadata={"help": "characters of a page that one browse call shows"})
     corpus: str = field(default="", metadata={"help": "index of your own (data/index.py) for tasks that name no world"})
     live: bool = field(default=False, metadata={"help": "let browse open public addresses of the real web"})
+    search: str = field(default="embedded", metadata={"help": "embedded, searxng, brave, serper or tavily (keys: BRAVE_API_KEY, SERPER_API_KEY, TAVILY_API_KEY); all but embedded imply --live"})
+    search_url: str = field(default="", metadata={"help": "address of the search service: needed for searxng"})
+    unsafe_python: bool = field(default=False, metadata={"help": "run the python tool without its sandbox, where the machine has none"})
     tool_steps: int = field(default=8, metadata={"help": "tool results and new trajectories join at each so-many-th engine step: together, and at the same step whenever the seed is the same"})
 
 

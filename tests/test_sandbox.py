@@ -88,9 +88,9 @@ def test_many_sandboxes_at_once_leave_nothing(tmp_path, monkeypatch):
 @needs_sandbox
 @pytest.mark.parametrize("code", ["while True: pass", "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
                                   "import ctypes; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nwhile True: pass", "1"])
-def test_a_killed_owner_takes_its_sandbox_with_it(code):
+def test_a_killed_owner_takes_its_sandbox_with_it(code, tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); from tools import Python; p = Python(timeout_s=60)\n"
-                              "p(code='1'); print(p.process.pid, flush=True); p(code=sys.argv[2]); input()", str(HERE.parent), code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                              "p(code='1'); print(p.process.pid, flush=True); p(code=sys.argv[2]); input()", str(HERE.parent), code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)})
     child = int(owner.stdout.readline())
     time.sleep(0.2)
     assert child in processes()
