@@ -61,7 +61,8 @@ class Chat:
         stripped = json.loads(tokenizer.backend_tokenizer.to_str())
         stripped["added_tokens"], stripped["post_processor"] = [], None
         self.plain = Tokenizer.from_str(json.dumps(stripped))
-        self.control_ids = set(tokenizer.get_added_vocab().values())
+        self.tags = list(tokenizer.get_added_vocab().items())
+        self.control_ids = {id for _, id in self.tags}
 
         # Render one conversation with sentinels and cut it at them: what stands between is the template's own text.
         sentinels = ["SYSTEMTEXT", "QUESTIONTEXT", "ACTIONTEXT", "RESULTTEXT"]
@@ -120,8 +121,27 @@ class Chat:
         return ids + self.before_next_action
 
     def decode(self, ids: list[int]) -> str:
-        """Text of sampled ids for the parser and for people, with the tags visible; never encoded again."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """Text of sampled ids for the parser and for people, with the tags visible; never encoded again.
+
+        A tag that this tokenizer has as a control token counts only where that token was sampled. Spelled out of plain
+        pieces it is text that the policy quotes (from a page, say) and gets a zero-width space, so that the parser does not
+        see it. A tokenizer without such a token spells its tags, and then they count.
+        """
+        text = lambda part: self.tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        whole = text(ids)
+        if all(whole.count(tag) == ids.count(id) for tag, id in self.tags if tag in whole):
+            return whole
+        pieces, plain = [], []
+        for id in [*ids, None]:
+            if id is not None and id not in self.control_ids:
+                plain.append(id)
+                continue
+            spelled = text(plain)
+            for tag, _ in self.tags:
+                spelled = spelled.replace(tag, f"{tag[0]}\u200b{tag[1:]}")
+            pieces += [spelled, text([id]) if id is not None else ""]
+            plain = []
+        return "".join(pieces)
 
 
 def elide_turns(trajectory, chat: Chat, old_turns: int) -> list[int]:

@@ -216,7 +216,8 @@ def main():
             raise ValueError(f"--baseline {args.baseline}: choose closed_book, top_snippet or snippet_reader")
         if args.api and not args.api_model:
             raise ValueError("--api needs --api_model NAME")
-        toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars)
+        toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars,
+                          rollout_args.search, rollout_args.search_url, rollout_args.unsafe_python)
         if not (rollout_args.live and not rollout_args.corpus):
             toolbox.prepare(tasks)
         if not args.api and args.baseline in ("", "closed_book"):

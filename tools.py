@@ -1,12 +1,19 @@
-"""The agent's tools, the parser of its calls, and the sandbox its code runs in.
+"""The agent's tools, and the parser of its calls.
 
     search(queries)                    several queries at once; each hit has title, url and snippet
     browse(url, page | find | links)   a page as text over HTTP, a few hundred characters at a time
-    python(code)                       a stateful session in a process of its own
+    python(code)                       a stateful session in a process of its own, confined by sandbox.py
 
-In: the text of one turn. Out: `parse_action` gives tool calls or an answer, or raises FormatError (the policy's mistake);
-`run_calls` gives the results in call order and says which failed through no fault of the policy (ToolFault).
-A new tool is one class with `name`, `signature`, `check` and `__call__`:
+In: the text of one turn. Out: `parse_action` gives tool calls or an answer, or raises FormatError; `run_calls` gives the
+results in call order. What goes wrong is one of three things, and the difference decides what is rewarded:
+
+    FormatError    the policy's action cannot be read: the trajectory ends and is penalised
+    a plain result what the policy can see and correct: no such page, a traceback, a time-out of its own code
+    ToolFault      the environment failed (a server is down): retried with back-off, then shown as a result, counted, never punished
+
+Everything that comes from outside (pages, hits, output of code) is hostile: sizes and times are bounded here, and
+context.py encodes the text so that it cannot contain a control token. A new tool is one class with `name`, `signature`,
+`check` and `__call__`:
 
     class Clock:
         name, signature = "clock", "clock()"
@@ -15,8 +22,13 @@ A new tool is one class with `name`, `signature`, `check` and `__call__`:
 """
 
 import atexit
+import codecs
 import collections
 import concurrent.futures
+import functools
+import hashlib
+import html
+import http.client
 import ipaddress
 import json
 import os
@@ -26,21 +38,33 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
 import time
+import urllib.robotparser
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import html2text
 import requests
 
-MAX_PAGE_BYTES = 2_000_000
+import sandbox
+from sandbox import FOLDER_BYTES
+
+MAX_PAGE_BYTES = 2_000_000  # after decompression
+USER_AGENT = "nano-researcher"
+CACHE = Path(__file__).resolve().parent / "runs" / "cache"  # pages and search results of the real web
 MAX_CALLS = 8  # in one turn
+SANDBOX = Path(__file__).with_name("sandbox.py")
+MAX_OUTPUT_BYTES = 1_000_000  # of one python call; more ends the session
 
 
 class ToolFault(Exception):
@@ -162,9 +186,9 @@ class Search:
     name, signature = "search", "search(queries: list of str)"
 
     def __init__(self, db: Path | str, k: int = 2):
-        from data.index import open_index
-        self.db, self.k, self.local = db, k, threading.local()
-        open_index(db).close()  # a missing index is reported here, not in a thread
+        from data.index import open_index, search_index
+        self.db, self.k, self.open, self.look_up = db, k, open_index, search_index
+        self.idle = [open_index(db)]  # connections that no thread uses now; a missing index is reported here
 
     def check(self, arguments: dict) -> str | None:
         queries = arguments.get("queries")
@@ -173,49 +197,290 @@ class Search:
         return None if all(isinstance(query, str) for query in queries) else "search takes 'queries', a list of strings"
 
     def __call__(self, queries: list[str]) -> str:
-        from data.index import open_index, search_index
-        if not hasattr(self.local, "connection"):  # an SQLite connection belongs to one thread
-            self.local.connection = open_index(self.db)
         queries = [queries] if isinstance(queries, str) else queries
         blocks = []
-        for query in queries:
-            try:
-                hits = search_index(self.local.connection, query, self.k)
-            except sqlite3.Error as error:
-                raise ToolFault(f"search failed ({error})") from None
+        for query, hits in zip(queries, self.find(queries)):
             lines = [f"[{n}] {hit['title']} {hit['url']}\n{hit['snippet']}" for n, hit in enumerate(hits, start=1)]
             heading = [f"{query}:"] if len(queries) > 1 else []
             blocks.append("\n".join(heading + (lines or ["no results"])))
         return "\n".join(blocks)
 
+    def find(self, queries: list[str]) -> list[list[dict]]:
+        """The hits of each query: dicts with title, url, snippet. HACK HERE: another engine overrides this one method.
 
-# -------------------------------------------------------------------------------------------------------------- browse
+        Raises:
+            ToolFault: the index cannot be read.
+        """
+        try:
+            connection = self.idle.pop()
+        except IndexError:
+            connection = self.open(self.db)
+        try:
+            return [self.look_up(connection, query, self.k) for query in queries]
+        except sqlite3.Error as error:
+            raise ToolFault(f"search failed ({error})") from None
+        finally:
+            self.idle.append(connection)
+
+
+@dataclass
+class Provider:
+    """How a web search service is asked and answers."""
+    url: str  # "" if everybody has their own
+    key_name: str  # environment variable with the API key; "" if it needs none
+    request: Callable[[str, int, str], dict]  # (query, k, key) -> keyword arguments of requests.request
+    hits: Callable[[dict], list]  # reply -> its list of hits
+    fields: tuple[str, str, str]  # names of title, url and snippet in a hit
+
+
+PROVIDERS = {
+    "searxng": Provider("", "", lambda q, k, key: {"method": "GET", "params": {"q": q, "format": "json"}}, lambda r: r["results"], ("title", "url", "content")),
+    "brave": Provider("https://api.search.brave.com/res/v1/web/search", "BRAVE_API_KEY",
+                      lambda q, k, key: {"method": "GET", "params": {"q": q[:400], "count": k}, "headers": {"X-Subscription-Token": key, "Accept": "application/json"}},
+                      lambda r: (r.get("web") or {"results": []})["results"], ("title", "url", "description")),
+    "serper": Provider("https://google.serper.dev/search", "SERPER_API_KEY",
+                       lambda q, k, key: {"method": "POST", "json": {"q": q, "num": k}, "headers": {"X-API-KEY": key}},
+                       lambda r: r["organic"], ("title", "link", "snippet")),
+    "tavily": Provider("https://api.tavily.com/search", "TAVILY_API_KEY",
+                       lambda q, k, key: {"method": "POST", "json": {"query": q, "max_results": k}, "headers": {"Authorization": f"Bearer {key}"}},
+                       lambda r: r["results"], ("title", "url", "content")),
+}
+
+
+class WebSearch(Search):
+    """Search by a service on the web, with the same call and the same text as the embedded one.
+
+    Args:
+        provider: a key of PROVIDERS.
+        url: address of the service, if not the provider's own (needed for searxng).
+        k: results a query.
+        cache: where answers are kept.
+        timeout_s: limit for one query with its retries, in seconds.
+        gap_s: seconds between two requests, over all trajectories of this process.
+
+    Raises:
+        ValueError: unknown provider, no key in the environment, no URL.
+    """
+
+    def __init__(self, provider: str, url: str = "", k: int = 5, cache: "DiskCache | None" = None, timeout_s: float = 20.0, gap_s: float = 0.2):
+        if provider not in PROVIDERS:
+            raise ValueError(f"no search provider {provider!r}: choose embedded, {', '.join(PROVIDERS)}")
+        self.provider, self.label, self.k, self.cache, self.timeout_s = PROVIDERS[provider], provider, k, cache, timeout_s
+        self.url, self.pace = url or self.provider.url, Pace(gap_s)
+        if provider == "searxng" and self.url and not self.url.rstrip("/").endswith("/search"):
+            self.url = self.url.rstrip("/") + "/search"
+        self.host = urlsplit(self.url).hostname
+        if urlsplit(self.url).scheme not in ("http", "https") or not self.host:
+            raise ValueError(f"search by {provider} needs the address of a server: --search_url http://HOST:PORT")
+        self.key = os.environ.get(self.provider.key_name, "").strip() if self.provider.key_name else ""
+        if self.provider.key_name and not self.key:
+            raise ValueError(f"search by {provider} needs an API key in the environment variable {self.provider.key_name}")
+
+    def probe(self) -> None:
+        """Find out now, at no cost, whether the service can be reached.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        try:
+            port = urlsplit(self.url).port or (443 if self.url.startswith("https") else 80)
+            socket.create_connection((self.host, port), timeout=5).close()
+        except OSError as error:
+            raise ValueError(f"search by {self.label}: cannot reach {self.host} ({error.strerror or error})") from None
+
+    def find(self, queries: list[str]) -> list[list[dict]]:
+        with concurrent.futures.ThreadPoolExecutor(len(queries)) as pool:
+            return list(pool.map(self.ask, queries))  # side by side; results in the order of the queries
+
+    def ask(self, query: str) -> list[dict]:
+        """One query, from the cache or with up to four requests.
+
+        Raises:
+            ToolFault: no usable answer; the text names service and reason, never the key.
+        """
+        cache_key = f"{self.label} {self.url} {self.k} {query}"
+        if self.cache and (kept := self.cache.get(cache_key)) is not None:
+            return json.loads(kept)
+        deadline, problem = time.monotonic() + self.timeout_s, "no answer"
+        for attempt in range(4):
+            wait = 0.5 * 2**attempt
+            try:
+                self.pace.wait(self.host, deadline)
+                with requests.Session() as session:
+                    session.trust_env = False  # ~/.netrc would replace our header
+                    left = max(0.1, deadline - time.monotonic())
+                    with session.request(url=self.url, timeout=left, allow_redirects=False, stream=True, **self.provider.request(query, self.k, self.key)) as reply:
+                        if reply.status_code in (401, 402, 403):
+                            key = f" (is {self.provider.key_name} right?)" if self.provider.key_name else ' (is "json" among the formats in its settings.yml?)'
+                            raise ToolFault(f"search by {self.label}: {self.host} refused, HTTP {reply.status_code}{key}")
+                        if reply.status_code == 200:
+                            body = b"".join(read_limited(reply.iter_content(65536), MAX_PAGE_BYTES, deadline))
+                            hits = [self.hit(hit) for hit in self.provider.hits(json.loads(body))[:self.k] if isinstance(hit, dict)]
+                            if self.cache:
+                                self.cache.put(cache_key, json.dumps(hits))
+                            return hits
+                        problem = f"HTTP {reply.status_code}"
+                        wait = retry_after(reply.headers.get("retry-after"), wait)
+                        if 300 <= reply.status_code < 500 and reply.status_code not in (408, 429):
+                            break
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                problem = "its answer is not a list of results in JSON"
+            except (requests.RequestException, OSError) as error:
+                problem = f"cannot be reached, {type(error).__name__}"  # the text of the error may hold the request
+            if time.monotonic() + wait > deadline:
+                break
+            time.sleep(wait)
+        raise ToolFault(f"search by {self.label}: {self.host}: {problem}")
+
+    def hit(self, hit: dict) -> dict:
+        """A hit in our words: plain text on one line each."""
+        title, url, snippet = (hit.get(field) or "" for field in self.provider.fields)
+        clean = lambda text, limit: " ".join(html.unescape(re.sub(r"</?\w+[^<>]{0,100}>", "", str(text))).split())[:limit]
+        return {"title": clean(title, 200), "url": "".join(str(url).split())[:2000], "snippet": clean(snippet, 500)}
+
+
+class Pace:
+    """Keeps `gap_s` seconds between two requests to one host, over all threads of this process."""
+
+    def __init__(self, gap_s: float):
+        self.gap_s, self.next, self.lock = gap_s, {}, threading.Lock()
+
+    def wait(self, host: str, deadline: float, gap_s: float = 0.0) -> None:
+        """Wait for our turn.
+
+        Raises:
+            ToolFault: it would come after the deadline.
+        """
+        with self.lock:
+            now = time.monotonic()
+            turn = max(now, self.next.get(host, 0.0))
+            if turn > deadline:
+                raise ToolFault(f"too many requests to {host} at once")
+            self.next[host] = turn + max(self.gap_s, gap_s)
+        time.sleep(turn - now)
+
+
+class DiskCache:
+    """Texts by key in a folder, for `days` days: a group of trajectories sees the same web, and no request is paid twice."""
+
+    def __init__(self, folder: Path | str, days: float = 7.0):
+        self.folder, self.seconds = Path(folder), days * 86400
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, key: str) -> Path:
+        return self.folder / hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:40]
+
+    def get(self, key: str) -> str | None:
+        path = self.path(key)
+        try:
+            return path.read_text(encoding="utf-8") if time.time() - path.stat().st_mtime < self.seconds else None
+        except (OSError, ValueError):
+            return None
+
+    def put(self, key: str, text: str) -> None:
+        partial = self.path(key).with_suffix(f".{os.getpid()}.{threading.get_ident()}.partial")
+        try:  # a full disk must not end the run
+            partial.write_text(text, encoding="utf-8", errors="replace")
+            os.replace(partial, self.path(key))
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+
+def retry_after(header: str | None, otherwise: float) -> float:
+    """Seconds that a server asks us to wait, if it says so in seconds."""
+    return float(header) if header and re.fullmatch(r"\d{1,6}", header.strip()) else otherwise
+
+
+def read_limited(chunks: Iterable[bytes], limit: int, deadline: float) -> Iterator[bytes]:
+    """Pass on at most `limit` bytes before the deadline; what comes after is cut off."""
+    for chunk in chunks:
+        yield chunk[:limit]
+        limit -= len(chunk)
+        if limit <= 0 or time.monotonic() > deadline:
+            return
+
+
+# ---------------------------------------------------------------------------------------------------------- HTML to text
+
+BLOCK_TAG = re.compile(r"(?i)(<!--|-->|</?(?:script|style|title)(?![a-z0-9-])[^<>]{0,2000}>)")
+BLOCK_END = {"script": "/script", "style": "/style", "title": "/title", "!--": "-->"}
+QUOTED_TAG = re.compile(r"""<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])(?:[^<>"']|"[^"<]{0,4000}"|'[^'<]{0,4000}')*>""")
+LINK = re.compile(r"""(?i)<a\s(?:[^<>]{0,500}?\s)?href\s{0,9}=\s{0,9}("[^"<>]{0,4000}"|'[^'<>]{0,4000}'|[^\s"'<>]{1,4000})[^<>]{0,4000}>""")
+
+
+def visible_html(page: str) -> str:
+    """The page without scripts, styles, title and comments, each tag bare (`<td>`).
+
+    Takes time in proportion to the page, whatever it contains; html.parser, given the same page, searches for the end of each
+    broken tag and quote up to the end of the page.
+    """
+    kept, inside = [], ""  # inside: the element that is being skipped
+    pieces = BLOCK_TAG.split(page)  # text, tag, text, tag, ..., text
+    for text, tag in zip(pieces[::2], [*pieces[1::2], "-->"]):
+        name = re.match(r"<?(/?[a-z]+|!?-->?)", tag.lower()).group(1)
+        if not inside:
+            kept.append(text)
+            if name in BLOCK_END:
+                inside = name
+                kept.append("" if name == "!--" else " ")
+        elif name == BLOCK_END[inside]:
+            inside = ""
+    page = QUOTED_TAG.sub(r"<\1>", "".join(kept))
+    page = re.sub(r"<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])[^<>]*>", r"<\1>", re.sub(r"<[!?][^<>]*>", "", page))
+    return re.sub(r"<(?!/?[a-zA-Z][a-zA-Z0-9]*>)", "&lt;", page)
+
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: one line a paragraph, `a | b` for a table row, no links, no pictures, no scripts."""
+    page = visible_html(page)
     converter = html2text.HTML2Text(bodywidth=0)
     converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
-    page = re.sub(r"(?is)<(script|style|title)\b.*?</\1>", " ", page)
+    room, deadline = 2 * len(page) + 100_000, time.monotonic() + 10.0
+
+    def write(piece: str) -> None:
+        nonlocal room
+        room -= len(piece)
+        if room < 0 or time.monotonic() > deadline:  # a thousand nested lists are indented by two thousand spaces
+            raise OverflowError
+        converter.outtextf(piece)
+
+    converter.out = write
     try:
         text = converter.handle(page)
-    except Exception:  # html2text recurses and has bugs on hostile pages: fall back to dropping the tags
-        text = re.sub(r"<[^>]*>", " ", page)
+    except Exception:  # too much, or a bug of html2text on a hostile page: fall back to dropping the tags
+        text = html.unescape(re.sub(r"<[^<>]*>", " ", re.sub(r"[0-9]{20,}", "", page)))
     lines = (line.strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line and not re.fullmatch(r"[-| :]+", line))
 
 
+def links_of(page: str, url: str) -> list[tuple[str, str]]:
+    """The links of a page in order, each once: (address, label)."""
+    found = {}
+    for link in LINK.finditer(page):
+        label = re.split(r"(?i)</a\s{0,9}>|<a\s", page[link.end():link.end() + 2000], maxsplit=1)[0]
+        try:
+            address = urljoin(url, html.unescape(link.group(1).strip("\"'")).strip())
+        except ValueError:  # no address at all: http://[
+            continue
+        found[address, " ".join(html.unescape(re.sub(r"<[^<>]*>", "", label)).split())] = None
+    return list(found)
+
+
 def split_pages(text: str, page_chars: int) -> list[str]:
     """Cut text into pieces of at most `page_chars` characters, at line ends or sentence ends where there are any."""
-    pages, rest = [], text
-    while len(rest) > page_chars:
-        cut = max(rest.rfind("\n", 0, page_chars), rest.rfind(". ", 0, page_chars) + 1)
+    pages, start = [], 0
+    while len(text) - start > page_chars:
+        cut = max(text.rfind("\n", start, start + page_chars), text.rfind(". ", start, start + page_chars) + 1) - start
         cut = cut if cut > page_chars // 2 else page_chars
-        pages.append(rest[:cut].strip())
-        rest = rest[cut:].lstrip()
-    return pages + [rest]
+        pages.append(text[start:start + cut].strip())
+        start += cut
+        while start < len(text) and text[start].isspace():
+            start += 1
+    return pages + [text[start:]]
 
 
-def view_page(page: str, url: str, page_number: int = 1, find: str | None = None, links: bool = False, page_chars: int = 400) -> str:
+def view_page(page: str, url: str, page_number: int = 1, find: str | None = None, links: bool = False, page_chars: int = 400,
+              text: str | None = None) -> str:
     """What the policy sees of a page: one piece of its text, the passages with a word, or its links.
 
     Args:
@@ -223,14 +488,13 @@ def view_page(page: str, url: str, page_number: int = 1, find: str | None = None
         url: address of the page, to complete relative links and to head the text.
         page_number: which piece, from 1.
         find: show only lines and sentences that contain this, ignoring case, each with the number of its piece.
-        links: show numbered links instead of text.
+        links: show numbered links instead of text; a link has the same number on every piece of the list.
         page_chars: size of a piece in characters.
+        text: html_to_text(page), if it is there already.
     """
     if links:
-        found = re.findall(r'(?is)<a\s[^>]*?href="([^"]*)"[^>]*>(.*?)</a>', page)
-        unique = dict.fromkeys((urljoin(url, href), " ".join(re.sub(r"<[^>]*>", "", label).split())) for href, label in found)
-        text = "\n".join(f"[{n}] {label} {href}" for n, (href, label) in enumerate(unique, start=1)) or "no links"
-    else:
+        text = "\n".join(f"[{n}] {label} {href}" for n, (href, label) in enumerate(links_of(page, url), start=1)) or "no links"
+    elif text is None:
         text = html_to_text(page)
     pieces = split_pages(text, page_chars)
     if find:
@@ -245,20 +509,152 @@ def view_page(page: str, url: str, page_number: int = 1, find: str | None = None
     return f"{url} (page {page_number} of {len(pieces)})\n{pieces[page_number - 1]}"
 
 
+# -------------------------------------------------------------------------------------------------------------- browse
+
+class Refused(ValueError):
+    """This address cannot be read, and the policy can know why: its own choice, not a fault."""
+
+
+class Unavailable(OSError):
+    """The server says that it cannot answer now."""
+
+    def __init__(self, message: str, wait_s: float):
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class WithDeadline:
+    """A socket whose reads all end at one moment: a time-out for each read lets a server drip bytes for ever."""
+    deadline = float("inf")
+
+    def recv_into(self, *args, **kwargs):
+        self.settimeout(max(0.001, self.deadline - time.monotonic()))
+        return super().recv_into(*args, **kwargs)
+
+
+class PlainSocket(WithDeadline, socket.socket):
+    pass
+
+
+class TLSSocket(WithDeadline, ssl.SSLSocket):
+    pass
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=requests.certs.where())
+    context.sslsocket_class = TLSSocket
+    return context
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet. `ipaddress.is_global` alone lets multicast and tunnels through."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if ip.version == 6:
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64: an IPv4 address in disguise
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip.is_site_local or int(ip) < 2**32:
+            return False
+    elif ip in ipaddress.ip_network("192.0.0.0/24") or ip in ipaddress.ip_network("192.88.99.0/24"):
+        return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback or ip.is_link_local or ip.is_private)
+
+
+def connect(host: str, port: int, deadline: float, public: bool) -> PlainSocket:
+    """A connection to `host`. The name is looked up once and the address that was checked is the one connected to, so a
+    name server that answers differently the next time (DNS rebinding) gains nothing.
+
+    Args:
+        public: refuse unless every address of the name is public.
+
+    Raises:
+        Refused: an address is not public. OSError: no connection.
+    """
+    lookup = RESOLVER.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)  # getaddrinfo knows no time-out
+    found = lookup.result(timeout=max(0.001, deadline - time.monotonic()))
+    if public and not all(is_public(sockaddr[0]) for *_, sockaddr in found):
+        raise Refused("this address is not public")
+    problem = OSError("the name has no address")
+    for family, kind, protocol, _, sockaddr in found:
+        plain = PlainSocket(family, kind, protocol)
+        plain.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            plain.connect(sockaddr)
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return plain
+        except OSError as error:
+            plain.close()
+            problem = error
+    raise problem
+
+
+RESOLVER = concurrent.futures.ThreadPoolExecutor(8, "resolver")
+
+
+def decompress(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
+    """The body in pieces of at most 64 KiB, however far one compressed byte expands.
+
+    Raises:
+        Refused: an encoding that we did not ask for. OSError: broken data.
+    """
+    if encoding in ("", "identity"):
+        yield from chunks
+        return
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise Refused(f"the page is compressed as {encoding[:40]!r}")
+    unzip, first = zlib.decompressobj(47), True  # 47: a gzip or a zlib header
+    for chunk in chunks:
+        try:
+            if first and encoding == "deflate" and chunk[:1] != b"\x78":
+                unzip = zlib.decompressobj(-15)  # what some servers send as deflate
+            first = False
+            while chunk:
+                yield unzip.decompress(chunk, 65536)
+                chunk = unzip.unconsumed_tail
+        except zlib.error as error:
+            raise OSError(f"broken {encoding}") from error
+
+
+def decode_page(body: bytes, content_type: str) -> str:
+    """Text of a page: by its byte order mark, the header, its own <meta>, or UTF-8 if it is that, else windows-1252."""
+    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if body.startswith(mark):
+            return body.decode(name, "replace")
+    header = re.search(r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})", content_type, re.IGNORECASE)
+    meta = re.search(rb"<meta[^<>]{0,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})", body[:4096], re.IGNORECASE)
+    for name in filter(None, (header and header.group(1), meta and meta.group(1).decode("ascii", "ignore"))):
+        try:
+            codec = codecs.lookup(name).name
+            if codec not in ("punycode", "idna", "undefined") and "escape" not in codec:  # slow or odd ones that no page is written in
+                return body.decode("cp1252" if codec in ("iso8859-1", "ascii") else codec, "replace")
+        except (LookupError, ValueError):  # unknown, or no encoding of text (base64, zip)
+            continue
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return body.decode("utf-8" if error.start > 1000 else "cp1252", "replace")
+
+
 class Browse:
     """Reads web pages over HTTP.
 
     Args:
-        hosts: an /etc/hosts for the embedded world: {"w7.test": "127.0.0.1:8123"}. URLs in task files do not depend on ports.
+        hosts: an /etc/hosts for the embedded world: {"w7.test": "127.0.0.1:8123"}; the only non-public addresses that can be
+            reached. URLs in task files do not depend on ports.
         live: allow public addresses of the real web too.
         page_chars: characters of one piece of a page.
-        timeout_s: limit for one request, in seconds.
+        timeout_s: limit for one page with its redirects and retries, in seconds.
+        cache: where pages of the real web are kept.
+        gap_s: seconds between two requests to one host of the real web.
     """
     name, signature = "browse", "browse(url, page or find or links)"
 
-    def __init__(self, hosts: dict[str, str] | None = None, live: bool = False, page_chars: int = 400, timeout_s: float = 10.0):
-        self.hosts, self.live, self.page_chars, self.timeout_s = hosts or {}, live, page_chars, timeout_s
-        self.local, self.cache, self.lock = threading.local(), collections.OrderedDict(), threading.Lock()
+    def __init__(self, hosts: dict[str, str] | None = None, live: bool = False, page_chars: int = 400, timeout_s: float = 10.0,
+                 cache: DiskCache | None = None, gap_s: float = 1.0):
+        self.hosts, self.live, self.page_chars, self.timeout_s, self.cache, self.pace = hosts or {}, live, page_chars, timeout_s, cache, Pace(gap_s)
+        self.pages, self.size, self.lock = collections.OrderedDict(), 0, threading.Lock()  # url -> [HTML, its text or None]
+        self.idle: dict[str, list[http.client.HTTPConnection]] = collections.defaultdict(list)  # open connections to `hosts`
+        self.robots: dict[str, urllib.robotparser.RobotFileParser] = {}
 
     def check(self, arguments: dict) -> str | None:
         kinds = {"url": str, "page": int, "find": str, "links": bool}
@@ -272,165 +668,275 @@ class Browse:
 
     def __call__(self, url: str, page: int = 1, find: str | None = None, links: bool = False) -> str:
         with self.lock:
-            html = self.cache.get(url)
-        if html is None:
-            html = self.fetch(url)
-            if html.startswith("error "):
-                return html
+            kept = self.pages.get(url)
+        if kept is None:
+            try:
+                kept = [self.fetch(url), None]
+            except Refused as error:
+                return f"error {error}"
             with self.lock:
-                self.cache[url] = html
-                if len(self.cache) > 512:
-                    self.cache.popitem(last=False)
-        return view_page(html, url, page, find, links, self.page_chars)
-
-    def address(self, url: str) -> tuple[str, dict]:
-        """Where to send the request and with which headers; raises ValueError with a text for the policy if not allowed."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise ValueError("only http and https addresses without a user name can be opened")
-        if parts.hostname in self.hosts:
-            return parts._replace(scheme="http", netloc=self.hosts[parts.hostname]).geturl(), {"Host": parts.hostname}
-        if not self.live:
-            raise ValueError("no such site")
-        # A first guard: every address of the name must be public. Pinning the connection to the checked address is the
-        # next step of hardening (SSRF by DNS rebinding is not stopped here).
-        for *_, sockaddr in socket.getaddrinfo(parts.hostname, parts.port or 443, proto=socket.IPPROTO_TCP):
-            ip = ipaddress.ip_address(sockaddr[0].split("%")[0])
-            if not ip.is_global or ip.is_multicast or ip.is_reserved:
-                raise ValueError("this address is not public")
-        return url, {}
+                if url not in self.pages:
+                    self.pages[url], self.size = kept, self.size + len(kept[0])
+                while len(self.pages) > 512 or self.size > 64 << 20:
+                    self.size -= len(self.pages.popitem(last=False)[1][0])
+        if not links and kept[1] is None:
+            kept[1] = html_to_text(kept[0])
+        return view_page(kept[0], url, page, find, links, self.page_chars, kept[1])
 
     def fetch(self, url: str) -> str:
-        """The HTML (or text) at a URL, or a line that begins with "error " for what the policy got wrong.
+        """The HTML of a page; plain text is wrapped in <pre>.
 
         Raises:
-            ToolFault: the server cannot be reached or answers with a 5xx, after three tries.
+            Refused: what the policy got wrong or can see itself (no such page, not public, no text).
+            ToolFault: the server cannot be reached or answers with a 429 or 5xx, after three tries.
         """
-        if not hasattr(self.local, "session"):
-            self.local.session = requests.Session()
-            self.local.session.trust_env = False  # no proxies, no ~/.netrc
+        deadline = time.monotonic() + self.timeout_s
+        if self.cache and (kept := self.cache.get(f"page {url}")) is not None:
+            return kept
         for attempt in range(3):
             try:
-                target = url
-                for _ in range(5):  # redirects are followed by hand: each hop is checked
-                    address, headers = self.address(target)
-                    headers["User-Agent"] = "nano-researcher"
-                    with self.local.session.get(address, headers=headers, timeout=self.timeout_s, allow_redirects=False, stream=True) as reply:
-                        if reply.is_redirect:
-                            target = urljoin(target, reply.headers["location"])
-                            continue
-                        if reply.status_code >= 500:
-                            raise requests.ConnectionError(f"HTTP {reply.status_code}")
-                        if reply.status_code >= 400:
-                            return f"error {reply.status_code} for {url}"
-                        kind = reply.headers.get("content-type", "text/html").split(";")[0].strip().lower()
-                        if not (kind.startswith("text/") or kind in ("application/xhtml+xml", "application/json", "application/xml")):
-                            return f"error {url} is not a text page ({kind})"
-                        body = b""
-                        for chunk in reply.iter_content(65536):
-                            body += chunk
-                            if len(body) > MAX_PAGE_BYTES:
-                                break
-                        return body[:MAX_PAGE_BYTES].decode(reply.encoding or "utf-8", "replace")
-                return f"error too many redirects for {url}"
-            except ValueError as error:  # includes requests' InvalidURL: the policy's own address
-                return f"error {error}: {url}"
-            except (OSError, requests.RequestException, LookupError) as error:
-                if attempt == 2:
-                    raise ToolFault(f"{url} cannot be reached ({type(error).__name__})") from None
-                time.sleep(0.1 * 2**attempt)
+                page, from_web = self.follow(url, deadline)
+                if self.cache and from_web:
+                    self.cache.put(f"page {url}", page)
+                return page
+            except Refused:
+                raise
+            except ValueError as error:  # from urlsplit, requests, idna: the policy's own address
+                raise Refused(f"{error}: {url}") from None
+            except (OSError, http.client.HTTPException) as error:
+                wait = getattr(error, "wait_s", 0.1 * 2**attempt)
+                if attempt == 2 or time.monotonic() + wait > deadline:
+                    raise ToolFault(f"{url} cannot be reached ({error if isinstance(error, Unavailable) else type(error).__name__})") from None
+                time.sleep(wait)
         raise AssertionError("unreachable")
+
+    def follow(self, url: str, deadline: float) -> tuple[str, bool]:
+        """One try to read a page, over up to five redirects, each checked like the first address: (HTML, whether from the real web)."""
+        target, from_web = url, False
+        for _ in range(6):
+            parts = urlsplit(target)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+                raise Refused(f"only http and https addresses without a user name can be opened: {url}")
+            embedded = parts.hostname in self.hosts
+            if not embedded and not self.live:
+                raise Refused(f"no such site: {url}")
+            if not embedded:
+                from_web = True
+                self.ask_robots(target, url, deadline)
+            status, headers, body = self.get(target, deadline)
+            if status in (301, 302, 303, 307, 308) and headers.get("location"):
+                target = urljoin(target, headers["location"].encode("latin-1", "replace").decode("utf-8", "replace"))
+                continue
+            if status >= 500 or status == 429:
+                raise Unavailable(f"HTTP {status}", retry_after(headers.get("retry-after"), 0.1))
+            if status >= 400:
+                raise Refused(f"{status} for {url}")
+            content_type = headers.get("content-type", "text/html").lower()
+            kind = content_type.split(";")[0].strip()
+            if kind == "application/pdf" or body.startswith(b"%PDF-"):
+                raise Refused(f"{url} is a PDF, which cannot be read here")
+            if not (kind.startswith("text/") or kind in ("application/xhtml+xml", "application/json", "application/xml")) or b"\0" in body[:512].strip(b"\xff\xfe\0") and "utf-16" not in content_type and body[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise Refused(f"{url} is not a text page ({kind[:60]})")
+            text = decode_page(body, content_type)
+            is_html = "html" in kind or "xml" in kind
+            return text if is_html else f"<pre>{html.escape(text, quote=False)}</pre>", from_web
+        raise Refused(f"too many redirects for {url}")
+
+    def get(self, url: str, deadline: float) -> tuple[int, Message, bytes]:
+        """One request: (status, headers, body). Bodies end at MAX_PAGE_BYTES, and at the deadline if something came until then."""
+        parts = urlsplit(requests.Request("GET", url).prepare().url)  # percent-encodes and checks the address
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        embedded = self.hosts.get(urlsplit(url).hostname)
+        connection = self.idle[embedded].pop() if embedded and self.idle[embedded] else None
+        if embedded and not connection:
+            connection = http.client.HTTPConnection(*embedded.split(":"))
+            connection.sock = connect(connection.host, connection.port, deadline, public=False)
+        elif not embedded:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            connection = http.client.HTTPConnection(parts.hostname, port)
+            connection.sock = connect(parts.hostname, port, deadline, public=True)
+            if parts.scheme == "https":
+                connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
+                connection.sock = tls_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
+        whole = False
+        try:
+            connection.sock.deadline = deadline
+            host = parts.hostname if embedded else parts.netloc
+            connection.request("GET", path, headers={"Host": host, "User-Agent": USER_AGENT, "Accept": "text/html,text/*;q=0.9,*/*;q=0.5", "Accept-Encoding": "gzip"})
+            reply = connection.getresponse()
+            body = bytearray()
+            try:
+                chunks = iter(lambda: reply.read1(65536), b"")
+                for chunk in read_limited(decompress(chunks, reply.headers.get("content-encoding", "").strip().lower()), MAX_PAGE_BYTES, deadline):
+                    body += chunk
+                whole = reply.isclosed() and not reply.length
+            except (OSError, http.client.HTTPException):
+                if not body:
+                    raise
+            if not whole and reply.status == 200:
+                body += b"\n<p>[the page was cut here]</p>"
+            if embedded and whole and not reply.will_close:
+                self.idle[embedded].append(connection)
+                connection = None
+            return reply.status, reply.headers, bytes(body)
+        finally:
+            if connection:
+                connection.close()
+
+    def ask_robots(self, target: str, url: str, deadline: float) -> None:
+        """Wait for our turn with this host, and read its robots.txt once (RFC 9309: absent means allowed, unreachable means not now).
+
+        Raises:
+            Refused: robots.txt forbids the address. OSError: robots.txt cannot be read now.
+        """
+        site = "{0.scheme}://{0.netloc}".format(urlsplit(target))
+        if site not in self.robots:
+            parser, robots_url = urllib.robotparser.RobotFileParser(), f"{site}/robots.txt"
+            for _ in range(6):
+                self.pace.wait(urlsplit(site).netloc, deadline)
+                status, headers, body = self.get(robots_url, deadline)
+                if status not in (301, 302, 303, 307, 308) or not headers.get("location"):
+                    break
+                robots_url = urljoin(robots_url, headers["location"])
+                if urlsplit(robots_url).scheme not in ("http", "https") or urlsplit(robots_url).hostname in self.hosts:
+                    break
+            if status >= 500 or status == 429:
+                raise Unavailable(f"robots.txt: HTTP {status}", retry_after(headers.get("retry-after"), 0.1))
+            parser.parse(body[:500_000].decode("utf-8", "replace").splitlines() if status == 200 else [])
+            self.robots[site] = parser
+        if not self.robots[site].can_fetch(USER_AGENT, target):
+            raise Refused(f"robots.txt of this site forbids {url}")
+        self.pace.wait(urlsplit(site).netloc, deadline, min(5.0, float(self.robots[site].crawl_delay(USER_AGENT) or 0)))
 
 
 # -------------------------------------------------------------------------------------------------------------- python
 
-# What runs in the child: limits first, then one JSON line in, one JSON line out. `-S` keeps the start short (no site
-# module); site-packages come last on the path so that numpy can be imported where it is installed.
-WORKER = r"""
-import ast, ctypes, io, json, os, resource, signal, sys, traceback
-memory, cpu_s, packages, out_fd = json.loads(sys.argv[1])
-os.umask(0o077)
-for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, cpu_s),
-                     (resource.RLIMIT_FSIZE, 16 << 20), (resource.RLIMIT_NOFILE, 64)):
-    try: resource.setrlimit(limit, (value, value))
-    except (ValueError, OSError): pass
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # die with the parent
-sys.path.append(packages)
-space = {"__name__": "__main__"}
-for line in sys.stdin:
-    sys.stdout = sys.stderr = out = io.StringIO()
-    try:
-        tree = ast.parse(json.loads(line))
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, "<code>", "exec"), space)
-        if last is not None:
-            value = eval(compile(ast.Expression(last.value), "<code>", "eval"), space)
-            if value is not None: print(repr(value))
-    except BaseException as error:
-        print("".join(traceback.format_exception_only(error)).strip())
-    with os.fdopen(os.dup(out_fd), "w", encoding="utf-8", errors="replace") as reply:
-        reply.write(json.dumps(out.getvalue()[:200000]) + "\n")
-"""
-
-
 class Python:
-    """A stateful Python session in a child process with limits; one for each trajectory.
-
-    It stops accidents (loops, memory, output), not a determined attacker: the code can still read files and open sockets.
+    """A stateful Python session in a sandbox (sandbox.py says what it stops and what not); one for each trajectory.
 
     Args:
         timeout_s: wall-clock limit for one call, in seconds.
         memory_mb: address space of the child, in MiB.
         output_chars: what the policy sees of the output, in characters.
+        unsafe: run without the sandbox, with limits on time, memory and output only: for code that you would run yourself.
     """
     name, signature = "python", "python(code)"
 
-    def __init__(self, timeout_s: float = 5.0, memory_mb: int = 1024, output_chars: int = 2000):
-        self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
-        self.process, self.replies, self.folder = None, None, None
+    def __init__(self, timeout_s: float = 5.0, memory_mb: int = 1024, output_chars: int = 2000, unsafe: bool = False):
+        self.timeout_s, self.memory_mb, self.output_chars, self.unsafe = timeout_s, memory_mb, output_chars, unsafe
+        self.process, self.folder, self.code_fd, self.done_fd, self.poll = None, None, -1, -1, None
 
     def check(self, arguments: dict) -> str | None:
         good = set(arguments) == {"code"} and isinstance(arguments["code"], str)
         return None if good else "python takes 'code', a string"
 
     def start(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="nano-python-")
-        read_fd, write_fd = os.pipe()
-        limits = json.dumps([self.memory_mb << 20, 600, sysconfig.get_path("purelib"), write_fd])
+        """Start the child and wait until it has given up its rights (about 40 ms).
+
+        Raises:
+            ToolFault: it cannot be started or confined.
+        """
+        code_read, code_write = os.pipe()
+        done_read, done_write = os.pipe()
+        self.code_fd, self.done_fd, self.folder = code_write, done_read, tempfile.mkdtemp(prefix="nano-python-")
+        settings = {"memory": self.memory_mb << 20, "packages": sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")}),
+                    "unsafe": self.unsafe, "code": code_read, "done": done_write}
+        command = [sys.executable, "-I", "-S", str(SANDBOX), json.dumps(settings)]
+        environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": self.folder, "TMPDIR": self.folder,
+                       "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", WORKER, limits], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, pass_fds=[write_fd], start_new_session=True, cwd=self.folder,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": self.folder, "OMP_NUM_THREADS": "1"})
+            # In a thread of its own that never ends: the child dies with the *thread* that started it (PR_SET_PDEATHSIG).
+            self.process = STARTER.submit(
+                subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+                pass_fds=[code_read, done_write], start_new_session=True, cwd=self.folder, env=environment).result()
+        except (OSError, RuntimeError) as error:
+            self.close()
+            raise ToolFault(f"python cannot be started ({error})") from None
         finally:
-            os.close(write_fd)
-        self.replies = os.fdopen(read_fd, "rb")
+            os.close(code_read)
+            os.close(done_write)
         LIVE_SESSIONS.add(self)
+        for fd in (self.code_fd, self.done_fd, self.process.stdout.fileno()):
+            os.set_blocking(fd, False)
+        self.poll = select.poll()  # select.select() cannot do file descriptors above 1023
+        self.poll.register(self.done_fd, select.POLLIN)
+        ready = self.poll.poll(30_000)
+        words = os.read(self.done_fd, 1000).decode().strip() if ready else "it did not start within 30 s"
+        if words != "ready":
+            words = words or self.process.stdout.read(1000).decode(errors="replace").strip().split("\n")[-1]
+            self.close()
+            raise ToolFault(f"python cannot be started ({words})")
+        self.poll.register(self.process.stdout, select.POLLIN)
 
     def __call__(self, code: str) -> str:
-        if self.process is None:
-            self.start()
+        for attempt in range(3):
+            try:
+                if self.process is None:
+                    self.start()
+                break
+            except ToolFault:
+                if attempt == 2:
+                    raise
+                time.sleep(0.1 * 2**attempt)
         try:
-            self.process.stdin.write(json.dumps(code).encode() + b"\n")
-            self.process.stdin.flush()
-            reply, deadline = b"", time.monotonic() + self.timeout_s
-            while not reply.endswith(b"\n"):
-                ready, _, _ = select.select([self.replies], [], [], max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    self.close()
-                    return f"timeout after {self.timeout_s:g} s; the session was restarted, variables are lost"
-                chunk = os.read(self.replies.fileno(), 65536)
-                if not chunk:
-                    raise BrokenPipeError
-                reply += chunk
-        except (BrokenPipeError, OSError):
+            output, problem = self.run(code)
+        except OSError:  # a pipe is closed: the child has ended itself
+            output, problem = "", "the session died and was restarted, variables are lost"
+        if problem:
             self.close()
-            return "the session died and was restarted, variables are lost"
-        output = json.loads(reply).strip()
+        output = output.strip()
         if len(output) > self.output_chars:
             output = f"{output[:self.output_chars]} … ({len(output)} characters)"
-        return output or "(no output)"
+        return "\n".join(filter(None, (output, problem))) or "(no output)"
+
+    def run(self, code: str) -> tuple[str, str]:
+        """Send code to the child and wait until it is done: (output, why the session must end or "").
+
+        Raises:
+            OSError: the child has ended.
+        """
+        lost = "the session was restarted, variables are lost"
+        unsent, output, done = json.dumps(code).encode() + b"\n", bytearray(), False
+        start = time.monotonic()
+        look = start + 0.25
+        os.killpg(self.process.pid, signal.SIGCONT)
+        self.poll.register(self.code_fd, select.POLLOUT)
+        while not done:
+            now = time.monotonic()
+            if now >= start + self.timeout_s:
+                return "", f"timeout after {self.timeout_s:g} s; {lost}"
+            if now >= look:
+                look = now + 0.25
+                if folder_bytes(self.folder) > FOLDER_BYTES:
+                    return "", f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}"
+            for fd, _ in self.poll.poll(1000 * (min(look, start + self.timeout_s) - now) + 1):
+                if fd == self.code_fd:
+                    unsent = unsent[os.write(fd, unsent):]
+                    if not unsent:
+                        self.poll.unregister(fd)
+                elif fd == self.done_fd:
+                    done = True
+                    if not os.read(fd, 1000):
+                        raise BrokenPipeError
+                else:
+                    self.read_output(output, 1 << 16)
+            if len(output) > MAX_OUTPUT_BYTES:
+                return output.decode("utf-8", "replace"), f"more than {MAX_OUTPUT_BYTES} bytes of output; {lost}"
+        self.read_output(output, MAX_OUTPUT_BYTES)
+        os.killpg(self.process.pid, signal.SIGSTOP)  # a thread that was left running waits until the next call
+        full = folder_bytes(self.folder) > FOLDER_BYTES
+        return output.decode("utf-8", "replace").replace("\0", "\ufffd"), f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}" if full else ""
+
+    def read_output(self, output: bytearray, limit: int) -> None:
+        """Append what is in the pipe now, up to about `limit` bytes."""
+        try:
+            for _ in range(0, limit, 1 << 16):
+                chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    raise BrokenPipeError
+                output += chunk
+        except BlockingIOError:
+            pass
 
     def close(self) -> None:
         """Kill the session with everything it started, and remove its folder."""
@@ -439,14 +945,40 @@ class Python:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            self.process.stdin.close()
             self.process.wait()
-            self.replies.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.process = None
-            LIVE_SESSIONS.discard(self)
+            self.process.stdout.close()
+        for fd in (self.code_fd, self.done_fd):
+            if fd >= 0:
+                os.close(fd)
+        if self.folder:
+            try:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            except RecursionError:
+                pass
+            if os.path.exists(self.folder):  # nested deeper than rmtree can go
+                subprocess.run(["rm", "-rf", self.folder])
+        self.process, self.folder, self.code_fd, self.done_fd = None, None, -1, -1
+        LIVE_SESSIONS.discard(self)
 
 
+def folder_bytes(folder: str) -> int:
+    """Disk space below a folder (at least 4 KiB an entry), counted until it is too much; what cannot be looked into is too much."""
+    total, folders = 0, [folder]
+    while folders and total <= FOLDER_BYTES:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    total += max(4096, 512 * entry.stat(follow_symlinks=False).st_blocks)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except FileNotFoundError:  # removed since
+            pass
+        except OSError:
+            return FOLDER_BYTES + 1
+    return total
+
+
+STARTER = concurrent.futures.ThreadPoolExecutor(1, "python-starter")
 LIVE_SESSIONS: set[Python] = set()  # closed at exit, so that no child outlives us
 
 
@@ -470,15 +1002,30 @@ class Toolbox:
         corpus: index (data/index.py) for tasks that name no world; "" if there are none.
         live: let browse open public addresses of the real web.
         search_results, page_chars: how much search and browse show.
+        search, search_url: "embedded", or a provider of WebSearch and its address; browse then opens the real web as well.
+        unsafe_python: run code without the sandbox.
 
     Raises:
         FileNotFoundError: the corpus has no index.
+        ValueError: the provider lacks its key or cannot be reached, or this machine has no sandbox; one line that says what to do.
     """
 
-    def __init__(self, corpus: str = "", live: bool = False, search_results: int = 2, page_chars: int = 400):
-        self.corpus, self.live, self.search_results, self.page_chars = corpus, live, search_results, page_chars
-        self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file
+    def __init__(self, corpus: str = "", live: bool = False, search_results: int = 2, page_chars: int = 400, search: str = "embedded",
+                 search_url: str = "", unsafe_python: bool = False):
+        self.corpus, self.live, self.search_results, self.page_chars = corpus, live or search != "embedded", search_results, page_chars
+        self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file; "" is the web alone
         self.sessions: dict[tuple, Python] = {}  # by trajectory key
+        self.unsafe_python = unsafe_python
+        if unsafe_python:
+            print("python runs WITHOUT a sandbox (--unsafe_python): only time, memory and output are limited", file=sys.stderr)
+        elif lacks := sandbox.missing():
+            raise ValueError(f"no sandbox for the python tool on this machine: {lacks}. --unsafe_python runs the model's code without one")
+        self.cache = DiskCache(CACHE) if self.live else None
+        self.web_search = None
+        if search != "embedded":
+            self.web_search = WebSearch(search, search_url, search_results, self.cache)
+            self.web_search.probe()
+            self.shared[""] = self.web_search, Browse({}, True, page_chars, cache=self.cache)
         if corpus:
             self.open(corpus)
 
@@ -488,7 +1035,8 @@ class Toolbox:
         if str(db) not in self.shared:
             server = start_server(db)
             hosts = {server.host: "127.0.0.1:%d" % server.server_address[1]}
-            self.shared[str(db)] = (Search(db, self.search_results), Browse(hosts, self.live, self.page_chars))
+            search = self.web_search or Search(db, self.search_results)
+            self.shared[str(db)] = search, Browse(hosts, self.live, self.page_chars, cache=self.cache)
         return self.shared[str(db)]
 
     def prepare(self, tasks) -> None:
@@ -505,14 +1053,14 @@ class Toolbox:
         world = task.meta.get("world")
         if world:
             return self.open(world_folder(world) / "pages.db")
-        if not self.corpus:
+        if not self.corpus and not self.web_search:
             raise ValueError(f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes one)")
-        return self.open(self.corpus)
+        return self.open(self.corpus) if self.corpus else self.shared[""]
 
     def tools_for(self, trajectory) -> dict:
         """name -> tool. HACK HERE: add a tool of your own to this dict and its signature to SIGNATURES."""
         search, browse = self.index_of(trajectory.task)
-        session = self.sessions.setdefault(trajectory.key, Python())
+        session = self.sessions.setdefault(trajectory.key, Python(unsafe=self.unsafe_python))
         return {tool.name: tool for tool in (search, browse, session)}
 
     def close(self, trajectory) -> None:

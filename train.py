@@ -463,7 +463,8 @@ def main():
         reward_of = load_reward(args.reward)
         model, tokenizer = load_policy(args.model, device)
         chat = Chat(tokenizer, SIGNATURES)
-        toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars)
+        toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars,
+                          rollout_args.search, rollout_args.search_url, rollout_args.unsafe_python)
         with accelerator.main_process_first():  # one process writes the worlds, the others find them
             toolbox.prepare(train_tasks + test_tasks + dev_tasks)
     except (OSError, ValueError) as error:

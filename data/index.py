@@ -25,6 +25,8 @@ from tqdm import tqdm
 from tools import html_to_text
 
 SNIPPET_TOKENS = 24
+LARGE_INDEX = 20_000  # pages from which on words that stand in more than one page in COMMON are left out of a query
+COMMON = 20
 
 
 def build_index(documents: Iterable[dict], out: Path | str, total: int | None = None) -> int:
@@ -49,7 +51,7 @@ def build_index(documents: Iterable[dict], out: Path | str, total: int | None = 
     count, host = 0, ""
     try:
         # The index is rebuilt from its source if the machine dies: no journal, no fsync.
-        connection.executescript("pragma journal_mode=off; pragma synchronous=off;"
+        connection.executescript("pragma journal_mode=off; pragma synchronous=off; pragma cache_size=-65536;"  # 64 MiB, whatever the corpus
                                  "create virtual table pages using fts5(title, text, url unindexed, description unindexed);"
                                  "create table html(url text primary key, html text); create table meta(key text primary key, value text);")
         for document in tqdm(documents, total=total, desc=f"indexing {out.name}", unit="page", mininterval=1, leave=False):
@@ -60,6 +62,10 @@ def build_index(documents: Iterable[dict], out: Path | str, total: int | None = 
             host = host or urlsplit(document["url"]).hostname or ""
             count += 1
         connection.execute("insert into meta values ('host', ?), ('count', ?)", (host, str(count)))
+        if count >= LARGE_INDEX:
+            connection.executescript("create table common(word text primary key, pages integer) without rowid;"
+                                     "create virtual table temp.vocabulary using fts5vocab(main, pages, row);"
+                                     f"insert into common select term, doc from vocabulary where doc > {count // COMMON};")
         connection.commit()
         connection.close()
         os.replace(partial, out)
@@ -84,7 +90,9 @@ def search_index(connection: sqlite3.Connection, query: str, k: int) -> list[dic
     """The k best pages for a free-text query, by BM25 with the title counted five times.
 
     The snippet is the page's own description where it has one, as web search engines show it, else the passage that
-    matches best. Odd text (quotes, operators, NUL) is harmless: only its words are searched, joined by OR.
+    matches best. Odd text (quotes, operators, NUL) is harmless: only its words are searched, joined by OR. In a large index
+    a word that stands in every twentieth page ("the") is left out if the query has a rarer one: BM25 gives it little weight,
+    and each such word costs a walk over all its pages.
 
     Returns:
         dicts with title, url, snippet; best first, ties in the order of indexing.
@@ -92,6 +100,10 @@ def search_index(connection: sqlite3.Connection, query: str, k: int) -> list[dic
     words = list(dict.fromkeys(re.findall(r"\w+", query.casefold())))[:32]
     if not words:
         return []
+    if len(words) > 1 and connection.execute("select 1 from sqlite_master where name = 'common'").fetchone():
+        pages = dict(connection.execute(f"select word, pages from common where word in ({','.join('?' * len(words))})", words))
+        rare = [word for word in words if word not in pages]
+        words = rare or sorted(words, key=pages.get)[:1]
     match = " OR ".join(f'"{word}"' for word in words)
     rows = connection.execute(
         f"select title, url, description, snippet(pages, 1, '', '', ' … ', {SNIPPET_TOKENS}) from pages where pages match ?"

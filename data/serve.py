@@ -8,6 +8,7 @@ tasks do not depend on ports. To try an idea (slow pages, errors), change `PageH
 """
 
 import argparse
+import contextlib
 import html
 import json
 import sqlite3
@@ -32,17 +33,17 @@ class PageHandler(BaseHTTPRequestHandler):
         if parts.path == "/search":
             query = parse_qs(parts.query)
             k = query.get("k", ["5"])[0]
-            with server.lock:
-                hits = search_index(server.index, query.get("q", [""])[0], min(int(k), 50) if k.isdigit() else 5)
+            with server.index() as index:
+                hits = search_index(index, query.get("q", [""])[0], min(int(k), 50) if k.isascii() and k.isdigit() else 5)
             self.reply(200, json.dumps(hits).encode(), "application/json")
             return
-        with server.lock:
+        with server.index() as index:
             page = None
             for path in dict.fromkeys((parts.path, unquote(parts.path))):
-                page = page or page_html_of(server.index, f"{server.base_url}{path}" + (f"?{parts.query}" if parts.query else ""))
+                page = page or page_html_of(index, f"{server.base_url}{path}" + (f"?{parts.query}" if parts.query else ""))
             if page is None and parts.path == "/":  # a corpus without a home page: a way in
                 links = "".join(f'<li><a href="{html.escape(urlsplit(url).path)}">{html.escape(title)}</a></li>'
-                                for url, title in server.index.execute("select url, title from pages limit 100"))
+                                for url, title in index.execute("select url, title from pages limit 100"))
                 page = f"<html><body><h1>{server.host}</h1><ul>{links}</ul></body></html>"
         if page is None:
             self.reply(404, b"<html><body>no such page</body></html>", "text/html; charset=utf-8")
@@ -64,11 +65,24 @@ class PageServer(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 256
 
     def __init__(self, db: Path | str, port: int = 0):
-        self.index, self.lock = open_index(db), threading.Lock()
-        meta = dict(self.index.execute("select key, value from meta"))
+        self.db, self.idle = db, []  # connections to the index that no request uses now: a slow search holds up nobody
+        with self.index() as index:
+            meta = dict(index.execute("select key, value from meta"))
         self.host = meta.get("host") or "corpus.test"
         self.base_url = f"http://{self.host}"
         super().__init__(("127.0.0.1", port), PageHandler)
+
+    @contextlib.contextmanager
+    def index(self):
+        """A connection to the index for one request."""
+        try:
+            connection = self.idle.pop()
+        except IndexError:
+            connection = open_index(self.db)
+        try:
+            yield connection
+        finally:
+            self.idle.append(connection)
 
     def handle_error(self, request, client_address) -> None:
         pass  # a client that hangs up is no news
