@@ -71,13 +71,11 @@ def compute(question: str, read, find) -> list:
     numbers = [int(value) for value in values]
     if "product" in question:
         product = functools.reduce(lambda a, b: a * b, numbers)
-        return [str(sum(int(digit) for digit in str(product)) if "digits" in question else product)]
+        return [str(sum(int(digit) for digit in str(product)))]
     if "average" in question:
         return [str(sum(numbers) // len(numbers))]
     if "squares" in question:
         return [str(sum(n * n for n in numbers))]
-    if "remainder" in question:
-        return [str(numbers[0] - numbers[0] // numbers[1] * numbers[1])]
     return []
 
 
@@ -109,8 +107,9 @@ def collection(question: str, read, find) -> list:
 
 def conflict(question: str, read, find) -> list:
     """Apply the rule on the rules page to all notices."""
-    subject = re.search(rf"(?:the (\w+) of|notice on) ({NP})", question[question.index("valid"):])
-    name, rules = subject and resolve(subject.group(2), read), read("rules") or ""
+    subject = re.search(rf"(?:valid notice on|valid (\w+) of|(\w+) that is valid for) ({NP})", question)
+    name, rules = subject and resolve(subject.group(3), read), read("rules") or ""
+    relation = subject and (subject.group(1) or subject.group(2))
     which = re.search(r"the notice with the (latest|earliest) date counts", rules)
     order = re.search(r"notice of the (\w+) counts before one of the (\w+), and one of the \w+ before one of the (\w+)", rules)
     if not name or not which:
@@ -123,12 +122,12 @@ def conflict(question: str, read, find) -> list:
         claim = re.search(r"Published on (\S+) by the (\w+)\. It puts the (\w+) of \w+ at (\w+)\.", text)
         found[number] = claim.groups()
         retracted |= {int(n) for n in re.findall(rf"Notice (\d+) on {name} is retracted", text)}
-    left = [claim for number, claim in found.items() if number not in retracted and subject.group(1) in (None, claim[2])]
+    left = [claim for number, claim in found.items() if number not in retracted and relation in (None, claim[2])]
     if order and left:
         best = min(order.groups().index(claim[1]) for claim in left)
         left = [claim for claim in left if order.groups().index(claim[1]) == best]
     dates = sorted(claim[0] for claim in left)
-    return [claim[0] if "date" in question else claim[3] for claim in left if claim[0] == (dates[-1] if which.group(1) == "latest" else dates[0])]
+    return [claim[0] if relation is None else claim[3] for claim in left if claim[0] == (dates[-1] if which.group(1) == "latest" else dates[0])]
 
 
 def logic(question: str, read, find) -> list:
@@ -247,7 +246,7 @@ def code(question: str, read, find) -> list:
 
 FORMS = [(r"```", code), (r"\d+ to the power|integers from|primes from", mathematics), (r"catalogue", collection), (r"\bvalid\b", conflict),
          (r"by road", way), (r"greatest \w+ among", rank), (r"days at whole festivals", schedule), (r" whose ", logic),
-         (r"average of|squares of|product of the digits|digits of the product|remainder|product of three", compute), (r"", chain)]
+         (r"these numbers", compute), (r"", chain)]
 
 
 def solutions(question: str, read, find) -> list:
