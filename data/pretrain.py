@@ -33,7 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context import CHATML, Chat
 from data.index import open_index
-from data.tasks import FRAMES, OPERATIONS, SHARES, draw_task, read_fact, world_folder
+from data.solve import read_fact
+from data.tasks import FRAMES, OPERATIONS, SHARES, draw_task, world_folder
 from data.world import RELATIONS, TYPES, World, documents, page_html
 from rollout import keep_memory, parse_flags
 from tools import Browse, Python, Search, html_to_text, view_page

@@ -5,11 +5,15 @@ words* and the *pages* (not the world's facts), and a task is kept only where bo
 
     lookup    one hop, the fact shows in a search snippet
     browse    one hop, the fact stands only in the table deep in a page
-    multihop  2 to 4 hops: the mayor of the headquarters of the employer of X
+    multihop  2 to 6 hops: the mayor of the headquarters of the employer of X
     compute   the sum, difference or product of two looked-up numbers, for `python`
 
+and those of data/families.py: collection, conflict, logic, algorithmic, math, code. A world of kind "deep" asks all of them.
+Which tasks are kept is decided by the funnel, data/validate.py.
+
 In: a world folder (data/world.py). Out: one JSON line a task, the schema of `Task`. Question templates differ between
-splits, and the possessive form ("X's employer's headquarters") is never seen in training tasks: only in test.
+splits, and the possessive form ("X's employer's headquarters") is never seen in training tasks: only in test. So is the last
+wording of each form in data/families.py.
 To try an idea, add a template to FRAMES or a family to `draw_task`.
 
     python data/tasks.py --world data/worlds/w7 --out my.jsonl
@@ -20,7 +24,6 @@ import argparse
 import hashlib
 import json
 import random
-import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -28,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.families import FAMILIES, NEED_DEEP, WORDINGS
 from data.world import RELATIONS, TYPES, World, load_world, write_world
 
 DATA = Path(__file__).resolve().parent
@@ -47,6 +51,27 @@ class Task:
     meta: dict = field(default_factory=dict)  # "world": arguments of the World it was made from
 
 
+def parse_task(line: str) -> Task:
+    """One line of a task file.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a task is a JSON object, not {type(record).__name__}")
+    for key in ("question", "answer"):
+        if not record.get(key):
+            raise ValueError(f"the task has no {key!r}")
+    if not isinstance(record["question"], str) or not isinstance(record["answer"], (str, list)):
+        raise ValueError("'question' must be a string, 'answer' a string or a list of strings")
+    record.setdefault("id", hashlib.sha256(record["question"].encode()).hexdigest()[:12])
+    return Task(**{key: value for key, value in record.items() if key in Task.__dataclass_fields__})
+
+
 def load_tasks(path: Path | str) -> list[Task]:
     """Read a task file.
 
@@ -56,27 +81,18 @@ def load_tasks(path: Path | str) -> list[Task]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no task file {path}")
     tasks, seen = [], set()
-    known = set(Task.__dataclass_fields__)
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                task = parse_task(line)
+                if task.id in seen:
+                    raise ValueError(f"the id {task.id!r} was used on an earlier line")
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number}: a task is a JSON object, not {type(record).__name__}")
-            for key in ("question", "answer"):
-                if not record.get(key):
-                    raise ValueError(f"{path}:{number}: the task has no {key!r}")
-            if not isinstance(record["question"], str) or not isinstance(record["answer"], (str, list)):
-                raise ValueError(f"{path}:{number}: 'question' must be a string, 'answer' a string or a list of strings")
-            record.setdefault("id", hashlib.sha256(record["question"].encode()).hexdigest()[:12])
-            if record["id"] in seen:
-                raise ValueError(f"{path}:{number}: the id {record['id']!r} was used on an earlier line")
-            seen.add(record["id"])
-            tasks.append(Task(**{key: value for key, value in record.items() if key in known}))
+                raise ValueError(f"{path}:{number}: {error}") from None
+            seen.add(task.id)
+            tasks.append(task)
     if not tasks:
         raise ValueError(f"{path}: no tasks in it")
     return tasks
@@ -109,6 +125,11 @@ SHARES = {
 }
 SHARES["pretrain"] = SHARES["train"]
 SHARES["dev"] = SHARES["test"]
+# A deep world asks every family; the second number is hops, or the level (1 to 3) of a family in data/families.py.
+DEEP_SHARES = {("lookup", 1): 0.04, ("browse", 1): 0.06, **{("multihop", hops): 0.03 for hops in range(2, 7)}, ("compute", 1): 0.05,
+               ("compute", 2): 0.04, ("compute", 3): 0.04, ("collection", 1): 0.07, ("collection", 2): 0.07, ("collection", 3): 0.02,
+               **{(family, level): 0.04 for family in ("conflict", "logic", "algorithmic") for level in (1, 2, 3)},
+               **{(family, level): 0.05 for family in ("math", "code") for level in (1, 2)}, ("math", 3): 0.025, ("code", 3): 0.025}
 
 
 def noun_phrase(name: str, relations: list[str], possessive: bool) -> str:
@@ -135,6 +156,8 @@ def walk(world: World, start: int, hops: int, rng: random.Random, last_is_deep: 
 
 def draw_task(world: World, family: str, hops: int, rng: random.Random, possessive: bool = False) -> Task:
     """One random task of a family; `hops` counts pages to visit on the way (compute: 1, for each of two operands)."""
+    if family in FAMILIES and (family, hops) != ("compute", 1):
+        return draw_deep(world, family, hops, rng, possessive)
     if family == "compute":
         type = rng.choice(TYPES)
         first = world.random_entity(type, rng)
@@ -160,111 +183,69 @@ def draw_task(world: World, family: str, hops: int, rng: random.Random, possessi
                 answer_type=answer_type, family=family, split=world.split, hops=hops,
                 evidence=[world.url(i) for i in passed],
                 meta={"template": "possessive" if possessive else "of", "relations": chain,
-                      "world": {"seed": world.seed, "entities": world.entities, "split": world.split}})
+                      "world": world.description()})
 
 
-# ------------------------------------------------------------------------------------- the second solver: pages only
-
-def parse_question(question: str) -> tuple[str | None, list[tuple[str, list[str]]]]:
-    """The operation asked for, if any, and each (entity name, relations in the order to follow), from the words alone."""
-    operation = re.search(rf"\b({'|'.join(OPERATIONS)}) of\b", question, re.IGNORECASE)
-    rest = question[operation.end():] if operation else question
-    chains = [(m.group(2), re.findall(r"the (\w+) of", m.group(1), re.IGNORECASE)[::-1])
-              for m in re.finditer(r"((?:\bthe \w+ of )+)([A-Z]\w+)", rest, re.IGNORECASE)]
-    chains = chains or [(m.group(1), re.findall(r"'s (\w+)", m.group(2))) for m in re.finditer(r"\b([A-Z]\w+)((?:'s \w+)+)", rest)]
-    return (operation.group(1).lower() if operation else None), chains
-
-
-def read_fact(text: str, name: str, relation: str) -> str | None:
-    """The value of a relation on the page of `name`, from the page's text; None where the page does not say."""
-    match = re.search(rf"\b[Tt]he {relation} of {name} is (\w+)\.", text)
-    match = match or re.search(rf"^\s*{relation}\s*\|\s*(\w+)", text, re.MULTILINE)
-    return match.group(1) if match else None
+def draw_deep(world: World, family: str, level: int, rng: random.Random, held_out: bool) -> Task:
+    """One random task of a family of data/families.py, in a wording that is held out or in one of the others."""
+    draft = FAMILIES[family](world, level, rng)
+    wordings = WORDINGS[draft.form]
+    wording = wordings[-1] if held_out else rng.choice(wordings[:-1] or wordings)
+    question = rng.choice(FRAMES[world.split]).format(np=wording.format(**draft.slots))
+    question = question[0].upper() + question[1:] + draft.suffix
+    return Task(id=hashlib.sha256(f"{world.seed} {question}".encode()).hexdigest()[:12], question=question, answer=draft.answer,
+                answer_type=draft.answer_type, family=family, split=world.split, hops=len(draft.paths),
+                evidence=[f"http://{world.host}/{path}" for path in draft.paths],
+                meta={"template": draft.form + (" held out" if held_out and len(wordings) > 1 else ""), "level": level, "world": world.description()})
 
 
-def solve(question: str, read_page) -> str | None:
-    """Answer a question from pages alone.
-
-    Args:
-        question: the task's question.
-        read_page: function from an entity's name to the text of its page, or None.
-    """
-    operation, chains = parse_question(question)
-    values = []
-    for name, relations in chains:
-        value = name
-        for relation in relations:
-            text = read_page(value)
-            value = read_fact(text, value, relation) if text else None
-            if value is None:
-                return None
-        values.append(value)
-    if operation is None:
-        return values[0] if len(values) == 1 else None
-    if len(values) != 2 or not all(v.isdigit() for v in values):
-        return None
-    a, b = map(int, values)
-    return str({"sum": a + b, "difference": abs(a - b), "product": a * b}[operation])
+# Shipped task files were made with these stages of the funnel alone; they stay as they are, since results were measured on them.
+SHIPPED_STAGES = ("solver", "unique", "leak", "snippet", "repeat")
 
 
-def make_tasks(world: World, folder: Path | str, number: int, seed: int) -> tuple[list[Task], Counter]:
+def make_tasks(world: World, folder: Path | str, number: int, seed: int, families=(), funnel=None) -> tuple[list[Task], "Funnel"]:
     """Draw tasks until `number` have passed the funnel.
 
     Args:
-        world: the world; its split decides templates and family shares.
-        folder: where `write_world` wrote it: the solver and the checks read its pages and search its index.
+        world: the world; its split decides templates, and its kind the shares of the families.
+        folder: where `write_world` wrote it: the funnel reads its pages and searches its index.
         number: how many tasks to keep.
         seed: decides every draw.
+        families: names of the families to draw (default: all of the world's kind).
+        funnel: a `Funnel` with stages of your choice (default: all of them).
 
     Returns:
-        The tasks, in the order drawn with the families interleaved, and a count of the reason for each reject.
+        The tasks, in the order drawn with the families interleaved, and the funnel with its counts and rejects.
+
+    Raises:
+        ValueError: too few tasks pass, or a family that this world cannot ask.
     """
-    from data.index import open_index, page_html_of, search_index
-    from tools import html_to_text
+    from data.validate import Funnel
 
-    index = open_index(Path(folder) / "pages.db")
-
-    def read_page(name: str) -> str | None:
-        page = page_html_of(index, f"http://{world.host}/{name}")
-        return html_to_text(page) if page else None
-
-    def rejection(task: Task) -> str | None:
-        if task.question in questions:
-            return "duplicate"
-        if re.search(rf"\b{re.escape(task.answer)}\b", task.question):
-            return "answer stands in the question"
-        if task.answer in [url.rsplit("/", 1)[1] for url in task.evidence]:
-            return "answer is a page on the way"
-        if solve(task.question, read_page) != task.answer:
-            return "second solver disagrees"
-        if task.family in ("lookup", "browse"):
-            name, relation = task.evidence[0].rsplit("/", 1)[1], task.meta["relations"][0]
-            snippets = " ".join(hit["snippet"] for hit in search_index(index, f"{relation} of {name}", 3))
-            seen = re.search(rf"\b{task.answer}\b", snippets) is not None
-            if seen and task.family == "browse":
-                return "browse task answered by a snippet"
-            if not seen and task.family == "lookup":
-                return "lookup task not answered by a snippet"
-        return None
-
+    funnel = funnel or Funnel(folder)
+    shares = dict(DEEP_SHARES if world.kind == "deep" else SHARES[world.split])
+    if families:
+        shares = {key: share for key, share in ((shares | DEEP_SHARES) if world.kind == "plain" and set(families) - {f for f, _ in shares} else shares).items()
+                  if key[0] in families}
+        missing = set(families) - {family for family, _ in shares} | (NEED_DEEP & set(families) if world.kind == "plain" else set())
+        if missing:
+            raise ValueError(f"this world has no tasks of the family {', '.join(sorted(missing))}: a deep one (data/world.py --kind deep) has "
+                             f"{', '.join(dict.fromkeys(family for family, _ in DEEP_SHARES))}")
+        shares = {key: share / sum(shares.values()) for key, share in shares.items()}
     rng = random.Random(f"tasks-{world.seed}-{world.split}-{seed}")
-    shares = SHARES[world.split]
-    tasks, questions, rejects, drawn = [], set(), Counter(), Counter()
+    tasks, drawn = [], Counter()
     while len(tasks) < number:
         # the family that lags furthest behind its share is drawn next
         family, hops = max(shares, key=lambda key: shares[key] - drawn[key] / (len(tasks) + 1))
         possessive = rng.random() < {"train": 0.0, "dev": 0.0, "test": 0.25, "pretrain": 0.3}[world.split]
         task = draw_task(world, family, hops, rng, possessive)
-        reason = rejection(task)
-        if reason:
-            rejects[reason] += 1
-            if sum(rejects.values()) > 20 * number + 1000:
-                raise ValueError(f"only {len(tasks)} of {number} tasks passed the funnel ({dict(rejects)}): use a larger world")
+        if not funnel.check(task):
+            if len(funnel.rejects) > 20 * number + 1000:
+                raise ValueError(f"only {len(tasks)} of {number} tasks passed the funnel ({dict(funnel.counts)}): use a larger world")
             continue
         drawn[family, hops] += 1
-        questions.add(task.question)
         tasks.append(task)
-    return tasks, rejects
+    return tasks, funnel
 
 
 # What ships in data/: (seed of the world, entities, number of tasks)
@@ -273,19 +254,17 @@ SHIPPED = {"train": (1, 1000, 4000), "dev": (2, 400, 200), "test": (3, 600, 500)
 
 def world_folder(meta_world: dict) -> Path:
     """Folder of the world a task was made from (`task.meta["world"]`), written on first use: a few seconds."""
-    folder = DATA / "worlds" / "{split}-{seed}-{entities}".format(**meta_world)
+    kind = f"-{meta_world['kind']}" if "kind" in meta_world else ""
+    folder = DATA / "worlds" / ("{split}-{seed}-{entities}".format(**meta_world) + kind)
     if not (folder / "pages.db").exists():
         write_world(World(**meta_world), folder)
     return folder
 
 
-def print_funnel(tasks: list[Task], rejects: Counter) -> None:
-    print(f"drawn {len(tasks) + sum(rejects.values())}")
-    for reason, count in rejects.most_common():
-        print(f"  rejected {count:5d}  {reason}")
-    print(f"kept  {len(tasks)}")
-    for (family, hops), count in sorted(Counter((t.family, t.hops) for t in tasks).items()):
-        print(f"  {family:9s} hops {hops}  {count:5d}  {count / len(tasks):.0%}")
+def print_funnel(tasks: list[Task], funnel) -> None:
+    print(f"drawn {len(tasks) + len(funnel.rejects)}\n{funnel.table()}\nkept {len(tasks)}")
+    for (family, grade), count in sorted(Counter((t.family, f"level {t.meta['level']}" if "level" in t.meta else f"hops {t.hops}") for t in tasks).items()):
+        print(f"  {family:11s} {grade:8s} {count:5d}  {count / len(tasks):.0%}")
 
 
 def main():
@@ -293,23 +272,30 @@ def main():
     parser.add_argument("--world", help="folder written by data/world.py")
     parser.add_argument("--out", help="task file to write (JSON lines)")
     parser.add_argument("--number", type=int, default=200, help="tasks to keep")
+    parser.add_argument("--families", nargs="*", default=[], choices=sorted({f for f, _ in DEEP_SHARES}),
+                        help="families to draw (default: lookup, browse, multihop and compute; all of them in a deep world)")
+    parser.add_argument("--rejects", help="file for what the funnel rejected, with stage and reason")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw")
     parser.add_argument("--shipped", action="store_true", help="rebuild data/train.jsonl, dev.jsonl and test.jsonl")
     args = parser.parse_args()
     if not args.shipped and not (args.world and args.out):
         parser.error("give --world DIR and --out FILE, or --shipped")
+    from data.validate import Funnel
     try:
         if args.shipped:
             for split, (seed, entities, number) in SHIPPED.items():
                 world = World(seed, entities, split)
-                tasks, rejects = make_tasks(world, world_folder({"seed": seed, "entities": entities, "split": split}), number, args.seed)
+                folder = world_folder(world.description())
+                tasks, funnel = make_tasks(world, folder, number, args.seed, funnel=Funnel(folder, SHIPPED_STAGES))
                 save_tasks(tasks, DATA / f"{split}.jsonl")
                 print(f"--- {split}")
-                print_funnel(tasks, rejects)
+                print_funnel(tasks, funnel)
         else:
-            tasks, rejects = make_tasks(load_world(args.world), args.world, args.number, args.seed)
+            tasks, funnel = make_tasks(load_world(args.world), args.world, args.number, args.seed, args.families)
             save_tasks(tasks, args.out)
-            print_funnel(tasks, rejects)
+            if args.rejects:
+                Path(args.rejects).write_text("".join(json.dumps(reject) + "\n" for reject in funnel.rejects), encoding="utf-8")
+            print_funnel(tasks, funnel)
     except (OSError, ValueError) as error:
         sys.exit(f"data/tasks.py: {error}")
 

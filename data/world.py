@@ -3,12 +3,13 @@
 `World(seed, entities, split)` is a *function* of its seed: `world.entity(i)` computes the i-th entity (its name, type and
 facts) from random numbers keyed by (seed, i), so a world of 100,000 entities takes no more memory than one of 500.
 `page_html` writes an entity's page: navigation, a lead whose sentences are also the page's meta description (what a search
-engine shows as the snippet), a history with stale facts, and a table of records that stands deep in the page.
+engine shows as the snippet), a history with stale facts, and a table of records that stands deep in the page. A world of
+kind "deep" has catalogues, contradicting notices, roads and a calendar besides (data/deep.py), for questions that take many pages.
 
 In: a seed. Out: a folder with `pages.db` (full-text index + HTML, see data/index.py) and `facts.jsonl` (the ground truth).
 To try an idea, add a relation to RELATIONS or a sentence form to `page_html`.
 
-    python data/world.py --seed 7 --entities 500 --out data/worlds/w7
+    python data/world.py --seed 7 --entities 500 --out data/worlds/w7                  # add --kind deep for the richer one
 """
 
 import argparse
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import deep
 
 # type -> relations: (keyword, type of the value, where it stands). "lead" facts show in search snippets, "deep" ones only
 # in the table of records at the end of the page, so that they need `browse`.
@@ -46,6 +49,7 @@ PLURALS = {"country": "countries", "city": "cities", "person": "persons", "compa
 # People are what most relations point at, so a third of the entities are people.
 TYPE_OF_SLOT = ["person", "city", "person", "company", "country", "river", "person", "book", "city", "festival"]
 SPLITS = ["pretrain", "train", "dev", "test"]  # names of different splits never coincide, whatever their seeds
+KINDS = ["plain", "deep"]
 LINKS_PER_LIST = 40
 
 
@@ -76,14 +80,19 @@ class World:
         seed: any integer; decides every name and fact.
         entities: how many entities the world has.
         split: one of SPLITS; worlds of different splits share no entity name.
+        kind: "plain", or "deep" for the pages of data/deep.py besides; names and facts are the same.
     """
 
-    def __init__(self, seed: int, entities: int, split: str = "train"):
+    def __init__(self, seed: int, entities: int, split: str = "train", kind: str = "plain"):
         if entities < 2 * len(TYPE_OF_SLOT):
             raise ValueError(f"a world needs at least {2 * len(TYPE_OF_SLOT)} entities, not {entities}")
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-        self.seed, self.entities, self.split = seed, entities, split
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r} of world; choose from {', '.join(KINDS)}")
+        if kind == "deep" and entities < 300:
+            raise ValueError(f"a deep world needs at least 300 entities for its catalogues, not {entities}")
+        self.seed, self.entities, self.split, self.kind = seed, entities, split, kind
         self.host = f"w{seed}.test"
         # Two syllables while they suffice, three in large worlds. An affine permutation of the name numbers scatters them.
         self.syllables = 2 if entities * len(SPLITS) <= SYLLABLES**2 // 2 else 3
@@ -92,6 +101,10 @@ class World:
         self.name_offset = rng.randrange(self.name_space)
         # a step coprime with the size of the name space visits every name once
         self.name_step = next(s for s in iter(lambda: rng.randrange(1, self.name_space), None) if s % 2 and s % 3 and s % 5)
+
+    def description(self) -> dict:
+        """The arguments that make this world again; `kind` is named only where it is not plain."""
+        return {"seed": self.seed, "entities": self.entities, "split": self.split} | ({"kind": self.kind} if self.kind != "plain" else {})
 
     def name(self, index: int) -> str:
         number = (self.name_offset + index * self.name_step) % self.name_space
@@ -112,6 +125,21 @@ class World:
         slots = [slot for slot, t in enumerate(TYPE_OF_SLOT) if t == type]
         full_rounds = self.entities // len(TYPE_OF_SLOT)
         return rng.randrange(full_rounds) * len(TYPE_OF_SLOT) + rng.choice(slots)
+
+    def count(self, type: str) -> int:
+        """Entities of this type that `nth` counts: those in full rounds of TYPE_OF_SLOT."""
+        return self.entities // len(TYPE_OF_SLOT) * TYPE_OF_SLOT.count(type)
+
+    def nth(self, type: str, number: int) -> int:
+        """Index of the number-th entity (from 0) of this type."""
+        slots = [slot for slot, t in enumerate(TYPE_OF_SLOT) if t == type]
+        return number // len(slots) * len(TYPE_OF_SLOT) + slots[number % len(slots)]
+
+    def position(self, index: int) -> int | None:
+        """The inverse of `nth`: the entity's number among those of its type; None in the last, broken round."""
+        slots = [slot for slot, t in enumerate(TYPE_OF_SLOT) if t == self.type(index)]
+        number = index // len(TYPE_OF_SLOT) * len(slots) + slots.index(index % len(TYPE_OF_SLOT))
+        return number if number < self.count(self.type(index)) else None
 
     def entity(self, index: int) -> Entity:
         """The entity with this index: a pure function of (seed, split, index)."""
@@ -175,7 +203,8 @@ def page_html(world: World, entity: Entity) -> str:
             f'<nav><a href="/">Home</a> <a href="/{plural}">{plural}</a></nav><h1>{entity.name}</h1>'
             f"<p>{linked_lead}</p><h2>Stories</h2><p>{filler(5)}</p><p>{filler(4)}</p>"
             f"<h2>History</h2><p>Long ago the {stale_relation} was {stale}. {filler(6)}</p><p>{filler(5)}</p>"
-            f'<h2>Records</h2><table>{"".join(rows)}</table><p>{filler(3)}</p></body></html>')
+            f'<h2>Records</h2><table>{"".join(rows)}</table><p>{filler(3)}</p>'
+            f'{deep.sections(world, entity) if world.kind == "deep" else ""}</body></html>')
 
 
 def documents(world: World):
@@ -204,6 +233,8 @@ def documents(world: World):
     page = (f'<!doctype html><html><head><meta charset="utf-8"><title>Home</title></head>'
             f'<body><h1>Home</h1><ul>{"".join(home)}</ul></body></html>')
     yield document("", "Home", "The home page.", page)
+    for path, title, description, page in deep.pages(world) if world.kind == "deep" else ():
+        yield document(path, title, description, page)
 
 
 def write_world(world: World, out: Path | str) -> Path:
@@ -220,7 +251,7 @@ def write_world(world: World, out: Path | str) -> Path:
         for index in range(world.entities):
             entity = world.entity(index)
             file.write(json.dumps({"name": entity.name, "type": entity.type, "url": world.url(index), "facts": entity.facts}) + "\n")
-    (out / "world.json").write_text(json.dumps({"seed": world.seed, "entities": world.entities, "split": world.split}))
+    (out / "world.json").write_text(json.dumps(world.description()))
     build_index(documents(world), out / "pages.db")
     return out
 
@@ -242,10 +273,11 @@ def main():
     parser.add_argument("--seed", type=int, default=7, help="decides every name and fact")
     parser.add_argument("--entities", type=int, default=500, help="number of entities (pages)")
     parser.add_argument("--split", default="train", choices=SPLITS, help="worlds of different splits share no name")
+    parser.add_argument("--kind", default="plain", choices=KINDS, help="deep: catalogues, notices, roads and a calendar besides")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
     try:
-        write_world(World(args.seed, args.entities, args.split), args.out)
+        write_world(World(args.seed, args.entities, args.split, args.kind), args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"data/world.py: {error}")
     print(f"{args.entities} entities written to {args.out}")
