@@ -769,7 +769,7 @@ class Browse:
                 chunks = iter(lambda: reply.read1(65536), b"")
                 for chunk in read_limited(decompress(chunks, reply.headers.get("content-encoding", "").strip().lower()), MAX_PAGE_BYTES, deadline):
                     body += chunk
-                whole = reply.isclosed() and not reply.length
+                whole = reply.isclosed() if reply.length is None else reply.length == 0  # no length: it ends with the connection
             except (OSError, http.client.HTTPException):
                 if not body:
                     raise
