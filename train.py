@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from collections import Counter
@@ -31,13 +32,14 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from context import Chat, Segment
 from data.tasks import Task, load_tasks
 from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
-from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from rollout import Engine, RolloutArgs, Trajectory, check_rollout_args, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from tools import SIGNATURES, Toolbox
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -222,19 +224,30 @@ def save_atomically(folder: Path, write) -> None:
 
 
 def save(out: Path, step: int, policy, optimizer, chat: Chat) -> None:
-    """Write checkpoint/ (for users) and state/ (for --resume); the last two states are kept, in case one is damaged."""
-    model = policy.model
-    save_atomically(out / "checkpoint", lambda folder: (model.save_pretrained(folder), chat.tokenizer.save_pretrained(folder)))
-    (out / "state").mkdir(exist_ok=True)
-    temporary = out / "state" / "saving"
+    """Write state/ (for --resume) and checkpoint/ (for users); the last two states are kept, in case one is damaged.
+
+    Raises:
+        OSError: the disk is full, say; what was there before stays whole.
+    """
+    model, states, temporary = policy.model, out / "state", out / "state" / "saving"
+    states.mkdir(exist_ok=True)
     try:
         torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
-    except BaseException:
+        os.replace(temporary, states / f"step-{step:06d}.pt")
+        save_atomically(out / "checkpoint", lambda folder: (model.save_pretrained(folder), chat.tokenizer.save_pretrained(folder)))
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        free = shutil.disk_usage(out).free / 1e6
+        raise OSError(f"cannot write a checkpoint: {'the disk is full' if free < 100 else str(error).splitlines()[0][:100]}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, out / "state" / f"step-{step:06d}.pt")
-    for old in sorted((out / "state").glob("step-*.pt"))[:-2]:
+    for old in sorted(states.glob("step-*.pt"))[:-2]:
         old.unlink()
+
+
+def save_config(out: Path, config: dict) -> None:
+    temporary = out / "config.json.new"
+    temporary.write_text(json.dumps(config, indent=1))
+    os.replace(temporary, out / "config.json")
 
 
 def load_state(out: Path) -> dict:
@@ -255,7 +268,9 @@ def cut_lines(path: Path, last_step: int) -> None:
     """Drop the lines of steps after `last_step` from a JSON-lines file: those steps will be done again."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= last_step]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def draw_curves(out: Path) -> None:
@@ -332,9 +347,16 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
         raise ValueError(f"--stale {args.stale}: only 'mask' (strictly on-policy) exists so far")
     if rollout_args.temperature <= 0:
         raise ValueError("--temperature must be above 0 in training: greedy decoding has no log-probs to learn from")
-    for name in ("steps", "tasks_per_step", "samples", "micro_tokens", "save_every", "warmup"):
+    for name in ("steps", "tasks_per_step", "samples", "micro_tokens", "save_every", "warmup", "nominal_tokens"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1")
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "decay_steps", "eval_every", "eval_tasks", "threads", "format_penalty", "negatives"):
+        if not getattr(args, name) >= 0:  # "not >=" refuses nan too
+            raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} must be above 0 and finite, not {getattr(args, name)}")
+    check_rollout_args(rollout_args)
     if not 0 < args.gamma <= 1:
         raise ValueError("--gamma must be above 0 and at most 1")
 
@@ -343,6 +365,10 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
 
 def main():
     args, rollout_args = parse_flags((TrainArgs, RolloutArgs), __doc__)
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
     start_ranks()
     keep_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.log_with or None, mixed_precision="bf16" if torch.cuda.is_available() else "no")
@@ -354,7 +380,7 @@ def main():
         if args.resume:
             if not (out / "config.json").is_file():
                 raise ValueError(f"--resume {out}: no run there")
-            config, given = json.loads((out / "config.json").read_text()), {a.split("=")[0].lstrip("-") for a in sys.argv[1:] if a.startswith("--")}
+            config, given = json.loads((out / "config.json").read_text()), {a.split("=")[0].lstrip("-").replace("-", "_") for a in sys.argv[1:] if a.startswith("--")}
             for part in (args, rollout_args):
                 for key in asdict(part):
                     if key in config and key not in given:
@@ -370,8 +396,13 @@ def main():
         toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars)
         with accelerator.main_process_first():  # one process writes the worlds, the others find them
             toolbox.prepare(train_tasks + test_tasks + dev_tasks)
-    except (OSError, ValueError) as error:
+        if is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            save_config(out, asdict(args) | asdict(rollout_args))
+    except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped before the first step")
     set_seed(args.seed)
     if state:
         model.load_state_dict(state["model"])
@@ -389,10 +420,8 @@ def main():
     if args.log_with:
         accelerator.init_trackers("nano-researcher", config=asdict(args) | asdict(rollout_args))
     if is_main:
-        out.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "trajectories.jsonl", "evaluations.jsonl"):
             cut_lines(out / name, first_step)
-        (out / "config.json").write_text(json.dumps(asdict(args) | asdict(rollout_args), indent=1))
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tasks)} training tasks, run folder {out}")
 
     def play(trajectories: list[Trajectory], title: str) -> list[Trajectory]:
@@ -409,10 +438,6 @@ def main():
                 file.write(json.dumps({"step": step, "split": split} | result) + "\n")
             accelerator.log({f"{split}/pass@1": result["pass@1"]}, step=step)
         return result
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
 
     before = after = None
     done, skipped, updating = first_step, 0, False
@@ -514,8 +539,13 @@ def main():
                 print(f"held-out Pass@1: {start}{after['pass@1']:.1%} after {done} steps ({after['n']} test tasks, one sample each; "
                       f"for more: python evaluate.py --model {out}/checkpoint)")
     except KeyboardInterrupt:
-        if is_main and not updating and done > first_step:
-            save(out, done, accelerator.unwrap_model(policy), optimizer, chat)
+        for number in (signal.SIGINT, signal.SIGTERM):  # the launcher passes on a second one: let the save end
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            if is_main and not updating and done > first_step:
+                save(out, done, accelerator.unwrap_model(policy), optimizer, chat)
+        except OSError as error:
+            print(f"train.py: the last steps could not be saved: {error}", file=sys.stderr)
         sys.exit(f"train.py: stopped after step {done}; go on with: accelerate launch train.py --resume {out}" if is_main else 130)
     except OSError as error:
         sys.exit(f"train.py: {error.strerror or error} ({error.filename or out}); the last whole checkpoint is kept, go on with --resume {out}")

@@ -57,12 +57,12 @@ def load_tasks(path: Path | str) -> list[Task]:
         raise FileNotFoundError(f"no task file {path}")
     tasks, seen = [], set()
     known = set(Task.__dataclass_fields__)
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
             if not isinstance(record, dict):
@@ -70,11 +70,18 @@ def load_tasks(path: Path | str) -> list[Task]:
             for key in ("question", "answer"):
                 if not record.get(key):
                     raise ValueError(f"{path}:{number}: the task has no {key!r}")
-            if not isinstance(record["question"], str) or not isinstance(record["answer"], (str, list)):
-                raise ValueError(f"{path}:{number}: 'question' must be a string, 'answer' a string or a list of strings")
-            record.setdefault("id", hashlib.sha256(record["question"].encode()).hexdigest()[:12])
+            answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
+            if not isinstance(record["question"], str) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+                raise ValueError(f"{path}:{number}: 'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)")
+            if record.get("answer_type", "name") not in ("name", "number", "date", "list"):
+                raise ValueError(f"{path}:{number}: 'answer_type' {record['answer_type']!r}: use name, number, date or list")
+            for key, kind in (("id", str), ("family", str), ("split", str), ("hops", int), ("evidence", list), ("meta", dict)):
+                if key in record and not isinstance(record[key], kind):
+                    raise ValueError(f"{path}:{number}: {key!r} must be of type {kind.__name__}, not {type(record[key]).__name__}")
+            question = record["question"].encode("utf-8", "replace")
+            record.setdefault("id", hashlib.sha256(question).hexdigest()[:12])
             if record["id"] in seen:
-                raise ValueError(f"{path}:{number}: the id {record['id']!r} was used on an earlier line")
+                raise ValueError(f"{path}:{number}: the id {record['id']!r} was used on an earlier line (without an id, the question stands for it)")
             seen.add(record["id"])
             tasks.append(Task(**{key: value for key, value in record.items() if key in known}))
     if not tasks:
