@@ -81,6 +81,19 @@ class RolloutArgs:
     trajectory_timeout_s: float = field(default=3600.0, metadata={"help": "seconds of decoding and tools after which a trajectory ends as tool_fault"})
 
 
+def check_rollout_args(args: RolloutArgs) -> None:
+    """Raises ValueError with one clear line for a flag that cannot work."""
+    for name in ("max_turns", "max_new_tokens", "max_context", "observation_tokens", "slots", "search_results", "page_chars", "tool_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.temperature < float("inf") or args.context_budget < 0:
+        raise ValueError("--temperature and --context_budget must be at least 0")
+    if args.context not in MANAGERS:
+        raise ValueError(f"--context {args.context}: choose {', '.join(MANAGERS)}")
+    if args.max_new_tokens >= args.max_context:
+        raise ValueError(f"--max_context {args.max_context} leaves no room for a prompt: it must be larger than --max_new_tokens {args.max_new_tokens}")
+
+
 @dataclass
 class Turn:
     """One model step."""
@@ -145,7 +158,7 @@ def parse_flags(dataclasses: tuple, doc: str) -> list:
     Args:
         doc: the script's docstring; its first paragraph heads --help.
     """
-    parser = HfArgumentParser(dataclasses, description=doc.split("\n\n")[0])
+    parser = HfArgumentParser(dataclasses, description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message} (see --help)")
     *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:

@@ -17,6 +17,7 @@ In: a model, a task file. Out: runs/NAME/ with config.json, metrics.jsonl, curve
 
 import os
 import signal
+import sqlite3
 import sys
 
 if __name__ == "__main__":  # until main() listens: no traceback out of the middle of an import
@@ -38,13 +39,14 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from context import Chat, Segment
 from data.tasks import Task, load_tasks
 from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
-from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from rollout import Engine, RolloutArgs, Trajectory, check_rollout_args, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from tools import SIGNATURES, Toolbox
 from workers import Group, Rollouts, Setup, WorkerError, die_with_parent, make_group, where_it_failed
 
@@ -260,32 +262,42 @@ def save_atomically(folder: Path, write) -> None:
 
 
 def save(out: Path, step: int, policy, optimizer, chat: Chat, rollouts: list) -> None:
-    """Write checkpoint/ (for users) and state/ (for --resume); the last two states are kept, in case one is damaged.
+    """Write state/ (for --resume) and checkpoint/ (for users); the last two states are kept, in case one is damaged.
 
     A state is one file whose name holds the start of its SHA-256: it appears whole, under its final name, or not at all.
 
     Args:
         rollouts: `Rollouts.state()` of each rank, None in sync mode.
+
+    Raises:
+        OSError: the disk is full, say; what was there before stays whole.
     """
-    model = policy.model
-    save_atomically(out / "checkpoint", lambda folder: (model.save_pretrained(folder), chat.tokenizer.save_pretrained(folder)))
-    (out / "state").mkdir(exist_ok=True)
-    temporary = out / "state" / "saving"
+    model, states, temporary = policy.model, out / "state", out / "state" / "saving"
+    states.mkdir(exist_ok=True)
     try:
         torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rollouts": rollouts}, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, out / "state" / f"step-{step:06d}-{sha256(temporary)}.pt")
-    except BaseException:
+        os.replace(temporary, states / f"step-{step:06d}-{sha256(temporary)}.pt")
+        save_atomically(out / "checkpoint", lambda folder: (model.save_pretrained(folder), chat.tokenizer.save_pretrained(folder)))
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        free = shutil.disk_usage(out).free / 1e6
+        raise OSError(f"cannot write a checkpoint: {'the disk is full' if free < 100 else str(error).splitlines()[0][:100]}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    for old in sorted((out / "state").glob("step-*.pt"), key=lambda path: path.name[:11])[:-2]:
+    for old in sorted(states.glob("step-*.pt"), key=lambda path: path.name[:11])[:-2]:
         old.unlink()
 
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def save_config(out: Path, config: dict) -> None:
+    temporary = out / "config.json.new"
+    temporary.write_text(json.dumps(config, indent=1))
+    os.replace(temporary, out / "config.json")
 
 
 def load_state(out: Path) -> dict:
@@ -320,8 +332,9 @@ def cut_lines(path: Path, last_step: int) -> None:
     """Drop the lines of steps after `last_step` from a JSON-lines file: those steps will be done again."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= last_step]
-        path.with_name(path.name + ".new").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(path.with_name(path.name + ".new"), path)
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def draw_curves(out: Path) -> None:
@@ -425,9 +438,16 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
         raise ValueError("--max_age must be at least 1")
     if rollout_args.temperature <= 0:
         raise ValueError("--temperature must be above 0 in training: greedy decoding has no log-probs to learn from")
-    for name in ("steps", "tasks_per_step", "samples", "micro_tokens", "save_every", "warmup"):
+    for name in ("steps", "tasks_per_step", "samples", "micro_tokens", "save_every", "warmup", "nominal_tokens"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1")
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "decay_steps", "eval_every", "eval_tasks", "threads", "format_penalty", "negatives"):
+        if not getattr(args, name) >= 0:  # "not >=" refuses nan too
+            raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} must be above 0 and finite, not {getattr(args, name)}")
+    check_rollout_args(rollout_args)
     if not 0 < args.gamma <= 1:
         raise ValueError("--gamma must be above 0 and at most 1")
 
@@ -450,7 +470,7 @@ def main():
         if args.resume:
             if not (out / "config.json").is_file():
                 raise ValueError(f"--resume {out}: no run there")
-            config, given = json.loads((out / "config.json").read_text()), {a.split("=")[0].lstrip("-") for a in sys.argv[1:] if a.startswith("--")}
+            config, given = json.loads((out / "config.json").read_text()), {a.split("=")[0].lstrip("-").replace("-", "_") for a in sys.argv[1:] if a.startswith("--")}
             for part in (args, rollout_args):
                 for key in asdict(part):
                     if key in config and key not in given:
@@ -467,8 +487,13 @@ def main():
                           rollout_args.search, rollout_args.search_url, rollout_args.unsafe_python)
         with accelerator.main_process_first():  # one process writes the worlds, the others find them
             toolbox.prepare(train_tasks + test_tasks + dev_tasks)
-    except (OSError, ValueError) as error:
+        if is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            save_config(out, asdict(args) | asdict(rollout_args))
+    except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped before the first step")
     set_seed(args.seed)
     if state:
         model.load_state_dict(state["model"])
@@ -487,10 +512,8 @@ def main():
     if args.log_with:
         accelerator.init_trackers("nano-researcher", config=asdict(args) | asdict(rollout_args))
     if is_main:
-        out.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "trajectories.jsonl", "evaluations.jsonl"):
             cut_lines(out / name, first_step)
-        (out / "config.json").write_text(json.dumps(asdict(args) | asdict(rollout_args), indent=1))
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tasks)} training tasks, run folder {out}")
 
     def bar(count: int, title: str):
@@ -650,8 +673,13 @@ def main():
                 print(f"held-out Pass@1: {start}{after['pass@1']:.1%} after {done} steps ({after['n']} test tasks, one sample each; "
                       f"for more: python evaluate.py --model {out}/checkpoint)")
     except KeyboardInterrupt:
-        if is_main and not updating and done > first_step and (ranks == 1 or not pool):  # other ranks' parked work cannot be asked for now
-            save(out, done, accelerator.unwrap_model(policy), optimizer, chat, [pool.state(ask=False) if pool else None])
+        for number in (signal.SIGINT, signal.SIGTERM):  # the launcher passes on a second one: let the save end
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            if is_main and not updating and done > first_step and (ranks == 1 or not pool):  # other ranks' parked work cannot be asked for now
+                save(out, done, accelerator.unwrap_model(policy), optimizer, chat, [pool.state(ask=False) if pool else None])
+        except OSError as error:
+            print(f"train.py: the last steps could not be saved: {error}", file=sys.stderr)
         how = f"go on with: accelerate launch train.py --resume {out}" if any((out / "state").glob("step-*.pt")) else "nothing to go on with was saved yet"
         sys.exit(f"train.py: stopped after step {done}; {how}" if is_main else 130)
     except WorkerError as error:

@@ -29,19 +29,21 @@ LARGE_INDEX = 20_000  # pages from which on words that stand in more than one pa
 COMMON = 20
 
 
-def build_index(documents: Iterable[dict], out: Path | str, total: int | None = None) -> int:
+def build_index(documents: Iterable[dict], out: Path | str, total: int | None = None, require_some: bool = False) -> int:
     """Write an index; the old file at `out` stays until the new one is whole.
 
     Args:
         documents: dicts with url, title and text; optional description (the snippet, if given) and html (to serve it).
         out: database file to write.
         total: number of documents, for the progress bar.
+        require_some: no document at all is an error, and the old index stays.
 
     Returns:
         The number of documents written.
 
     Raises:
         OSError, sqlite3.Error: the file cannot be written.
+        ValueError: a document's url is none; no document though there should be some.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,12 +57,16 @@ def build_index(documents: Iterable[dict], out: Path | str, total: int | None = 
                                  "create virtual table pages using fts5(title, text, url unindexed, description unindexed);"
                                  "create table html(url text primary key, html text); create table meta(key text primary key, value text);")
         for document in tqdm(documents, total=total, desc=f"indexing {out.name}", unit="page", mininterval=1, leave=False):
+            if "://" not in document["url"]:
+                raise ValueError(f"{document['url']!r} is no address: urls and --base_url begin with http://")
             connection.execute("insert into pages(title, text, url, description) values (?, ?, ?, ?)",
                                (document["title"], document["text"], document["url"], document.get("description") or ""))
             if document.get("html"):
                 connection.execute("insert or replace into html values (?, ?)", (document["url"], document["html"]))
             host = host or urlsplit(document["url"]).hostname or ""
             count += 1
+        if require_some and count == 0:
+            raise ValueError("no page found")
         connection.execute("insert into meta values ('host', ?), ('count', ?)", (host, str(count)))
         if count >= LARGE_INDEX:
             connection.executescript("create table common(word text primary key, pages integer) without rowid;"
@@ -177,11 +183,11 @@ def main():
         sys.exit(f"data/index.py: no file {args.jsonl}")
     documents = html_documents(args.html, args.base_url) if args.html else jsonl_documents(args.jsonl, args.base_url, args.strict)
     try:
-        count = build_index(documents, args.out)
+        count = build_index(documents, args.out, require_some=True)
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/index.py: {error}")
-    if count == 0:
-        sys.exit(f"data/index.py: no page found in {args.html or args.jsonl}")
+    except KeyboardInterrupt:
+        sys.exit(f"data/index.py: stopped; {args.out} is as it was")
     print(f"{count} pages indexed in {args.out}; serve them with: python data/serve.py --db {args.out}")
 
 

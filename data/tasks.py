@@ -66,9 +66,15 @@ def parse_task(line: str) -> Task:
     for key in ("question", "answer"):
         if not record.get(key):
             raise ValueError(f"the task has no {key!r}")
-    if not isinstance(record["question"], str) or not isinstance(record["answer"], (str, list)):
-        raise ValueError("'question' must be a string, 'answer' a string or a list of strings")
-    record.setdefault("id", hashlib.sha256(record["question"].encode()).hexdigest()[:12])
+    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
+    if not isinstance(record["question"], str) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise ValueError("'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)")
+    if record.get("answer_type", "name") not in ("name", "number", "date", "list"):
+        raise ValueError(f"'answer_type' {record['answer_type']!r}: use name, number, date or list")
+    for key, kind in (("id", str), ("family", str), ("split", str), ("hops", int), ("evidence", list), ("meta", dict)):
+        if key in record and not isinstance(record[key], kind):
+            raise ValueError(f"{key!r} must be of type {kind.__name__}, not {type(record[key]).__name__}")
+    record.setdefault("id", hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()[:12])
     return Task(**{key: value for key, value in record.items() if key in Task.__dataclass_fields__})
 
 
@@ -81,14 +87,14 @@ def load_tasks(path: Path | str) -> list[Task]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no task file {path}")
     tasks, seen = [], set()
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                task = parse_task(line)
+                task = parse_task(line.decode("utf-8-sig"))
                 if task.id in seen:
-                    raise ValueError(f"the id {task.id!r} was used on an earlier line")
+                    raise ValueError(f"the id {task.id!r} was used on an earlier line (without an id, the question stands for it)")
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             seen.add(task.id)

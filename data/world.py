@@ -17,6 +17,7 @@ import html
 import itertools
 import json
 import random
+import sqlite3
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,13 +241,16 @@ def documents(world: World):
 def write_world(world: World, out: Path | str) -> Path:
     """Write `pages.db` and `facts.jsonl` of a world into the folder `out` and return the folder.
 
+    A folder without `pages.db`, which comes last and whole, is no world: an interrupted one is written again.
+
     Raises:
-        OSError: the folder cannot be written.
+        OSError, sqlite3.Error: the folder cannot be written.
     """
     from data.index import build_index
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "pages.db").unlink(missing_ok=True)  # of another world, perhaps
     with open(out / "facts.jsonl", "w") as file:
         for index in range(world.entities):
             entity = world.entity(index)
@@ -263,7 +267,7 @@ def load_world(folder: Path | str) -> World:
         FileNotFoundError: no world there; the message says how to make one.
     """
     description = Path(folder) / "world.json"
-    if not description.exists():
+    if not description.exists() or not (Path(folder) / "pages.db").exists():
         raise FileNotFoundError(f"no world at {folder}: make one with `python data/world.py --out {folder}`")
     return World(**json.loads(description.read_text()))
 
@@ -278,8 +282,10 @@ def main():
     args = parser.parse_args()
     try:
         write_world(World(args.seed, args.entities, args.split, args.kind), args.out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/world.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"data/world.py: stopped; {args.out} holds no whole world")
     print(f"{args.entities} entities written to {args.out}")
 
 
