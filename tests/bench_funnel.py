@@ -138,20 +138,23 @@ def bench(folder: Path, world: World, number: int, seed: int = 0) -> dict:
     started = time.time()
     tasks, first = make_tasks(world, folder, number, seed)
     made_s = time.time() - started
-    rng, mixture = random.Random(seed), [("good", task) for task in tasks]
+    rng, mixture = random.Random(seed), []
+    left = rng.sample(tasks, len(tasks))  # each good task is damaged at most once
     for kind in KINDS:
         planted = 0
         while planted < max(5, number // 20):
-            source = rng.choice(tasks)
+            source = left.pop()
             bad = PLANT[kind](source, tasks, world, rng)
             if bad is None:
+                left.insert(0, source)
                 continue
             if bad.id == source.id:
                 bad = replace(bad, id=f"planted{kind[0]}{rng.randrange(10**12):x}x")
             planted += 1
-            if kind in ("wrong", "leak"):  # in place of the good one, or the twins would be found as duplicates and not for what they are
-                mixture = [(k, t) for k, t in mixture if t is not source]
             mixture.append((kind, bad))
+            if kind not in ("wrong", "leak"):  # those stand in place of the good one: twins would be found as duplicates, not for what they are
+                mixture.append(("good", source))
+    mixture += [("good", task) for task in left]
     # a duplicate comes after what it repeats; all else in random order
     order = {id(task): rng.random() + (1 if kind == "duplicate" else 0) for kind, task in mixture}
     mixture.sort(key=lambda pair: order[id(pair[1])])
