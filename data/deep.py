@@ -154,7 +154,7 @@ def pages(world):
         for number, notice in enumerate(found, start=1):
             retracts = f"<p>Notice {notice['retracts']} on {name} is retracted.</p>" if notice["retracts"] else ""
             others = " ".join(f'<a href="/{name}-notice-{n}">notice {n}</a>' for n in range(1, len(found) + 1) if n != number)
-            yield page(f"{name}-notice-{number}", f"Notice {number} on {name}",
+            yield page(f"{name}-notice-{number}", f"Notice {number}",  # without the name, so that the entity's own page comes first in a search
                        f"<p>Published on {notice['date']} by the {notice['office']}. It puts the {relation} of <a href=\"/{name}\">{name}</a> "
                        f"at {notice['value']}.</p>{retracts}<p>See also {others} and the <a href=\"/rules\">rules of the register</a>.</p>")
     for number in range(catalogues(world)):

@@ -233,14 +233,16 @@ def mathematics(question: str, read, find) -> list:
     return []
 
 
+@functools.cache
+def python_session():
+    """One session for all programs: a start takes longer than a program. It ends with the process."""
+    from tools import Python
+    return Python()
+
+
 def code(question: str, read, find) -> list:
     """Run the program in the `python` tool's sandbox."""
-    from tools import Python
-    session = Python()
-    try:
-        output = session(question.split("```")[1].removeprefix("python\n"))
-    finally:
-        session.close()
+    output = python_session()(question.split("```")[1].removeprefix("python\n"))
     return [output.strip()] if re.fullmatch(r"-?\w+", output.strip()) else []
 
 

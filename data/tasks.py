@@ -132,10 +132,10 @@ SHARES = {
 SHARES["pretrain"] = SHARES["train"]
 SHARES["dev"] = SHARES["test"]
 # A deep world asks every family; the second number is hops, or the level (1 to 3) of a family in data/families.py.
-DEEP_SHARES = {("lookup", 1): 0.04, ("browse", 1): 0.06, **{("multihop", hops): 0.03 for hops in range(2, 7)}, ("compute", 1): 0.05,
+DEEP_SHARES = {("lookup", 1): 0.04, ("browse", 1): 0.05, **{("multihop", hops): 0.03 for hops in range(2, 7)}, ("compute", 1): 0.05,
                ("compute", 2): 0.04, ("compute", 3): 0.04, ("collection", 1): 0.07, ("collection", 2): 0.07, ("collection", 3): 0.02,
-               **{(family, level): 0.04 for family in ("conflict", "logic", "algorithmic") for level in (1, 2, 3)},
-               **{(family, level): 0.05 for family in ("math", "code") for level in (1, 2)}, ("math", 3): 0.025, ("code", 3): 0.025}
+               **{(family, level): 0.03 for family in ("conflict", "logic", "algorithmic") for level in (1, 2, 3)},
+               **{(family, level): 0.04 for family in ("math", "code") for level in (1, 2)}, ("math", 3): 0.02, ("code", 3): 0.02}
 
 
 def noun_phrase(name: str, relations: list[str], possessive: bool) -> str:

@@ -24,7 +24,7 @@ import functools
 import json
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -104,8 +104,7 @@ def leak(task: Task, funnel) -> str | None:
         return "the answer stands in the task id"
     hidden = set(items(task.answer))
     for url in task.evidence if task.family != "collection" else []:  # the pages of all entries are evidence there
-        path = unquote(urlsplit(url).path)
-        if any(stands_in(item, path) for item in hidden) and task.answer_type != "list":
+        if task.answer_type != "list" and any(stands_in(item, unquote(urlsplit(url).path)) for item in hidden):
             return "the answer stands in the address or title of a page on the way"
     return None
 
@@ -197,8 +196,7 @@ class Funnel:
             # the tools as the agent has them, over HTTP; only the pieces of a page are larger, to read it in one call
             self.search, self.browse = Toolbox(page_chars=10_000_000).open(Path(folder) / "pages.db")
             self.base = f"http://{dict(self.index.execute('select key, value from meta'))['host']}/"
-        self.questions, self.contents, self.answers = set(), {}, {}
-        self.answers = DefaultCounters()
+        self.questions, self.contents, self.answers = set(), {}, defaultdict(Counter)
         self.looked, self.counts, self.rejects = Counter(), Counter(), []
         # bounded memories, so that the funnel stays small on any world
         self.read = functools.lru_cache(maxsize=8192)(self.read)
@@ -254,11 +252,6 @@ class Funnel:
         return "\n".join([f"{'stage':8s} {'looked at':>9s} {'rejected':>8s}"] + [f"{n:8s} {self.looked[n]:9d} {self.counts[n]:8d}" for n in names])
 
 
-class DefaultCounters(dict):
-    def __missing__(self, key) -> Counter:
-        return self.setdefault(key, Counter())
-
-
 def read_records(path: Path | str, funnel: Funnel) -> list[Task]:
     """All tasks of a file; a broken line is a reject (stage "json"), not the end.
 
@@ -284,7 +277,7 @@ def read_records(path: Path | str, funnel: Funnel) -> list[Task]:
 
 
 def pass_window(tasks: list[Task], funnel: Funnel, model: str, n: int, max_turns: int, corpus: str) -> list[Task]:
-    """Pass@N: keep what the named policy solves sometimes. In its own process's time: n trajectories a task."""
+    """Pass@N: keep what the named policy solves sometimes. Plays n trajectories a task."""
     from evaluate import make_trajectories, open_policy
     from rollout import RolloutArgs, rollout
     args = RolloutArgs(max_turns=max_turns, corpus=corpus)

@@ -34,6 +34,12 @@ def world_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def deep_dir(tmp_path_factory):
+    """A small deep world of the test split, written once."""
+    return write_world(World(12, 300, "test", kind="deep"), tmp_path_factory.mktemp("worlds") / "d12")
+
+
+@pytest.fixture(scope="session")
 def toolbox():
     return Toolbox()
 

@@ -8,11 +8,13 @@ import pytest
 import requests
 from conftest import ROOT
 
+from data import deep
 from data.index import build_index, jsonl_documents, open_index, page_html_of, search_index
 from data.serve import start_server
-from data.tasks import FRAMES, load_tasks, make_tasks, solve
+from data.solve import solutions
+from data.tasks import FRAMES, load_tasks, make_tasks
 from data.world import SPLITS, World, load_world, page_html
-from tools import html_to_text
+from tools import html_to_text, urls_in, view_page
 
 
 def test_a_world_is_a_function_of_its_seed():
@@ -28,6 +30,29 @@ def test_names_are_unique_and_splits_share_none():
     for a in SPLITS:
         for b in SPLITS:
             assert a == b or not names[a] & names[b]
+
+
+def test_a_deep_world_only_adds_to_the_plain_one():
+    plain, rich = World(5, 300), World(5, 300, kind="deep")
+    assert plain.description() == {"seed": 5, "entities": 300, "split": "train"} and World(**rich.description()).kind == "deep"
+    for index in range(30):
+        assert plain.entity(index) == rich.entity(index)
+        assert page_html(rich, rich.entity(index)).startswith(page_html(plain, plain.entity(index)).removesuffix("</body></html>"))
+    names = {rich.name(i) for i in range(300)}
+    paths = [path for path, *_ in deep.pages(rich)]
+    assert len(paths) == len(set(paths)) and not names & set(paths)
+    for n in range(deep.catalogues(rich)):  # long enough for 20 steps and 200 addresses
+        assert len(deep.catalogue_paths(rich, n)) > 20 and len({index for index, _, _ in deep.catalogue(rich, n)}) > 200
+    for index in (i for i in range(300) if rich.type(i) == "city"):  # both ends of a road say the same
+        assert all(deep.roads(rich, other)[index] == miles for other, miles in deep.roads(rich, index).items())
+
+
+def test_a_catalogue_page_fits_into_one_view(chat):
+    rich = World(5, 300, kind="deep")
+    for path, title, _, page in deep.pages(rich):
+        if title.startswith(("Catalogue", "More")):
+            view = view_page(page, f"http://{rich.host}/{path}")
+            assert "(page 1 of 1)" in view and len(chat.untrusted(view)) <= 192 and len(urls_in(view)) >= 9
 
 
 def test_large_world_needs_no_memory():
@@ -68,10 +93,11 @@ def test_second_solver_reads_pages_only_and_finds_corrupted_truth(world_dir):
     tasks, _ = make_tasks(world, world_dir, 60, seed=1)
     index = open_index(world_dir / "pages.db")
     read = lambda name: (lambda page: html_to_text(page) if page else None)(page_html_of(index, f"http://{world.host}/{name}"))
-    assert all(solve(t.question, read) == t.answer for t in tasks)
+    solve = lambda question: solutions(question, read, lambda phrase: [])
+    assert all(solve(t.question) == [t.answer] for t in tasks)
     wrong = [(t, tasks[(i + 1) % len(tasks)].answer) for i, t in enumerate(tasks) if tasks[(i + 1) % len(tasks)].answer != t.answer]
-    assert sum(solve(t.question, read) != corrupted for t, corrupted in wrong) == len(wrong)
-    assert solve("What is the meaning of life?", read) is None
+    assert sum(solve(t.question) != [corrupted] for t, corrupted in wrong) == len(wrong)
+    assert solve("What is the meaning of life?") == []
 
 
 def test_browse_facts_are_in_no_snippet(world_dir):
