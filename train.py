@@ -551,7 +551,8 @@ def main():
                 save(out, done, accelerator.unwrap_model(policy), optimizer, chat)
         except OSError as error:
             print(f"train.py: the last steps could not be saved: {error}", file=sys.stderr)
-        sys.exit(f"train.py: stopped after step {done}; go on with: accelerate launch train.py --resume {out}" if is_main else 130)
+        go_on = f"; go on with: accelerate launch train.py --resume {out}" if any((out / "state").glob("step-*.pt")) else "; nothing was saved yet"
+        sys.exit(f"train.py: stopped after step {done}{go_on}" if is_main else 130)
     except OSError as error:
         sys.exit(f"train.py: {error.strerror or error} ({error.filename or out}); the last whole checkpoint is kept, go on with --resume {out}")
     finally:
