@@ -340,28 +340,33 @@ def cut_lines(path: Path, last_step: int) -> None:
 def draw_curves(out: Path) -> None:
     """curves.png from metrics.jsonl and evaluations.jsonl."""
     import matplotlib
+    import matplotlib.ticker
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     held_out = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()] if (out / "evaluations.jsonl").exists() else []
     steps = [m["step"] for m in metrics]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    axes[0, 0].plot(steps, [m["pass_rate"] for m in metrics], alpha=0.5, label="training tasks, each step")
-    for split, style in (("dev", "o-"), ("test", "s")):
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    axes[0, 0].plot(steps, [m["pass_rate"] for m in metrics], color="0.6", linewidth=1.5, label="training tasks")
+    for split, style in (("dev", "o-"), ("test", "s--")):
         points = [(e["step"], e["pass@1"], e["pass@1_ci"]) for e in held_out if e["split"] == split]
         if points:
             x, y, intervals = zip(*points)
             errors = [[v - low for v, (low, _) in zip(y, intervals)], [high - v for v, (_, high) in zip(y, intervals)]]
-            axes[0, 0].errorbar(x, y, yerr=errors, fmt=style, capsize=3, label=f"held-out {split} tasks, 95% interval")
+            axes[0, 0].errorbar(x, y, yerr=errors, fmt=style, capsize=4, linewidth=2, color={"dev": "C0", "test": "C3"}[split],
+                                label=f"held-out {split} tasks, 95% interval")
     axes[0, 0].set_title("Pass@1")
     axes[0, 0].set_ylim(0, 1)
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes[0, 0].legend(fontsize=10, frameon=False, loc="upper left")
     for axis, key, title in ((axes[0, 1], "turns", "turns a trajectory"), (axes[1, 0], "entropy", "entropy of the policy, nats a token"),
                              (axes[1, 1], "reward", "mean reward")):
-        axis.plot(steps, [m[key] for m in metrics])
+        axis.plot(steps, [m[key] for m in metrics], linewidth=2, marker="o" if len(steps) == 1 else None)
         axis.set_title(title)
     for axis in axes.flat:
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     figure.savefig(out / "curves.png.new", dpi=100, format="png")
     os.replace(out / "curves.png.new", out / "curves.png")

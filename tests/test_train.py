@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from context import Segment
 from data.tasks import Task
 from rollout import RolloutArgs, Trajectory, Turn
-from train import Policy, Row, TrainArgs, check_args, collate, cut_lines, load_state, micro_batches, rows_of, save_atomically, sha256, share_of, tasks_of_step, update
+from train import Policy, Row, TrainArgs, check_args, collate, cut_lines, load_state, micro_batches, rows_of, save, save_atomically, sha256, share_of, tasks_of_step, update
 
 
 def made_up_rows(count, seed=0, vocabulary=2000):
@@ -144,6 +144,21 @@ def test_a_failed_save_keeps_the_old_folder(tmp_path):
     assert (tmp_path / "c" / "x").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 2")])
+def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, monkeypatch, error):
+    policy, optimizer = Policy(tiny, 1.0), torch.optim.AdamW(tiny.parameters())
+    save(tmp_path, 1, policy, optimizer, chat, [None])
+
+    def full(what, path):
+        path.write_bytes(b"half")
+        raise error
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        save(tmp_path, 2, policy, optimizer, chat, [None])
+    assert load_state(tmp_path)["step"] == 1 and [p.name[:11] for p in (tmp_path / "state").iterdir()] == ["step-000001"]
+    assert {p.name for p in tmp_path.iterdir()} == {"state", "checkpoint"} and (tmp_path / "checkpoint/model.safetensors").exists()
+
+
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
     (tmp_path / "state").mkdir()
     torch.save({"step": 1}, tmp_path / "good")
@@ -166,7 +181,10 @@ def test_lines_of_undone_steps_are_cut(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("changes, rollout_changes", [(dict(stale="some"), {}), (dict(partial=True), {}), (dict(rollout="async", overlap=True), {}), (dict(rollout="async", partial=True, max_age=0), {}), ({}, dict(temperature=0.0)), (dict(samples=0), {}), (dict(gamma=0.0), {})])
+@pytest.mark.parametrize("changes, rollout_changes", [(dict(stale="some"), {}), (dict(partial=True), {}), (dict(rollout="async", overlap=True), {}), (dict(rollout="async", partial=True, max_age=0), {}),
+    ({}, dict(temperature=0.0)), (dict(samples=0), {}), (dict(gamma=0.0), {}),
+    (dict(learning_rate=float("nan")), {}), (dict(negatives=-1.0), {}), (dict(format_penalty=-1.0), {}), (dict(eval_every=-1), {}), (dict(max_grad_norm=0.0), {}), (dict(nominal_tokens=0), {}),
+    ({}, dict(max_turns=0)), ({}, dict(slots=0)), ({}, dict(context="forget")), ({}, dict(max_context=96)), ({}, dict(page_chars=0)), ({}, dict(temperature=float("nan")))])
 def test_flags_that_cannot_work(changes, rollout_changes):
     with pytest.raises(ValueError, match="--"):
         check_args(TrainArgs(**changes), RolloutArgs(**rollout_changes))

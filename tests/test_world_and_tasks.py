@@ -13,7 +13,7 @@ from data.index import build_index, jsonl_documents, open_index, page_html_of, s
 from data.serve import start_server
 from data.solve import solutions
 from data.tasks import FRAMES, load_tasks, make_tasks
-from data.world import SPLITS, World, load_world, page_html
+from data.world import SPLITS, World, load_world, page_html, write_world
 from tools import html_to_text, urls_in, view_page
 
 
@@ -158,3 +158,42 @@ def test_bad_input_gives_one_line(command, words, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"question": "q", "answer": "a"', "not valid JSON"), ("[1]", "JSON object"), ('{"question": "q"}', "no 'answer'"), ('{"question": "q", "answer": 42}', "a string"),
+    ('{"question": "q", "answer": ["a", 3]}', "a string"), ('{"question": ["q"], "answer": "a"}', "a string"), ('{"question": "q", "answer": "a", "answer_type": "poem"}', "answer_type"),
+    ('{"question": "q", "answer": "a", "meta": []}', "'meta'"), ('{"question": "q", "answer": "a", "hops": "2"}', "'hops'"), ('{"question": "question 3", "answer": "a"}', "earlier line"),
+    ('{"id": 7, "question": "q", "answer": "a"}', "'id'"), (b'{"question": "\xff", "answer": "a"}', "17")])
+def test_a_broken_line_17_is_named(tmp_path, line, words):
+    good = [json.dumps({"question": f"question {n}", "answer": "a"}).encode() for n in range(16)]
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join([*good, line if isinstance(line, bytes) else line.encode()]))
+    with pytest.raises(ValueError, match="t.jsonl:17: .*") as caught:
+        load_tasks(tmp_path / "t.jsonl")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_task_file_is_refused(tmp_path):
+    (tmp_path / "t.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no tasks"):
+        load_tasks(tmp_path / "t.jsonl")
+
+
+def test_an_interrupted_world_is_no_world(tmp_path, monkeypatch):
+    import data.index
+
+    def interrupted(documents, out):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(data.index, "build_index", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_world(World(3, 60, "dev"), tmp_path / "w")
+    with pytest.raises(FileNotFoundError):
+        load_world(tmp_path / "w")
+    write_world(World(3, 60, "dev"), tmp_path / "w")
+    assert load_world(tmp_path / "w").entities == 60
+
+
+def test_menus_around_a_page_are_not_its_text():
+    page = '<nav>Menu</nav><div class="body" role="main"><h1>Zip<a class="headerlink" href="#z">¶</a></h1><p>Text</p></div><div class="sphinxsidebar">Contents</div>'
+    assert html_to_text(page) == "# Zip\nText" and "Menu" in html_to_text("<nav>Menu</nav><p>Text</p>")
