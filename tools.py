@@ -432,13 +432,13 @@ def visible_html(page: str) -> str:
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: one line a paragraph, `a | b` for a table row, no links, no pictures, no scripts."""
+    # Where a page marks its main part, the menus around it are left out, and so are the paragraph signs beside headings.
+    if main := re.search(r"""(?i)<main\b|<[a-z]+\b[^<>]*\srole=["']?main\b""", page):
+        page = re.split(r"(?i)</main>|<footer\b|<div class=\"(?:sphinxsidebar|related|footer)\"", page[main.start():], maxsplit=1)[0]
+    page = re.sub(r"""(?i)<a\s[^<>]*class=["']?headerlink\b[^<>]*>[^<]*</a>""", "", page)
     page = visible_html(page)
     converter = html2text.HTML2Text(bodywidth=0)
     converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
-    # Where a page marks its main part, the menus around it are left out, and so are the paragraph signs beside headings.
-    if main := re.search(r"""(?i)<main\b|<[a-z]+\b[^>]*\srole=["']?main\b""", page):
-        page = re.split(r"(?i)</main>|<footer\b|<div class=\"(?:sphinxsidebar|related|footer)\"", page[main.start():], maxsplit=1)[0]
-    page = re.sub(r"""(?is)<a\s[^>]*class=["']?headerlink\b.*?</a>""", "", page)
     room, deadline = 2 * len(page) + 100_000, time.monotonic() + 10.0
 
     def write(piece: str) -> None:
