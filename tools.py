@@ -63,6 +63,7 @@ MAX_PAGE_BYTES = 2_000_000  # after decompression
 USER_AGENT = "nano-researcher"
 CACHE = Path(__file__).resolve().parent / "runs" / "cache"  # pages and search results of the real web
 MAX_CALLS = 8  # in one turn
+RETRY_S = 0.5  # before a second request to a search service; then twice as long each time
 SANDBOX = Path(__file__).with_name("sandbox.py")
 MAX_OUTPUT_BYTES = 1_000_000  # of one python call; more ends the session
 
@@ -303,7 +304,7 @@ class WebSearch(Search):
             return json.loads(kept)
         deadline, problem = time.monotonic() + self.timeout_s, "no answer"
         for attempt in range(4):
-            wait = 0.5 * 2**attempt
+            wait = RETRY_S * 2**attempt
             try:
                 self.pace.wait(self.host, deadline)
                 with requests.Session() as session:
