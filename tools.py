@@ -433,7 +433,7 @@ def visible_html(page: str) -> str:
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: one line a paragraph, `a | b` for a table row, no links, no pictures, no scripts."""
-    page = visible_html(page)
+    page = re.sub(r"\s{50,}", lambda run: "\n" if "\n" in run.group() else " ", visible_html(page))
     converter = html2text.HTML2Text(bodywidth=0)
     converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
     room, deadline = 2 * len(page) + 100_000, time.monotonic() + 10.0
@@ -447,7 +447,11 @@ def html_to_text(page: str) -> str:
 
     converter.out = write
     try:
-        text = converter.handle(page)
+        step = len(page) + 1 if len(page) < 65536 else 16384  # some steps of html2text are quadratic in a stretch of text
+        for at in range(0, len(page), step):
+            write("")
+            converter.feed(page[at:at + step])
+        text = converter.finish()
     except Exception:  # too much, or a bug of html2text on a hostile page: fall back to dropping the tags
         text = html.unescape(re.sub(r"<[^<>]*>", " ", re.sub(r"[0-9]{20,}", "", page)))
     lines = (line.strip() for line in text.splitlines())

@@ -93,7 +93,7 @@ def test_addresses_that_are_refused(server, url):
     port = server.server_address[1]
     for address in (url, url.replace("127.0.0.1/", f"127.0.0.1:{port}/").replace("localhost/", f"localhost:{port}/")):
         try:
-            assert Browse(live=True, timeout_s=3)(url=address).startswith("error ")
+            assert Browse(live=True, timeout_s=1)(url=address).startswith("error ")
         except ToolFault:  # a name that nobody can resolve
             pass
     assert not server.asked
@@ -200,11 +200,13 @@ BOMB = b"".join([BOMB.compress(bytes(1 << 20)) for _ in range(100)]) + BOMB.flus
     ((200, {"Content-Encoding": "gzip"}, gzip.compress(gzip.compress(b"twice"))), None), ((200, {"Content-Encoding": "gzip, gzip"}, b"x"), "compressed as"), ((200, {"Content-Encoding": "br"}, b"x"), "compressed as"),
     ((200, {"Content-Encoding": "gzip"}, b"not gzip"), None), ((200, {"Content-Length": "1000"}, b"<p>short</p>"), "short"), (lambda h: h.wfile.write(b"\0\xff garbage"), None), (lambda h: h.wfile.write(b"HTTP/1.1 999999999999 \r\n\r\n"), None)])
 def test_hostile_servers_are_bounded(server, answer, seen):
-    browse = Browse({"w.test": "127.0.0.1:%d" % server.server_address[1]}, timeout_s=1.0, page_chars=3_000_000)
+    browse = Browse({"w.test": "127.0.0.1:%d" % server.server_address[1]}, timeout_s=1.0)
     server.answers = {"/": answer}
     started = time.monotonic()
     try:
-        text = browse(url="http://w.test/")
+        text = browse.fetch("http://w.test/")
+    except Refused as error:
+        text = str(error)
     except ToolFault as fault:
         text = f"fault {fault}"
         assert "\n" not in text and len(text) < 200
@@ -255,11 +257,11 @@ def test_types_and_charsets(server, browse, kind, body, seen):
 def test_links_have_stable_numbers(server):
     browse = Browse({"w.test": "127.0.0.1:%d" % server.server_address[1]}, page_chars=200)
     server.answers = {"/": (200, {}, "".join(f"<p><a class=x href={quote}/p{n}?a=1&amp;b=2{quote}>Page <b>{n}</b> &amp; more</a>" for n, quote in enumerate("'\" \"'" * 6)).encode() + b'<a href="/p0?a=1&amp;b=2">Page 0 &amp; more</a><a name=x>no link</a><a href="http://[">bad</a>')}
-    first, *rest = [browse(url="http://w.test/", links=True, page=n) for n in range(1, 8)]
+    first, *rest = [browse(url="http://w.test/", links=True, page=n) for n in range(1, 14)]
     text = "\n".join([first, *rest])
     for number in range(30):
         assert f"[{number + 1}] Page {number} & more http://w.test/p{number}?a=1&b=2" in text
-    assert "[31]" not in text and "has only" in rest[-1] or "(page" in rest[-1]
+    assert "[31]" not in text and "has only" in rest[-1]
 
 
 HOSTILE = ["<table>" * 100_000, "<blockquote><p>x" * 30_000, "<ul><li>x" * 30_000, "<a " * 300_000, "<a href=\"" * 200_000, "<script>" * 200_000, "<!--" * 300_000, "<title" * 200_000, "&#x" * 300_000, "&#" + "9" * 500_000 + ";", "<" * 1_000_000,
@@ -269,12 +271,12 @@ HOSTILE = ["<table>" * 100_000, "<blockquote><p>x" * 30_000, "<ul><li>x" * 30_00
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_hostile_pages_take_bounded_time(number):
-    page = HOSTILE[number]
+    page = HOSTILE[number][:200_000]
     started = time.process_time()
     text = html_to_text(page)
     for arguments in ({"links": True}, {"find": "x"}, {"page_number": 3}):
         assert len(view_page(page, "http://w.test/", page_chars=400, text=text, **arguments)) < 1000
-    assert time.process_time() - started < 25  # a quadratic step takes minutes
+    assert time.process_time() - started < 15  # a quadratic step takes minutes
 
 
 def test_mutated_pages(world_dir):
