@@ -774,13 +774,14 @@ class Browse:
                 chunks = iter(lambda: reply.read1(65536), b"")
                 for chunk in read_limited(decompress(chunks, reply.headers.get("content-encoding", "").strip().lower()), MAX_PAGE_BYTES, deadline):
                     body += chunk
-                whole = reply.isclosed() and not reply.length
+                whole = len(body) < MAX_PAGE_BYTES and time.monotonic() < deadline and not reply.length
             except (OSError, http.client.HTTPException):
                 if not body:
                     raise
             if not whole and reply.status == 200:
                 body += b"\n<p>[the page was cut here]</p>"
             if embedded and whole and not reply.will_close:
+                reply.close()  # only the reply: the connection is free for the next request
                 self.idle[embedded].append(connection)
                 connection = None
             return reply.status, reply.headers, bytes(body)

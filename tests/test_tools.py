@@ -93,6 +93,18 @@ def test_pages_of_text_lose_nothing():
     assert max(map(len, pieces)) <= 400 and re.sub(r"\s", "", "".join(pieces)) == re.sub(r"\s", "", text)
 
 
+def test_embedded_pages_come_whole_over_one_connection(world_dir):
+    from data.world import page_html
+    _, browse = Toolbox().open(world_dir / "pages.db")
+    world = load_world(world_dir)
+    for number in range(10):
+        url, page = world.url(number), page_html(world, world.entity(number))
+        for arguments in ({}, {"page": 2}, {"page": 3}, {"find": "the"}, {"links": True}):
+            shown = view_page(page, url, arguments.get("page", 1), arguments.get("find"), arguments.get("links", False))
+            assert browse(url=url, **arguments) == shown and "was cut" not in shown
+    assert [len(connections) for connections in browse.idle.values()] == [1]
+
+
 @pytest.mark.parametrize("page", ["", "<", "<table>" * 500, "<script>x</script>", "\0\ud800", "<a href=''>", "&#xFFFFFFFF;"])
 def test_hostile_html(page):
     assert isinstance(html_to_text(page), str) and isinstance(view_page(page, "http://a.test/"), str)
