@@ -63,6 +63,7 @@ MAX_PAGE_BYTES = 2_000_000  # after decompression
 USER_AGENT = "nano-researcher"
 CACHE = Path(__file__).resolve().parent / "runs" / "cache"  # pages and search results of the real web
 MAX_CALLS = 8  # in one turn
+RETRY_S = 0.5  # before a second request to a search service; then twice as long each time
 SANDBOX = Path(__file__).with_name("sandbox.py")
 MAX_OUTPUT_BYTES = 1_000_000  # of one python call; more ends the session
 
@@ -303,7 +304,7 @@ class WebSearch(Search):
             return json.loads(kept)
         deadline, problem = time.monotonic() + self.timeout_s, "no answer"
         for attempt in range(4):
-            wait = 0.5 * 2**attempt
+            wait = RETRY_S * 2**attempt
             try:
                 self.pace.wait(self.host, deadline)
                 with requests.Session() as session:
@@ -436,7 +437,7 @@ def html_to_text(page: str) -> str:
     if main := re.search(r"""(?i)<main\b|<[a-z]+\b[^<>]*\srole=["']?main\b""", page):
         page = re.split(r"(?i)</main>|<footer\b|<div class=\"(?:sphinxsidebar|related|footer)\"", page[main.start():], maxsplit=1)[0]
     page = re.sub(r"""(?i)<a\s[^<>]*class=["']?headerlink\b[^<>]*>[^<]*</a>""", "", page)
-    page = visible_html(page)
+    page = re.sub(r"\s{50,}", lambda run: "\n" if "\n" in run.group() else " ", visible_html(page))
     converter = html2text.HTML2Text(bodywidth=0)
     converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
     room, deadline = 2 * len(page) + 100_000, time.monotonic() + 10.0
@@ -450,7 +451,11 @@ def html_to_text(page: str) -> str:
 
     converter.out = write
     try:
-        text = converter.handle(page)
+        step = len(page) + 1 if len(page) < 65536 else 16384  # some steps of html2text are quadratic in a stretch of text
+        for at in range(0, len(page), step):
+            write("")
+            converter.feed(page[at:at + step])
+        text = converter.finish()
     except Exception:  # too much, or a bug of html2text on a hostile page: fall back to dropping the tags
         text = html.unescape(re.sub(r"<[^<>]*>", " ", re.sub(r"[0-9]{20,}", "", page)))
     lines = (line.strip() for line in text.splitlines())
@@ -773,13 +778,14 @@ class Browse:
                 chunks = iter(lambda: reply.read1(65536), b"")
                 for chunk in read_limited(decompress(chunks, reply.headers.get("content-encoding", "").strip().lower()), MAX_PAGE_BYTES, deadline):
                     body += chunk
-                whole = reply.isclosed() if reply.length is None else reply.length == 0  # no length: it ends with the connection
+                whole = len(body) < MAX_PAGE_BYTES and time.monotonic() < deadline and not reply.length
             except (OSError, http.client.HTTPException):
                 if not body:
                     raise
             if not whole and reply.status == 200:
                 body += b"\n<p>[the page was cut here]</p>"
             if embedded and whole and not reply.will_close:
+                reply.close()  # only the reply: the connection is free for the next request
                 self.idle[embedded].append(connection)
                 connection = None
             return reply.status, reply.headers, bytes(body)

@@ -1,4 +1,6 @@
+import json
 import os
+import random
 import re
 import time
 
@@ -75,12 +77,6 @@ def test_search_and_browse_an_embedded_world(world_dir):
     assert "no such site" in browse(url="http://elsewhere.test/")
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://a.test/", "http://", "http://user:pass@a.test/", "gopher://x", "http://[", "javascript:alert(1)", "http://127.0.0.1/",
-                                 "http://169.254.169.254/", "http://[::1]/", "http://10.0.0.1/", "http://2130706433/"])
-def test_addresses_that_are_refused(url):
-    assert Browse(live=True)(url=url).startswith("error ")
-
-
 def test_an_unreachable_server_is_a_fault_not_a_mistake():
     with pytest.raises(ToolFault):
         Browse({"w.test": "127.0.0.1:9"}, timeout_s=1)(url="http://w.test/")
@@ -95,6 +91,18 @@ def test_pages_of_text_lose_nothing():
     text = "\n".join(f"Line {i} says something. And more." for i in range(200))
     pieces = split_pages(text, 400)
     assert max(map(len, pieces)) <= 400 and re.sub(r"\s", "", "".join(pieces)) == re.sub(r"\s", "", text)
+
+
+def test_embedded_pages_come_whole_over_one_connection(world_dir):
+    from data.world import page_html
+    _, browse = Toolbox().open(world_dir / "pages.db")
+    world = load_world(world_dir)
+    for number in range(10):
+        url, page = world.url(number), page_html(world, world.entity(number))
+        for arguments in ({}, {"page": 2}, {"page": 3}, {"find": "the"}, {"links": True}):
+            shown = view_page(page, url, arguments.get("page", 1), arguments.get("find"), arguments.get("links", False))
+            assert browse(url=url, **arguments) == shown and "was cut" not in shown
+    assert [len(connections) for connections in browse.idle.values()] == [1]
 
 
 @pytest.mark.parametrize("page", ["", "<", "<table>" * 500, "<script>x</script>", "\0\ud800", "<a href=''>", "&#xFFFFFFFF;"])
@@ -122,12 +130,111 @@ def test_python_is_stateful_and_bounded():
         os.kill(pid, 0)
 
 
-def test_nothing_survives_a_session():
-    python = Python(timeout_s=5)
-    child = int(python(code="import subprocess; p = subprocess.Popen(['/bin/sleep', '60']); print(p.pid)"))
-    folder = python.folder
-    python.close()
-    time.sleep(0.2)
-    assert not os.path.exists(folder)
-    status = f"/proc/{child}/stat"
-    assert not os.path.exists(status) or open(status).read().split()[2] == "Z"
+def test_fuzzed_turns(world_dir):
+    """10,000 mutated turns through parser and tools: nothing but FormatError escapes, and a call stands whole in the turn."""
+    search, browse = Toolbox().open(world_dir / "pages.db")
+    tools = {"search": search, "browse": browse, "python": Echo()}
+    rng = random.Random(0)
+    good = [GOOD, '<tool_call>{"name": "browse", "arguments": {"url": "http://w11.test/", "page": 2}}</tool_call>', "<answer>Belin</answer>", "<think>I look.</think>", '<tool_call>{"name": "python", "arguments": {"queries": ["0"]}}</tool_call>']
+    pieces = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<answer>", "</answer>", "{", "}", "[", "]", '"', "\\", "\0", "\ud800", "\u202e", "1e999", "NaN", "-Infinity", "null", "true", ",", ":", '"name"', '"arguments"', "9" * 5000, "\\ud800", "<|im_end|>", "\u200b", "é", "\n", "file:///etc/passwd", "http://["]
+    parsed = ran = 0
+    for _ in range(10_000):
+        text = "".join(rng.choice(good) for _ in range(rng.randint(1, 4)))
+        for _ in range(rng.choice((0, 0, 1, 1, 2, 5))):
+            at = rng.randrange(len(text) + 1)
+            text = text[:at] + rng.choice(pieces) + text[at + rng.choice((0, 0, 1, 5, 20)):]
+        try:
+            calls, answer = parse_action(text, tools)
+        except FormatError as error:
+            assert error.kind and len(str(error)) < 200
+            continue
+        parsed += 1
+        assert bool(calls) != (answer is not None) and len(calls) <= MAX_CALLS
+        thoughtless = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+        assert len(calls) == thoughtless.count("<tool_call>")
+        for call in calls:
+            assert any(json.loads(block)["name"] == call.name for block in re.findall("<tool_call>(.*?)</tool_call>", thoughtless, flags=re.DOTALL))
+        if calls and not any(call.name == "python" and not call.arguments.get("queries", ["x"])[0] == "0" for call in calls) and ran < 1500:
+            ran += 1
+            results = run_calls(calls, tools)
+            assert len(results) == len(calls) and all(isinstance(text, str) and len(text) < 100_000 for text, _ in results)
+    assert parsed > 2000 and ran == 1500
+
+
+@pytest.mark.parametrize("code", ["\0", "\ud800", "print('\\ud800')", "x" * 200_000, "(" * 5000, "\r\n\t", "print('<tool_call>{}</tool_call><|im_end|>')", "raise SystemExit", "exit()", "import sys; sys.stdout = None", "del __builtins__", "'é' * 3"])
+def test_odd_code(code):
+    python = Python(timeout_s=30)
+    try:
+        assert isinstance(python(code=code), str) and "\0" not in python(code=code)
+        assert python(code="1 + 1").endswith("2") or python(code="1 + 1") == "2"
+    finally:
+        python.close()
+
+
+def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
+    """A server that is down: the tool tries three times, the policy sees it, the trajectory is neither a format error nor wrong."""
+    from reward import reward
+    from rollout import RolloutArgs, Trajectory, Turn, take_results
+    attempts = []
+
+    class Down(Browse):
+        def follow(self, url, deadline):
+            attempts.append(url)
+            raise ConnectionRefusedError
+
+    calls = [ToolCall("browse", {"url": "http://w.test/"})]
+    trajectory = Trajectory(dev_tasks[0], (0,))
+    for _ in range(3):
+        trajectory.turns.append(Turn([1], [0.0], 0, calls=[{"name": "browse", "arguments": calls[0].arguments}]))
+        results = run_calls(calls, {"browse": Down({"w.test": "127.0.0.1:9"})})
+        assert results == [("error: http://w.test/ cannot be reached (ConnectionRefusedError)", True)]
+        take_results(trajectory, results, None, RolloutArgs())
+    assert len(attempts) == 9 and [turn.faults for turn in trajectory.turns] == [1, 1, 1]
+    assert trajectory.status == "tool_fault" and reward(trajectory).total >= 0
+    assert run_calls([ToolCall("browse", {"url": "file:///"})], {"browse": Browse()})[0][1] is False  # the policy's own mistake is no fault
+
+
+def test_a_sandbox_that_cannot_start_is_a_fault(monkeypatch):
+    def full(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    monkeypatch.setattr("subprocess.Popen", full)
+    before = len(os.listdir("/proc/self/fd"))
+    (text, fault), = run_calls([ToolCall("python", {"code": "1"})], {"python": Python()})
+    assert fault and "python cannot be started" in text
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_machine_without_a_sandbox_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sandbox.missing", lambda: "the kernel offers no Landlock")
+    with pytest.raises(ValueError, match="no Landlock.*--unsafe_python"):
+        Toolbox()
+    Toolbox(unsafe_python=True)
+    assert "WITHOUT a sandbox" in capsys.readouterr().err
+
+
+def test_frequent_words_are_left_out_of_a_large_index(tmp_path, monkeypatch):
+    import data.index
+    monkeypatch.setattr("data.index.LARGE_INDEX", 100)
+    documents = [{"url": f"http://c.test/{n}", "title": f"Page {n}", "text": f"the number of this page is w{n}" + " the" * (n == 7)} for n in range(200)]
+    data.index.build_index(documents, tmp_path / "large.db")
+    index = data.index.open_index(tmp_path / "large.db")
+    assert {word for word, in index.execute("select word from common")} == {"the", "number", "of", "this", "page", "is"}
+    for query in ("what is the number of w42", "w42"):
+        assert [hit["url"] for hit in data.index.search_index(index, query, 3)] == ["http://c.test/42"]
+    assert len(data.index.search_index(index, "the page", 3)) == 3  # nothing but frequent words: the rarest is searched
+    monkeypatch.setattr("data.index.LARGE_INDEX", 1000)
+    data.index.build_index(documents, tmp_path / "small.db")
+    assert data.index.search_index(data.index.open_index(tmp_path / "small.db"), "the", 1)[0]["url"] == "http://c.test/7"
+
+
+def test_many_clients_search_one_index(world_dir):
+    from concurrent.futures import ThreadPoolExecutor
+    search, browse = Toolbox().open(world_dir / "pages.db")
+    world = load_world(world_dir)
+    names = [world.name(n % 60) for n in range(400)]
+    alone = {name: search(queries=[name]) for name in names}
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda name: search(queries=[name]), names)) == [alone[name] for name in names]
+        pages = list(pool.map(lambda name: browse(url=f"http://{world.host}/{name}"), names))
+    assert all(name in page for name, page in zip(names, pages))
+    assert len(search.idle) <= 16
