@@ -255,6 +255,7 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
     """A worker's life. The parent owns shutdown: signals from the terminal are not for us."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # see signals_later
     die_with_parent(parent)
     torch.set_num_threads(setup.threads)
     keep_memory()
@@ -279,7 +280,7 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
 @contextlib.contextmanager
 def signals_later():
     """Signals wait; a process started meanwhile is born deaf to the terminal's, before it could say so itself."""
-    numbers = (signal.SIGINT, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
