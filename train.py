@@ -38,6 +38,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from context import Chat, Segment
@@ -260,26 +261,30 @@ def save_atomically(folder: Path, write) -> None:
 
 
 def save(out: Path, step: int, policy, optimizer, chat: Chat, rollouts: list) -> None:
-    """Write checkpoint/ (for users) and state/ (for --resume); the last two states are kept, in case one is damaged.
+    """Write state/ (for --resume) and checkpoint/ (for users); the last two states are kept, in case one is damaged.
 
     A state is one file whose name holds the start of its SHA-256: it appears whole, under its final name, or not at all.
 
     Args:
         rollouts: `Rollouts.state()` of each rank, None in sync mode.
+
+    Raises:
+        OSError: the disk is full, say; what was there before stays whole.
     """
-    model = policy.model
-    save_atomically(out / "checkpoint", lambda folder: (model.save_pretrained(folder), chat.tokenizer.save_pretrained(folder)))
-    (out / "state").mkdir(exist_ok=True)
-    temporary = out / "state" / "saving"
+    model, states, temporary = policy.model, out / "state", out / "state" / "saving"
+    states.mkdir(exist_ok=True)
     try:
         torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rollouts": rollouts}, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, out / "state" / f"step-{step:06d}-{sha256(temporary)}.pt")
-    except BaseException:
+        os.replace(temporary, states / f"step-{step:06d}-{sha256(temporary)}.pt")
+        save_atomically(out / "checkpoint", lambda folder: (model.save_pretrained(folder), chat.tokenizer.save_pretrained(folder)))
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        free = shutil.disk_usage(out).free / 1e6
+        raise OSError(f"cannot write a checkpoint: {'the disk is full' if free < 100 else str(error).splitlines()[0][:100]}") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    for old in sorted((out / "state").glob("step-*.pt"), key=lambda path: path.name[:11])[:-2]:
+    for old in sorted(states.glob("step-*.pt"), key=lambda path: path.name[:11])[:-2]:
         old.unlink()
 
 
