@@ -341,19 +341,19 @@ class Rollouts:
         resource_tracker.ensure_running()  # it would let signals through again in the middle of `start`
         try:
             for number in range(workers):
-                self.workers.append(self.start(number))
+                self.start(number)
         except BaseException:
             self.close()
             raise
 
-    def start(self, number: int) -> Process:
-        """Start a worker; from the main thread, since it dies with the thread that started it."""
+    def start(self, number: int) -> None:
+        """Start worker `number`, or its replacement; from the main thread, since it dies with the thread that started it."""
         with signals_later():
             ours, theirs = self.context.Pipe()
             process = self.context.Process(target=work, args=(theirs, self.weights, self.setup, os.getpid()), daemon=True, name=f"rollout-{number}")
             process.start()
             theirs.close()
-        return Process(number, process, Channel(ours), time.monotonic(), held=self.holding)
+            self.workers[number:number + 1] = [Process(number, process, Channel(ours), time.monotonic(), held=self.holding)]
 
     # What a step asks for.
 
@@ -497,7 +497,7 @@ class Rollouts:
         if any(worker.channel.outgoing for worker in self.workers):
             timeout_s = min(timeout_s, 0.005)
         multiprocessing.connection.wait([end for worker in self.workers for end in (worker.channel, worker.process.sentinel)], timeout_s)
-        for place, worker in enumerate(self.workers):
+        for worker in list(self.workers):
             dead = not worker.process.is_alive()  # asked first: what it said before it died has then all come
             worker.channel.flush()
             for message in worker.channel.receive():
@@ -506,9 +506,9 @@ class Rollouts:
             if dead or worker.channel.closed:
                 worker.process.join(1.0)
                 code = worker.process.exitcode
-                self.replace(place, f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended (code {code})")
+                self.replace(worker, f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended (code {code})")
             elif silent_s > (self.silence_s if worker.ready else START_S):
-                self.replace(place, f"said nothing for {silent_s:.0f} s")
+                self.replace(worker, f"said nothing for {silent_s:.0f} s")
         self.hand_out()
 
     def hear(self, worker: Process, kind: str, content, working_s: float, sampled: int) -> None:
@@ -528,9 +528,8 @@ class Rollouts:
         elif kind == "error":
             raise WorkerError(f"rollout worker {worker.number} failed: {content}")
 
-    def replace(self, place: int, why: str) -> None:
+    def replace(self, gone: Process, why: str) -> None:
         """A worker is gone: its trajectories are begun again from where we last saw them, by others, with new random draws."""
-        gone = self.workers[place]
         gone.process.kill()
         gone.channel.connection.close()
         self.retired_s, self.retired_tokens = self.retired_s + gone.working_s, self.retired_tokens + gone.sampled
@@ -545,4 +544,4 @@ class Rollouts:
         if self.deaths >= MAX_DEATHS:
             raise WorkerError(f"{line}; {self.deaths} workers in a row were lost before a trajectory was finished")
         print(f"{line}: replaced, {len(gone.keys)} trajectories handed out again", file=sys.stderr, flush=True)
-        self.workers[place] = self.start(gone.number)
+        self.start(gone.number)
