@@ -35,8 +35,7 @@ from data.tasks import Task
 from rollout import Engine, RolloutArgs, Trajectory, Turn, finish_turn, keep_memory, load_policy, play
 from tools import SIGNATURES, Toolbox
 
-SILENCE_S = 120.0  # a worker that has said nothing for so long (it says something twice a second) is killed and replaced
-START_S = 600.0  # the same for one that is still loading its model
+SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
 MAX_DEATHS = 5  # in a row, without a finished trajectory in between, before the run stops
 AHEAD = 0.5  # with --partial, groups begun beyond a step's worth: the slowest third is carried over to the next step
 
@@ -507,7 +506,7 @@ class Rollouts:
                 worker.process.join(1.0)
                 code = worker.process.exitcode
                 self.replace(worker, f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended (code {code})")
-            elif silent_s > (self.silence_s if worker.ready else START_S):
+            elif silent_s > self.silence_s:
                 self.replace(worker, f"said nothing for {silent_s:.0f} s")
         self.hand_out()
 

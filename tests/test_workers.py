@@ -258,7 +258,7 @@ def test_a_silent_worker_is_replaced(make_pool, tiny):
     pool.silence_s = 2.0
     while not pool.restarts:
         pool.pump(0.1)
-    pool.silence_s = 120.0
+    pool.silence_s = 600.0
     assert_each_exactly_once(train_on_all(pool, tiny), tasks, 2)
     assert pool.restarts == 1 and not psutil.pid_exists(stopped)
 
