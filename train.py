@@ -409,6 +409,11 @@ def cores_of(processes: int) -> int:
     return max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // processes)
 
 
+def use_threads(threads: int, processes: int) -> None:
+    """All cores, shared by the processes of this machine: accelerate's launcher would leave it at one."""
+    torch.set_num_threads(threads or cores_of(processes))
+
+
 def end_on_signals() -> None:
     """Ctrl-C, SIGTERM and a closed terminal end the run once, in order, and in END_S seconds at the latest, come what may."""
     def stop(number, frame):
@@ -467,8 +472,8 @@ def main():
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.log_with or None, mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    cores = cores_of(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(args.threads or cores)  # accelerate's launcher would leave it at one
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    use_threads(args.threads, local_ranks)
     try:
         out = choose_folder(args)
         state = None
@@ -555,8 +560,8 @@ def main():
     def start_workers() -> Rollouts:
         """This process's rollout workers, with what an earlier run had under way."""
         on_cpu = device.type == "cpu"
-        count = args.workers or (cores if on_cpu else 1)
-        setup = Setup(args.model, rollout_args, str(device), max(1, cores // count) if on_cpu else 1)
+        count = args.workers or (cores_of(local_ranks) if on_cpu else 1)
+        setup = Setup(args.model, rollout_args, str(device), cores_of(local_ranks * count) if on_cpu else 1)
         return Rollouts(model, setup, count, next_group, mine, args.partial, args.overlap, args.budget_s, args.budget_tokens, args.max_age,
                         first_step, share_of(state.get("rollouts", []) if state else [], rank, ranks) or {"next_number": first_step * mine, "groups": []})
 

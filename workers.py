@@ -35,8 +35,7 @@ from data.tasks import Task
 from rollout import Engine, RolloutArgs, Trajectory, Turn, finish_turn, keep_memory, load_policy, play
 from tools import SIGNATURES, Toolbox
 
-SILENCE_S = 120.0  # a worker that has said nothing for so long (it says something twice a second) is killed and replaced
-START_S = 600.0  # the same for one that is still loading its model
+SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
 MAX_DEATHS = 5  # in a row, without a finished trajectory in between, before the run stops
 AHEAD = 0.5  # with --partial, groups begun beyond a step's worth: the slowest third is carried over to the next step
 
@@ -255,6 +254,7 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
     """A worker's life. The parent owns shutdown: signals from the terminal are not for us."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # see signals_later
     die_with_parent(parent)
     torch.set_num_threads(setup.threads)
     keep_memory()
@@ -279,7 +279,7 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
 @contextlib.contextmanager
 def signals_later():
     """Signals wait; a process started meanwhile is born deaf to the terminal's, before it could say so itself."""
-    numbers = (signal.SIGINT, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -340,19 +340,19 @@ class Rollouts:
         resource_tracker.ensure_running()  # it would let signals through again in the middle of `start`
         try:
             for number in range(workers):
-                self.workers.append(self.start(number))
+                self.start(number)
         except BaseException:
             self.close()
             raise
 
-    def start(self, number: int) -> Process:
-        """Start a worker; from the main thread, since it dies with the thread that started it."""
+    def start(self, number: int) -> None:
+        """Start worker `number`, or its replacement; from the main thread, since it dies with the thread that started it."""
         with signals_later():
             ours, theirs = self.context.Pipe()
             process = self.context.Process(target=work, args=(theirs, self.weights, self.setup, os.getpid()), daemon=True, name=f"rollout-{number}")
             process.start()
             theirs.close()
-        return Process(number, process, Channel(ours), time.monotonic(), held=self.holding)
+            self.workers[number:number + 1] = [Process(number, process, Channel(ours), time.monotonic(), held=self.holding)]
 
     # What a step asks for.
 
@@ -496,7 +496,7 @@ class Rollouts:
         if any(worker.channel.outgoing for worker in self.workers):
             timeout_s = min(timeout_s, 0.005)
         multiprocessing.connection.wait([end for worker in self.workers for end in (worker.channel, worker.process.sentinel)], timeout_s)
-        for place, worker in enumerate(self.workers):
+        for worker in list(self.workers):
             dead = not worker.process.is_alive()  # asked first: what it said before it died has then all come
             worker.channel.flush()
             for message in worker.channel.receive():
@@ -505,9 +505,9 @@ class Rollouts:
             if dead or worker.channel.closed:
                 worker.process.join(1.0)
                 code = worker.process.exitcode
-                self.replace(place, f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended (code {code})")
-            elif silent_s > (self.silence_s if worker.ready else START_S):
-                self.replace(place, f"said nothing for {silent_s:.0f} s")
+                self.replace(worker, f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended (code {code})")
+            elif silent_s > self.silence_s:
+                self.replace(worker, f"said nothing for {silent_s:.0f} s")
         self.hand_out()
 
     def hear(self, worker: Process, kind: str, content, working_s: float, sampled: int) -> None:
@@ -527,9 +527,8 @@ class Rollouts:
         elif kind == "error":
             raise WorkerError(f"rollout worker {worker.number} failed: {content}")
 
-    def replace(self, place: int, why: str) -> None:
+    def replace(self, gone: Process, why: str) -> None:
         """A worker is gone: its trajectories are begun again from where we last saw them, by others, with new random draws."""
-        gone = self.workers[place]
         gone.process.kill()
         gone.channel.connection.close()
         self.retired_s, self.retired_tokens = self.retired_s + gone.working_s, self.retired_tokens + gone.sampled
@@ -544,4 +543,4 @@ class Rollouts:
         if self.deaths >= MAX_DEATHS:
             raise WorkerError(f"{line}; {self.deaths} workers in a row were lost before a trajectory was finished")
         print(f"{line}: replaced, {len(gone.keys)} trajectories handed out again", file=sys.stderr, flush=True)
-        self.workers[place] = self.start(gone.number)
+        self.start(gone.number)

@@ -1,12 +1,14 @@
 """Runs the commands of the README on a small setting: the nano model, the embedded world, real HTTP, a real sandbox."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -56,7 +58,7 @@ def test_resume_is_bitwise_equal(whole_run, tmp_path):
     out, _ = whole_run
     first = launch(*SMALL, "--steps", 1, "--out", tmp_path / "r")
     assert first.returncode == 0, first.stderr[-2000:]
-    (tmp_path / "r/state/step-000009.pt").write_bytes(b"torn by a crash")
+    (tmp_path / "r/state/step-000009-0123456789abcdef.pt").write_bytes(b"torn by a crash")
     second = launch("--resume", tmp_path / "r", "--steps", 3)
     assert second.returncode == 0 and "damaged" in second.stderr, second.stderr[-2000:]
     assert same_numbers(metrics(out), metrics(tmp_path / "r"))
@@ -106,3 +108,76 @@ def test_the_loop_raises_what_is_rewarded(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rewards = [m["reward"] for m in metrics(tmp_path / "run")]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
+
+
+# ------------------------------------------------------------------------------------------------- rollout processes
+
+ASYNC = [*SMALL, "--rollout", "async", "--partial", "--workers", "1", "--slots", "8", "--max_age", "2"]
+
+
+def our_processes(marker):
+    """Processes, of this run only, that are still there: the trainer's workers inherit its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RUN_MARKER") == marker and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def start_train(marker, *arguments):
+    return subprocess.Popen([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"RUN_MARKER": marker})
+
+
+def test_an_async_run_goes_on_after_a_kill_with_its_parked_work(tmp_path):
+    out = tmp_path / "a"
+    first = start_train(str(tmp_path), *ASYNC, "--steps", 1000, "--out", out, "--overlap", "--stale", "is")
+    deadline = time.time() + 240
+    while len(list((out / "state").glob("step-*.pt"))) < 2 and first.poll() is None and time.time() < deadline:
+        time.sleep(0.02)  # a checkpoint each step: the kill comes near or in the middle of one
+    first.kill()
+    assert "Traceback" not in first.communicate()[1]
+    deadline = time.time() + 10
+    while our_processes(str(tmp_path)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not our_processes(str(tmp_path))  # workers do not outlive a trainer that was killed
+    steps_done = max(int(path.name[5:11]) for path in (out / "state").glob("step-*.pt"))
+    second = launch("--resume", out, "--steps", steps_done + 1)
+    assert second.returncode == 0, second.stderr[-2000:]
+    rows = metrics(out)
+    assert [m["step"] for m in rows] == list(range(1, steps_done + 2))
+    for m in rows:
+        assert sum(m["staleness"].values()) == pytest.approx(1) and m["stale_share"] == pytest.approx(1 - m["staleness"].get("0", 0))
+        assert 0 <= m["idle_share"] <= 1 and 0 <= m["trained_share"] <= 1 and m["restarts"] == 0
+    assert any(m["parked"] > 0 for m in rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_everything_with_one_line(tmp_path, number):
+    process = start_train(str(tmp_path), *ASYNC, "--steps", 1000, "--out", tmp_path / "s")
+    deadline = time.time() + 120
+    while len(our_processes(str(tmp_path))) < 2 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.05)  # as soon as the first worker is being started
+    if number == signal.SIGTERM:
+        while not (tmp_path / "s/metrics.jsonl").exists() and time.time() < deadline:
+            time.sleep(0.05)
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 30 and process.returncode != 0  # 10 s on a quiet machine
+    assert "Traceback" not in errors and len([line for line in errors.split("\r")[-1].splitlines() if "train.py: stopped" in line]) == 1, errors[-1000:]
+    deadline = time.time() + 10
+    while our_processes(str(tmp_path)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not our_processes(str(tmp_path))
+
+
+def test_a_reward_that_fails_is_one_line(tmp_path):
+    (tmp_path / "bad.py").write_text("def bad(trajectory):\n    return 1 / 0\n")
+    done = subprocess.run([sys.executable, "train.py", *SMALL, "--steps", "1", "--out", str(tmp_path / "r"), "--reward", f"{tmp_path}/bad.py:bad"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "train.py: the reward failed on task" in done.stderr and "ZeroDivisionError: division by zero (bad.py:2)" in done.stderr

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import random
 
@@ -101,6 +102,30 @@ def test_stale_turns_get_no_weight():
     row, = rows_of(trajectory(versions=(2, 3)), [0.5, 0.7], version=3)
     assert row.weights == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0]
     assert rows_of(trajectory(versions=(2, 2)), [0.5, 0.7], version=3) == []
+
+
+def test_what_stale_turns_weigh(tiny):
+    """mask: nothing. keep: as they are. is: times min(2, p_now / p_sampler), a constant of the gradient; current turns times 1."""
+    t = trajectory(versions=(2, 3))
+    mask, keep, corrected = (rows_of(t, [0.5, 0.7], 3, stale) for stale in ("mask", "keep", "is"))
+    assert mask[0].weights == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0] and not mask[0].correct
+    assert keep[0].weights == corrected[0].weights == [0, 0, 0.5, 0.5, 0, 0, 0.7, 0.7, 0, 0] and not keep[0].correct
+    assert corrected[0].correct == [False, False, True, True] + [False] * 6
+    with torch.no_grad():
+        now = torch.log_softmax(tiny(torch.tensor([t.segments[0].ids])).logits[0], -1)[[1, 2], [5, 6]]
+    for gap, ratio in ((-0.3, math.exp(-0.3)), (0.2, math.exp(0.2)), (5.0, 2.0)):  # log p_now - log p_sampler; the last one is cut
+        t.segments[0].logprobs[2:4] = (now - gap).tolist()
+        by_hand = copy.deepcopy(keep)
+        by_hand[0].weights = [0, 0, 0.5 * ratio, 0.5 * ratio, 0, 0, 0.7, 0.7, 0, 0]
+        assert same(gradient(tiny, rows_of(t, [0.5, 0.7], 3, "is"), ARGS), gradient(tiny, by_hand, ARGS), 1e-6)
+    assert not same(gradient(tiny, keep, ARGS), gradient(tiny, by_hand, ARGS), 1e-4)
+
+
+def test_parked_work_is_dealt_out_to_another_number_of_ranks():
+    states = [{"next_number": 5, "groups": ["a", "b"]}, {"next_number": 4, "groups": ["c"]}]
+    assert share_of(states, 1, 2) == states[1] and share_of([None], 0, 1) is None and share_of([], 0, 1) is None
+    assert share_of(states, 0, 1) == {"next_number": 10, "groups": ["a", "b", "c"]}
+    assert [share_of(states, rank, 3)["groups"] for rank in range(3)] == [["a"], ["b"], ["c"]]
 
 
 def test_splitting_into_segments_leaves_the_gradient_unchanged(tiny):

@@ -250,12 +250,15 @@ def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(make_pool, t
 def test_a_silent_worker_is_replaced(make_pool, tiny):
     tasks = scripted_tasks(8, 2, seed=5, latency_s=0.05)
     pool = make_pool(tasks, enough=8)
-    while not pool.workers[0].ready:
+    pool.top_up(0)
+    while not pool.workers[0].keys:  # it is ready and has work
         pool.pump(0.1)
     stopped = pool.workers[0].process.pid
     os.kill(stopped, signal.SIGSTOP)
-    pool.silence_s = 3.0
-    threading.Timer(4.0, lambda: setattr(pool, "silence_s", 100.0)).start()  # a loaded machine must not fail the next one
+    pool.silence_s = 2.0
+    while not pool.restarts:
+        pool.pump(0.1)
+    pool.silence_s = 600.0
     assert_each_exactly_once(train_on_all(pool, tiny), tasks, 2)
     assert pool.restarts == 1 and not psutil.pid_exists(stopped)
 
