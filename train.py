@@ -37,7 +37,7 @@ from context import Chat, Segment
 from data.tasks import Task, load_tasks
 from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
-from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from rollout import Engine, RolloutArgs, Trajectory, check_full_attention, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from tools import SIGNATURES, Toolbox
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -366,6 +366,7 @@ def main():
         dev_tasks = load_tasks(args.dev_tasks)[:args.eval_tasks // 2] if args.eval_tasks and args.eval_every else []
         reward_of = load_reward(args.reward)
         model, tokenizer = load_policy(args.model, device)
+        check_full_attention(model, rollout_args.max_context)
         chat = Chat(tokenizer, SIGNATURES)
         toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars)
         with accelerator.main_process_first():  # one process writes the worlds, the others find them
