@@ -45,6 +45,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from context import MANAGERS, Chat, Segment, extend_segments
 from data.tasks import Task
@@ -397,13 +398,15 @@ class Engine:
         differ (a model whose Python decides something by size), the trace is given up and the eager result counts."""
         inputs = (ids, positions, mask, cache.positions, *cache.keys, *cache.values)
         if self.traced is None:
-            self.model.loss_type = "ForCausalLM"  # tracing looks at every attribute, and this one complains of being unset
+            level = logging.get_verbosity()
+            logging.set_verbosity_error()  # tracing looks at every attribute of the model, and some complain of being unset
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about Python values that become constants: that is what the check is for
                 try:
                     self.traced = torch.jit.trace(DecodeStep(self.model), inputs, check_trace=False)
                 except RuntimeError:
                     self.traced = False
+            logging.set_verbosity(level)
         if self.traced is not False and len(ids) in self.checked:
             with torch.jit.optimized_execution(False):  # no specialising to shapes: they change every step
                 return self.traced(*inputs)

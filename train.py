@@ -46,7 +46,7 @@ from context import Chat, Segment
 from data.tasks import Task, load_tasks
 from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
-from rollout import Engine, RolloutArgs, Trajectory, check_rollout_args, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from rollout import Engine, RolloutArgs, Trajectory, check_full_attention, check_rollout_args, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from tools import SIGNATURES, Toolbox
 from workers import Group, Rollouts, Setup, WorkerError, die_with_parent, make_group, where_it_failed
 
@@ -492,6 +492,7 @@ def main():
         dev_tasks = load_tasks(args.dev_tasks)[:args.eval_tasks // 2] if args.eval_tasks and args.eval_every else []
         reward_of = load_reward(args.reward)
         model, tokenizer = load_policy(args.model, device)
+        check_full_attention(model, rollout_args.max_context)
         chat = Chat(tokenizer, SIGNATURES)
         toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars,
                           rollout_args.search, rollout_args.search_url, rollout_args.unsafe_python)
