@@ -640,11 +640,13 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
         finish: called with each trajectory that has ended.
         holding: asked at each join; while it is true no turn is started. This is all there is to partial rollout and to new
             weights: once no slot is in the middle of a turn, every trajectory is at a turn boundary.
-        lockstep: wait at each join for all tool results. Batches, and with them every last bit of the log-probs, then do not
-            depend on how fast a tool happened to be (sync mode). Otherwise late results join later.
+        lockstep: a result joins at a step that follows from the step of its call alone: at the first join that is `tool_steps`
+            steps or more after it (or the next one, if nothing is left to decode), and the engine waits for it there. Batches,
+            and with them every last bit of the log-probs, then do not depend on how fast a tool happened to be (sync mode).
+            Otherwise results join as they come.
         act: reads a finished turn, see `finish_turn`.
     """
-    waiting: list[tuple[Slot, float, concurrent.futures.Future]] = []  # (slot, since, results)
+    waiting: list[tuple[Slot, int, float, concurrent.futures.Future]] = []  # (slot, step of the call, time of it, results)
     ready: list[Slot] = []  # at a turn boundary
     replays: dict[Slot, list[ToolCall]] = {}  # python calls of trajectories that were begun elsewhere
     threads = ToolThreads(len(engine.slots))
@@ -663,7 +665,7 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
 
     def run_tools(slot: Slot, calls: list[ToolCall]) -> None:
         replay = replays.pop(slot, []) if any(call.name == "python" for call in calls) else []
-        waiting.append((slot, time.perf_counter(), threads.submit(run_turn, calls, toolbox.tools_for(slot.trajectory), replay)))
+        waiting.append((slot, step, time.perf_counter(), threads.submit(run_turn, calls, toolbox.tools_for(slot.trajectory), replay)))
 
     def end(slot: Slot) -> None:
         engine.slots[engine.slots.index(slot)] = None
@@ -681,7 +683,11 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
                     more = arrived is not None
                     for row, trajectory in zip(rows, arrived or []):
                         start(row, trajectory)
-                for slot, since, future in list(waiting):
+                decoding = any(slot and not slot.turn_done for slot in engine.slots)
+                for call in list(waiting):
+                    slot, called, since, future = call
+                    if lockstep and decoding and step - called < args.tool_steps:
+                        continue
                     if lockstep and not future.done():
                         clock = time.perf_counter()
                         concurrent.futures.wait([future], timeout=max(0.0, since + args.tool_timeout_s - clock))
@@ -689,7 +695,7 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
                     waited = time.perf_counter() - since
                     if not future.done() and waited < args.tool_timeout_s:
                         continue
-                    waiting.remove((slot, since, future))
+                    waiting.remove(call)
                     threads.give_up(future)
                     trajectory = slot.trajectory
                     late = [(f"error: no answer within {args.tool_timeout_s:g} s", True)] * len(trajectory.turns[-1].calls)
