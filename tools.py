@@ -706,7 +706,7 @@ class Browse:
                 return page
             except Refused:
                 raise
-            except ValueError as error:  # from urlsplit, requests, idna: the policy's own address
+            except ValueError as error:  # from urlsplit, requests, idna, or a certificate that is not the site's
                 raise Refused(f"{error}: {url}") from None
             except (OSError, http.client.HTTPException) as error:
                 wait = getattr(error, "wait_s", 0.1 * 2**attempt)
