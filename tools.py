@@ -710,7 +710,7 @@ class Browse:
                 return page
             except Refused:
                 raise
-            except ValueError as error:  # from urlsplit, requests, idna: the policy's own address
+            except ValueError as error:  # from urlsplit, requests, idna, or a certificate that is not the site's
                 raise Refused(f"{error}: {url}") from None
             except (OSError, http.client.HTTPException) as error:
                 wait = getattr(error, "wait_s", 0.1 * 2**attempt)
@@ -972,13 +972,13 @@ class Python:
 
 
 def folder_bytes(folder: str) -> int:
-    """Disk space below a folder (at least 4 KiB an entry), counted until it is too much; what cannot be looked into is too much."""
+    """Disk space below a folder (at least 16 KiB an entry: so many files at most), counted until it is too much; what cannot be looked into is too much."""
     total, folders = 0, [folder]
     while folders and total <= FOLDER_BYTES:
         try:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
-                    total += max(4096, 512 * entry.stat(follow_symlinks=False).st_blocks)
+                    total += max(16384, 512 * entry.stat(follow_symlinks=False).st_blocks)
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
         except FileNotFoundError:  # removed since
