@@ -46,7 +46,7 @@ class Task:
     answer_type: str = "name"  # name, number, date or list: decides how reward.correct compares
     family: str = "own"
     split: str = "own"
-    hops: int = 0
+    hops: int = 0  # pages on the way; for a family of data/families.py its level, 1 to 3
     evidence: list[str] = field(default_factory=list)  # URLs of the pages that hold the answer
     meta: dict = field(default_factory=dict)  # "world": arguments of the World it was made from
 
@@ -200,7 +200,7 @@ def draw_deep(world: World, family: str, level: int, rng: random.Random, held_ou
     question = rng.choice(FRAMES[world.split]).format(np=wording.format(**draft.slots))
     question = question[0].upper() + question[1:] + draft.suffix
     return Task(id=hashlib.sha256(f"{world.seed} {question}".encode()).hexdigest()[:12], question=question, answer=draft.answer,
-                answer_type=draft.answer_type, family=family, split=world.split, hops=len(draft.paths),
+                answer_type=draft.answer_type, family=family, split=world.split, hops=level,
                 evidence=[f"http://{world.host}/{path}" for path in draft.paths],
                 meta={"template": draft.form + (" held out" if held_out and len(wordings) > 1 else ""), "level": level, "world": world.description()})
 

@@ -145,7 +145,8 @@ def tools_needed(task: Task, funnel) -> str | None:
         return "the result can be copied from a page"
     if task.family != "lookup":
         words = set(re.findall(r"\w+", task.question.casefold()))
-        for text in funnel.snippets(task.question, 1):  # the sentence of the top hit that is nearest to the question
+        query = " ".join(word for word in re.findall(r"\w+", task.question) if word.casefold() not in STOP_WORDS)
+        for text in funnel.snippets(query, 1):  # the sentence of the top hit that is nearest to the question
             facts = [fact for fact in re.findall(r"([^.]*?) is (\w+)\.", text) if fact[1] not in ("a", "an")]
             nearest = max(facts, key=lambda fact: len(words & set(re.findall(r"\w+", fact[0].casefold()))), default=("", ""))
             if correct(nearest[1], task.answer, task.answer_type):

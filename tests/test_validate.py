@@ -26,7 +26,7 @@ def test_every_family_and_level_passes_the_funnel(made):
     assert {t.answer_type for t in tasks} == {"name", "number", "date", "list"}
     assert funnel.counts["solver"] == funnel.counts["schema"] == 0  # raw draws are right: the truth comes from the facts
     deep = [t for t in tasks if t.family == "collection"]
-    assert all(t.hops > 20 for t in deep) and any("held out" in t.meta["template"] for t in tasks)
+    assert all(len(t.evidence) > 20 for t in deep) and any("held out" in t.meta["template"] for t in tasks)
 
 
 def test_same_seed_same_tasks(made, deep_dir):
