@@ -21,7 +21,8 @@ import sqlite3
 import sys
 
 if __name__ == "__main__":  # until main() listens: no traceback out of the middle of an import
-    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("train.py: stopped before it began\n"), os._exit(130)))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: (sys.stderr.write("train.py: stopped before it began\n"), os._exit(130)))
 
 import contextlib
 import hashlib
