@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.index import open_index
 from data.solve import parse_question, solutions
 from data.tasks import FRAMES, Task, parse_task, save_tasks
-from reward import correct, normalize
+from reward import correct, normalize, parse_date, parse_number
 from tools import Toolbox
 
 PAGELESS = {"math", "code"}  # solved without pages
@@ -62,6 +62,9 @@ def schema(task: Task, funnel) -> str | None:
         return f"unknown answer type {task.answer_type!r}"
     if not isinstance(task.evidence, list) or not all(urlsplit(str(url)).scheme in ("http", "https") for url in task.evidence):
         return "evidence is no list of http addresses"
+    readable = {"number": parse_number, "date": parse_date}.get(task.answer_type, str)
+    if not all(readable(item) for item in items(task.answer)):
+        return f"the answer cannot be read as a {task.answer_type}"
     said = ", ".join(items(task.answer)) if task.answer_type == "list" else items(task.answer)[0]
     if correct(said, task.answer, task.answer_type) != 1.0:
         return f"the answer is no {task.answer_type}: it would not score against itself"
