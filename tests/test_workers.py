@@ -251,16 +251,16 @@ def test_a_silent_worker_is_replaced(make_pool, tiny):
     tasks = scripted_tasks(8, 2, seed=5, latency_s=0.05)
     pool = make_pool(tasks, enough=8)
     pool.top_up(0)
-    while not pool.workers[0].keys:  # it is ready and has work
+    while not all(worker.keys for worker in pool.workers):  # all are ready and have work
         pool.pump(0.1)
     stopped = pool.workers[0].process.pid
     os.kill(stopped, signal.SIGSTOP)
     pool.silence_s = 2.0
-    while not pool.restarts:
+    while psutil.pid_exists(stopped):
         pool.pump(0.1)
     pool.silence_s = 600.0
     assert_each_exactly_once(train_on_all(pool, tiny), tasks, 2)
-    assert not psutil.pid_exists(stopped)  # on a slow machine others may have seemed silent too
+    assert pool.restarts >= 1  # on a slow machine others may have seemed silent too
 
 
 def broken_turn(trajectory, *rest):
