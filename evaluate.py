@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from context import SYSTEM_PROMPT, Chat
 from data.tasks import Task, load_tasks
-from reward import FORMAT_FAILURES, correct
+from reward import correct
 from rollout import Engine, RolloutArgs, Trajectory, Turn, check_rollout_args, keep_memory, load_policy, parse_flags, rollout, take_results, trajectory_key
 from tools import SIGNATURES, FormatError, Toolbox, parse_action, run_calls
 

@@ -49,7 +49,7 @@ from transformers.utils import logging
 
 from context import MANAGERS, Chat, Segment, extend_segments
 from data.tasks import Task
-from tools import FormatError, ToolCall, Toolbox, parse_action, run_calls, urls_in
+from tools import FormatError, Toolbox, ToolCall, parse_action, run_calls, urls_in
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
 PREFILL_TOKENS = 2048  # of prompts in one pass, padding included

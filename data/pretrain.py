@@ -32,12 +32,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context import CHATML, Chat
-from data.index import open_index
 from data.solve import read_fact
-from data.tasks import FRAMES, OPERATIONS, SHARES, draw_task, world_folder
-from data.world import RELATIONS, TYPES, World, documents, page_html
+from data.tasks import OPERATIONS, SHARES, draw_task, world_folder
+from data.world import RELATIONS, TYPES, World, page_html
 from rollout import keep_memory, parse_flags
-from tools import Browse, Python, Search, html_to_text, view_page
+from tools import Browse, Python, Search
+from web import html_to_text, view_page
 
 
 @dataclass
@@ -211,7 +211,6 @@ class Explorer:
                 self.numbers.append(word)
         title = None
         for line in text.splitlines():
-            first = line.split(" ")[1:2] if line.startswith("[") else line.split(" ")[:1]
             if "http" in line:
                 url = next(w for w in line.split() if w.startswith("http"))
                 title = url.rsplit("/", 1)[1]
@@ -437,7 +436,6 @@ def build_induction(model: LlamaForCausalLM) -> None:
     width, heads = config.hidden_size, config.num_attention_heads
     size = width // heads
     theta = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
-    orthogonal = lambda rows, columns: torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns)))[0][:rows, :columns]
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(0, width**-0.5)  # tied: also the scale of the logits
         first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn

@@ -209,7 +209,7 @@ def draw_deep(world: World, family: str, level: int, rng: random.Random, held_ou
 SHIPPED_STAGES = ("solver", "unique", "leak", "snippet", "repeat")
 
 
-def make_tasks(world: World, folder: Path | str, number: int, seed: int, families=(), funnel=None) -> tuple[list[Task], "Funnel"]:
+def make_tasks(world: World, folder: Path | str, number: int, seed: int, families=(), funnel=None) -> tuple:
     """Draw tasks until `number` have passed the funnel.
 
     Args:

@@ -210,7 +210,7 @@ def page_html(world: World, entity: Entity) -> str:
 
 def documents(world: World):
     """All pages of a world as documents for `data.index.build_index`, entity pages first, then the lists and the home page."""
-    from tools import html_to_text
+    from web import html_to_text
 
     def document(path: str, title: str, description: str, page: str) -> dict:
         return {"url": f"http://{world.host}/{path}", "title": title, "description": description,

@@ -23,7 +23,7 @@ import torch
 
 from data.tasks import Task
 from rollout import Engine, Slot, Trajectory, keep_memory, load_policy, parse_flags
-from train import use_threads
+from run_folder import use_threads
 
 
 @dataclass

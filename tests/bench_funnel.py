@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.families import number_relation
 from data.tasks import FRAMES, Task, make_tasks
-from data.validate import Funnel, content
+from data.validate import Funnel
 from data.world import RELATIONS, TYPES, World, write_world
 from reward import correct
 

@@ -35,8 +35,9 @@ from context import SYSTEM_PROMPT, Chat
 from data.tasks import Task, load_tasks
 from reward import correct
 from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from run_folder import use_threads
 from tools import SIGNATURES, Toolbox
-from train import Policy, TrainArgs, rows_of, update, use_threads
+from train import Policy, TrainArgs, rows_of, update
 
 
 @dataclass

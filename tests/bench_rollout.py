@@ -28,8 +28,9 @@ from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
 
 from context import Chat
 from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout
+from run_folder import cores_of
 from tools import SIGNATURES
-from train import Policy, TrainArgs, cores_of, rows_of, update
+from train import Policy, TrainArgs, rows_of, update
 from workers import Group, Rollouts, Setup, make_group
 
 MODES = {"sync": {}, "async": {}, "async+partial": {"partial": True}, "+overlap": {"partial": True, "overlap": True}}

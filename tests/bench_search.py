@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 
 from data.index import build_index
+from data.serve import start_server
 from data.world import RELATIONS, World, documents
 from tools import Browse, Search
-from data.serve import start_server
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import tools
-from tools import PROVIDERS, Browse, DiskCache, Refused, Toolbox, ToolFault, WebSearch, html_to_text, is_public, split_pages, view_page
+from tools import PROVIDERS, Toolbox, WebSearch
+from web import Browse, DiskCache, Refused, ToolFault, html_to_text, is_public, split_pages, tls_context, view_page
 
 
 class Server(ThreadingHTTPServer):
@@ -81,7 +81,7 @@ def web(server, monkeypatch):
         lookups.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.server_address[1]))]
     monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
-    monkeypatch.setattr("tools.is_public", lambda address: True)
+    monkeypatch.setattr("web.is_public", lambda address: True)
     return lookups
 
 
@@ -122,9 +122,9 @@ def test_the_checked_address_is_the_one_connected_to(server, monkeypatch):
     """DNS rebinding: each connection asks once, checks that answer, and uses it; the next, different answer is checked anew."""
     checked, answers = [], iter(["203.0.113.7", "127.0.0.1", "127.0.0.1", "127.0.0.1"])
     monkeypatch.setattr("socket.getaddrinfo", lambda host, port, *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), server.server_address[1]))])
-    monkeypatch.setattr("tools.is_public", lambda address: checked.append(address) or address == "203.0.113.7")
+    monkeypatch.setattr("web.is_public", lambda address: checked.append(address) or address == "203.0.113.7")
     dialled = []
-    monkeypatch.setattr("tools.PlainSocket.connect", lambda self, address: dialled.append(address[0]) or (_ for _ in ()).throw(OSError("stopped here")))
+    monkeypatch.setattr("web.PlainSocket.connect", lambda self, address: dialled.append(address[0]) or (_ for _ in ()).throw(OSError("stopped here")))
     with pytest.raises((ToolFault, Refused)):
         Browse(live=True, timeout_s=2, gap_s=0).fetch("http://rebinding.example/")
     assert dialled == ["203.0.113.7"] and checked == ["203.0.113.7", "127.0.0.1"] and not server.asked
@@ -139,7 +139,7 @@ def test_redirects_are_checked_again(server, browse, to, seen):
 
 def test_a_redirect_from_the_web_does_not_lead_inside(server, web, monkeypatch):
     server.answers = {"/": (302, {"Location": "http://inside.example/secret"}, b""), "/secret": (200, {}, b"the secret")}
-    monkeypatch.setattr("tools.is_public", lambda address: web[-1] == "outside.example")
+    monkeypatch.setattr("web.is_public", lambda address: web[-1] == "outside.example")
     assert "not public" in Browse(live=True, timeout_s=3, gap_s=0)(url="http://outside.example/")
     assert "/secret" not in server.asked
 
@@ -495,7 +495,7 @@ def test_https_checks_the_name_on_the_pinned_address(web, monkeypatch, tmp_path)
         monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", secure.server_address[1]))])
         assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(url="https://secure.example/")  # signed by nobody known
         monkeypatch.setattr("requests.certs.where", lambda: str(tmp_path / "cert"))
-        tools.tls_context.cache_clear()
+        tls_context.cache_clear()
         try:
             assert "over TLS" in Browse(live=True, timeout_s=3, gap_s=0)(url="https://secure.example/")
             assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(url="https://other.example/")  # another name
@@ -503,5 +503,5 @@ def test_https_checks_the_name_on_the_pinned_address(web, monkeypatch, tmp_path)
             assert "the page was cut" in Browse(live=True, timeout_s=1, gap_s=0).fetch("https://secure.example/drip")
             assert time.monotonic() - started < 3
         finally:
-            tools.tls_context.cache_clear()
+            tls_context.cache_clear()
         secure.shutdown()

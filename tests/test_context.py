@@ -115,6 +115,7 @@ def test_decoding_without_spelled_tags_is_unchanged(chat):
 
 def test_a_tokenizer_without_tag_tokens_spells_its_tags(chat):
     from copy import copy
+
     from tools import parse_tool_calls
     other = copy(chat)
     other.tags = [(tag, id) for tag, id in chat.tags if "tool_call" not in tag]

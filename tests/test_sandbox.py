@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from attacks import ATTACKS
 
 import sandbox
-from attacks import ATTACKS
 from tools import Python, ToolFault
 
 ROOT = os.geteuid() == 0

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from data.world import load_world
-from tools import MAX_CALLS, Browse, FormatError, Python, Search, Toolbox, ToolCall, ToolFault, html_to_text, parse_action, parse_tool_calls, run_calls, split_pages, view_page
+from tools import MAX_CALLS, Browse, FormatError, Python, Search, Toolbox, ToolCall, ToolFault, parse_action, parse_tool_calls, run_calls
+from web import html_to_text, split_pages, view_page
 
 GOOD = '<tool_call>{"name": "search", "arguments": {"queries": ["a"]}}</tool_call>'
 

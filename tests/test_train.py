@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from context import Segment
 from data.tasks import Task
 from rollout import RolloutArgs, Trajectory, Turn
-from train import Policy, Row, TrainArgs, check_args, collate, cut_lines, load_state, micro_batches, rows_of, save, save_atomically, sha256, share_of, tasks_of_step, update
+from run_folder import cut_lines, load_state, save, save_atomically, sha256, share_of
+from train import Policy, Row, TrainArgs, check_args, collate, micro_batches, rows_of, tasks_of_step, update
 
 
 def made_up_rows(count, seed=0, vocabulary=2000):

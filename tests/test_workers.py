@@ -5,7 +5,6 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
@@ -14,9 +13,9 @@ import pytest
 import torch
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
 
-from rollout import Engine, RolloutArgs, ToolThreads, Trajectory, Turn, finish_turn, next_prompt, play, rollout, run_turn, take_results
-from tools import ToolCall, Toolbox, run_calls
-from workers import Channel, Group, Rollouts, Setup, SharedWeights, WorkerError, group_from, make_group
+from rollout import Engine, RolloutArgs, ToolThreads, Trajectory, Turn, next_prompt, play, rollout, run_turn, take_results
+from tools import Toolbox, ToolCall
+from workers import Channel, Rollouts, Setup, SharedWeights, WorkerError, group_from, make_group
 
 ARGS = dict(slots=16, max_new_tokens=2, max_context=2000, max_turns=99, tool_steps=1)
 
@@ -381,7 +380,7 @@ def test_play_replays_and_reruns_what_was_cut_off(tiny, chat, make_engine):
         parked.head_ids = list(trajectory.head_ids)
         for number in range(turns):
             next_prompt(parked, chat, args)
-            calls = counting_turn(parked, list(trajectory.turns[number].action_ids), list(trajectory.turns[number].logprobs), 0, chat, {})
+            counting_turn(parked, list(trajectory.turns[number].action_ids), list(trajectory.turns[number].logprobs), 0, chat, {})
             if number < turns - 1 or answered:
                 take_results(parked, [(trajectory.turns[number].results[0], False)], chat, args)
         parked = pickle.loads(pickle.dumps(parked))

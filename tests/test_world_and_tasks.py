@@ -14,7 +14,8 @@ from data.serve import start_server
 from data.solve import solutions
 from data.tasks import FRAMES, load_tasks, make_tasks
 from data.world import SPLITS, World, load_world, page_html, write_world
-from tools import html_to_text, urls_in, view_page
+from tools import urls_in
+from web import html_to_text, view_page
 
 
 def test_a_world_is_a_function_of_its_seed():

@@ -1,0 +1,106 @@
+"""The README's pictures, from committed figures alone.
+
+In: docs/results/NAME/metrics.jsonl and evaluations.jsonl (what train.py wrote), test.json (what evaluate.py wrote) and
+trajectory.json (one line of evaluate.py --trajectories). Out: docs/learning.png, docs/gamma.png, docs/trajectory.png.
+
+    python docs/figures.py
+"""
+
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+DOCS = Path(__file__).resolve().parent
+GAMMA = 0.95
+
+
+def lines_of(run: str, name: str) -> list[dict]:
+    return [json.loads(line) for line in (DOCS / "results" / run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def runs(prefix: str) -> list[str]:
+    return sorted(folder.name for folder in (DOCS / "results").iterdir() if folder.name.startswith(prefix))
+
+
+def draw_learning() -> None:
+    """Held-out Pass@1, turns and entropy of the default run, one thin line a seed and their mean."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    metrics = [lines_of(run, "metrics") for run in runs("seed")]
+    steps = [m["step"] for m in metrics[0]]
+    for axis, key, title in ((axes[0], "pass_rate", "Pass@1"), (axes[1], "turns", "turns a trajectory"), (axes[2], "entropy", "entropy, nats a token")):
+        curves = np.array([[m[key] for m in run] for run in metrics])  # (seeds, steps)
+        axis.plot(steps, curves.T, color="tab:blue", alpha=0.25, linewidth=1)
+        axis.plot(steps, curves.mean(0), color="tab:blue", label=f"training tasks, mean of {len(curves)} seeds")
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+    for split, colour, offset in (("dev", "tab:orange", 0), ("test", "tab:red", 0.4)):
+        points: dict[int, list[float]] = {}
+        for run in runs("seed"):
+            for evaluation in lines_of(run, "evaluations"):
+                if evaluation["split"] == split:
+                    points.setdefault(evaluation["step"], []).append(evaluation["pass@1"])
+        x = sorted(points)
+        y = [float(np.mean(points[step])) for step in x]
+        spread = [[v - min(points[s]) for s, v in zip(x, y)], [max(points[s]) - v for s, v in zip(x, y)]]
+        axes[0].errorbar([s + offset for s in x], y, yerr=spread, fmt="o-" if split == "dev" else "s", color=colour, capsize=3,
+                         label=f"held-out {split} tasks, lowest to highest seed")
+    axes[0].set_ylim(0, 1)
+    axes[0].legend(fontsize=7, loc="lower right")
+    figure.savefig(DOCS / "learning.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_gamma() -> None:
+    """Decay makes correct trajectories shorter: steps of correct test trajectories and Pass@1, a dot a seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axis, key, title in ((axes[0], "steps_mean_correct", "steps of correct trajectories"), (axes[1], "pass@1", "held-out Pass@1")):
+        for x, gamma in enumerate(("1.0", "0.9")):
+            values = [json.loads((DOCS / "results" / run / "test.json").read_text())[key] for run in runs(f"gamma{gamma}")]
+            axis.bar(x, np.mean(values), width=0.5, color=["tab:gray", "tab:blue"][x], alpha=0.5)
+            axis.plot([x] * len(values), values, "ko", markersize=4)
+        axis.set_xticks([0, 1], ["gamma 1.0", "gamma 0.9"])
+        axis.set_title(title)
+        axis.grid(alpha=0.3, axis="y")
+    figure.savefig(DOCS / "gamma.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_trajectory() -> None:
+    """One trajectory as training sees it: what the policy sampled (in the loss, with its step's reward) and what it only read."""
+    record = json.loads((DOCS / "results" / "trajectory.json").read_text())
+    pieces = re.split(r"(?<=<\|im_start\|>assistant\n)|(?<=<\|im_end\|>)", record["text"])  # prompt, action, observation, action, …
+    pieces = [piece for piece in pieces if piece.strip()]
+    sampled = [index > 0 and pieces[index - 1].endswith("assistant\n") for index in range(len(pieces))]
+    T, turn, rows = sum(sampled), 0, []
+    for piece, ours in zip(pieces, sampled):
+        turn += ours
+        note = f"step {turn}: {GAMMA ** (T - turn):.3f}" if ours else ""
+        for number, line in enumerate(line for text in piece.strip().split("\n") for line in textwrap.wrap(text, 118) or [""]):
+            rows.append((line, ours, note if number == 0 else ""))
+    figure = plt.figure(figsize=(11, 0.19 * len(rows) + 0.5))
+    axis = figure.add_axes([0, 0, 1, 1])
+    axis.set_axis_off()
+    axis.set_xlim(0, 1)
+    axis.set_ylim(len(rows) + 0.4, -1.6)
+    axis.text(0.01, -0.7, "blue: sampled by the policy, in the loss, with the reward of its step (gamma 0.95)   |   grey: prompt and tool results, no loss", fontsize=9)
+    for y, (line, ours, note) in enumerate(rows):
+        if ours:
+            axis.axhspan(y - 0.5, y + 0.5, xmin=0.005, xmax=0.9, color="tab:blue", alpha=0.22, linewidth=0)
+        axis.text(0.01, y, line.replace("$", r"\$"), family="monospace", fontsize=7.5, color="black" if ours else "dimgray", va="center")
+        axis.text(0.91, y, note, fontsize=8, color="tab:blue", va="center")
+    figure.savefig(DOCS / "trajectory.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw_learning()
+    draw_gamma()
+    draw_trajectory()
