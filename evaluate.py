@@ -34,7 +34,7 @@ from tqdm import tqdm
 from context import SYSTEM_PROMPT, Chat
 from data.tasks import Task, load_tasks
 from reward import correct
-from rollout import Engine, RolloutArgs, Trajectory, Turn, check_rollout_args, keep_memory, load_policy, parse_flags, rollout, take_results, trajectory_key
+from rollout import RolloutArgs, Trajectory, Turn, check_rollout_args, engine_for, keep_memory, load_policy, parse_flags, rollout, take_results, trajectory_key
 from tools import SIGNATURES, FormatError, Toolbox, parse_action, run_calls
 
 
@@ -383,7 +383,7 @@ def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None 
     """(model, chat, engine) of a local policy."""
     model, tokenizer = load_policy(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chat = Chat(tokenizer, SIGNATURES)
-    return model, chat, Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question, args.kv_tokens)
+    return model, chat, engine_for(model, chat, args)
 
 
 def main():

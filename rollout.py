@@ -493,6 +493,11 @@ class Engine:
         return ended
 
 
+def engine_for(model, chat: Chat, args: RolloutArgs) -> Engine:
+    """The engine that plays with this model, chat template and these limits."""
+    return Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question, args.kv_tokens)
+
+
 def check_full_attention(model, max_context: int) -> None:
     """Raises ValueError for a model whose layers see less, or other, than the whole context: its numbers would be wrong."""
     config = model.config.get_text_config()

@@ -42,7 +42,7 @@ from context import Chat, Segment
 from data.tasks import Task, load_tasks
 from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
-from rollout import Engine, RolloutArgs, Trajectory, check_full_attention, check_rollout_args, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from rollout import RolloutArgs, Trajectory, check_full_attention, check_rollout_args, engine_for, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from run_folder import choose_folder, cores_of, cut_lines, draw_curves, end_on_signals, load_state, save, save_config, share_of, start_ranks, use_threads
 from tools import SIGNATURES, Toolbox
 from workers import Group, Rollouts, Setup, WorkerError, make_group, where_it_failed
@@ -325,8 +325,7 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         first_step = state["step"]
     # The sampler uses the learner's own weights: on-policy by construction, and nothing to copy.
-    engine = Engine(model, chat.end_id, rollout_args.slots, rollout_args.max_context, rollout_args.max_new_tokens,
-                    rollout_args.temperature, chat.before_question, rollout_args.kv_tokens)
+    engine = engine_for(model, chat, rollout_args)
     engine.new_weights(first_step)
     mine = len(range(rank, args.tasks_per_step, ranks))  # this process's share of the tasks of a step
     if args.log_with:

@@ -32,7 +32,7 @@ import transformers
 
 from context import Chat, Segment
 from data.tasks import Task
-from rollout import Engine, RolloutArgs, Trajectory, Turn, finish_turn, keep_memory, load_policy, play
+from rollout import RolloutArgs, Trajectory, Turn, engine_for, finish_turn, keep_memory, load_policy, play
 from tools import SIGNATURES, Toolbox
 
 SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
@@ -209,7 +209,7 @@ class Worker:
         self.model, tokenizer = load_policy(setup.policy, setup.device)
         self.chat = Chat(tokenizer, SIGNATURES)
         args = setup.args
-        self.engine = Engine(self.model, self.chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, self.chat.before_question, args.kv_tokens)
+        self.engine = engine_for(self.model, self.chat, args)
         self.engine.new_weights(weights.read(self.model))
         self.queue: deque[Trajectory] = deque()
         self.hold, self.asked, self.answered = False, 0, 0  # `asked` counts holds, `answered` is the last one we answered

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from context import Chat
 from data.tasks import load_tasks
 from data.world import World, write_world
-from rollout import Engine, RolloutArgs, load_policy
+from rollout import RolloutArgs, engine_for, load_policy
 from tools import SIGNATURES, Toolbox
 
 
@@ -64,6 +64,6 @@ def tiny(tokenizer):
 
 @pytest.fixture
 def make_engine(chat):
-    def make(model, args: RolloutArgs) -> Engine:
-        return Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question, args.kv_tokens)
+    def make(model, args: RolloutArgs):
+        return engine_for(model, chat, args)
     return make
