@@ -150,6 +150,9 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", **extra)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(f"cannot load the model {name!r}: {str(error).strip().splitlines()[0][:200]}") from None
+    if getattr(model, "hf_quantizer", None):  # a .gguf file's weights are plain numbers once loaded, and can be saved as such
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
     return model.to(device).eval(), tokenizer
 
 
