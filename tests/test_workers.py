@@ -227,8 +227,9 @@ def kill_workers(pool, times, seed=0):
     return thread
 
 
-def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(make_pool, tiny, capfd, kills=int(os.environ.get("KILLS", 5))):
+def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(make_pool, tiny, capfd, monkeypatch, kills=int(os.environ.get("KILLS", 5))):
     """KILLS=100 pytest tests/test_workers.py -k killed: the long version."""
+    monkeypatch.setattr("workers.MAX_DEATHS", 10 * kills)  # we kill faster than a fault would: several in a row mean nothing
     samples = 2
     tasks = scripted_tasks(40 * kills, samples, seed=4, latency_s=0.02)
     pool = make_pool(tasks, samples, workers=2, enough=4, partial=True)
