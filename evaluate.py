@@ -34,7 +34,7 @@ from tqdm import tqdm
 from context import SYSTEM_PROMPT, Chat
 from data.tasks import Task, load_tasks
 from reward import correct
-from rollout import RolloutArgs, Trajectory, Turn, check_rollout_args, engine_for, keep_memory, load_policy, parse_flags, rollout, take_results, trajectory_key
+from rollout import RolloutArgs, Trajectory, Turn, check_rollout_args, engine_for, keep_memory, load_policy, open_toolbox, parse_flags, rollout, take_results, trajectory_key
 from tools import SIGNATURES, FormatError, Toolbox, parse_action, run_calls
 
 
@@ -408,8 +408,7 @@ def main():
                 requests.get(f"{url.rstrip('/')}/models", timeout=10)  # any answer will do
             except requests.RequestException as error:
                 raise ValueError(f"the server at {url} failed: {error}") from None
-        toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars,
-                          rollout_args.search, rollout_args.search_url, rollout_args.unsafe_python)
+        toolbox = open_toolbox(rollout_args)
         if not (rollout_args.live and not rollout_args.corpus):
             toolbox.prepare(tasks)
         if not args.api and args.baseline in ("", "closed_book"):

@@ -501,6 +501,11 @@ def engine_for(model, chat: Chat, args: RolloutArgs) -> Engine:
     return Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question, args.kv_tokens)
 
 
+def open_toolbox(args: RolloutArgs) -> Toolbox:
+    """The tools that these flags ask for; raises as `Toolbox` does."""
+    return Toolbox(args.corpus, args.live, args.search_results, args.page_chars, args.search, args.search_url, args.unsafe_python)
+
+
 def check_full_attention(model, max_context: int) -> None:
     """Raises ValueError for a model whose layers see less, or other, than the whole context: its numbers would be wrong."""
     config = model.config.get_text_config()

@@ -42,9 +42,9 @@ from context import Chat, Segment
 from data.tasks import Task, load_tasks
 from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
-from rollout import RolloutArgs, Trajectory, check_full_attention, check_rollout_args, engine_for, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from rollout import RolloutArgs, Trajectory, check_full_attention, check_rollout_args, engine_for, keep_memory, load_policy, open_toolbox, parse_flags, rollout, trajectory_key
 from run_folder import choose_folder, cores_of, cut_lines, draw_curves, end_on_signals, load_state, save, save_config, share_of, start_ranks, use_threads
-from tools import SIGNATURES, Toolbox
+from tools import SIGNATURES
 from workers import Group, Rollouts, Setup, WorkerError, make_group, where_it_failed
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -303,8 +303,7 @@ def main():
         model, tokenizer = load_policy(args.model, device)
         check_full_attention(model, rollout_args.max_context)
         chat = Chat(tokenizer, SIGNATURES)
-        toolbox = Toolbox(rollout_args.corpus, rollout_args.live, rollout_args.search_results, rollout_args.page_chars,
-                          rollout_args.search, rollout_args.search_url, rollout_args.unsafe_python)
+        toolbox = open_toolbox(rollout_args)
         with accelerator.main_process_first():  # one process writes the worlds, the others find them
             toolbox.prepare(train_tasks + test_tasks + dev_tasks)
         if is_main:

@@ -32,8 +32,8 @@ import transformers
 
 from context import Chat, Segment
 from data.tasks import Task
-from rollout import RolloutArgs, Trajectory, Turn, engine_for, finish_turn, keep_memory, load_policy, play
-from tools import SIGNATURES, Toolbox
+from rollout import RolloutArgs, Trajectory, Turn, engine_for, finish_turn, keep_memory, load_policy, open_toolbox, play
+from tools import SIGNATURES
 
 SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
 MAX_DEATHS = 5  # in a row, without a finished trajectory in between, before the run stops
@@ -170,10 +170,6 @@ class SharedWeights:
 
 
 # ------------------------------------------------------------------------------------------------------ in each worker
-
-def open_toolbox(args: RolloutArgs) -> Toolbox:
-    return Toolbox(args.corpus, args.live, args.search_results, args.page_chars)
-
 
 @dataclass
 class Setup:

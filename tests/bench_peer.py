@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from context import SYSTEM_PROMPT, Chat
 from data.tasks import Task, load_tasks
 from reward import correct
-from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from rollout import Engine, RolloutArgs, Trajectory, engine_for, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from run_folder import use_threads
 from tools import SIGNATURES, Toolbox
 from train import Policy, TrainArgs, rows_of, update
@@ -128,7 +128,7 @@ def compare_with_trl(pairs: int = 3, trajectories: int = 32, tool_ms: float = 50
     datasets.disable_progress_bars()
     keep_memory()
     use_threads(threads, 1)
-    args = RolloutArgs()
+    args = RolloutArgs(slots=trajectories)
     # One world, so that TRL's tools, which know no task, search the same pages.
     first = load_tasks(ROOT / "data" / "train.jsonl")
     tasks = [task for task in first if task.meta["world"] == first[0].meta["world"] and task.hops][:trajectories // 8 * (pairs + 1)]
@@ -139,7 +139,7 @@ def compare_with_trl(pairs: int = 3, trajectories: int = 32, tool_ms: float = 50
     chat = Chat(tokenizer, SIGNATURES)
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    engine = Engine(model, chat.end_id, trajectories, args.max_context, args.max_new_tokens, args.temperature, chat.before_question)
+    engine = engine_for(model, chat, args)
 
     their_model, their_tokenizer = load_policy("nano")
     their_tokenizer.chat_template, their_tokenizer.response_template = TRL_TEMPLATE, TRL_RESPONSE

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
 
 from context import Chat
-from rollout import Engine, RolloutArgs, Trajectory, keep_memory, load_policy, parse_flags, rollout
+from rollout import RolloutArgs, Trajectory, engine_for, keep_memory, load_policy, parse_flags, rollout
 from run_folder import cores_of
 from tools import SIGNATURES
 from train import Policy, TrainArgs, rows_of, update
@@ -77,7 +77,7 @@ def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
     def next_group(n: int, version: int) -> Group | None:
         return make_group(tasks[n], n, version, args.samples, seed) if n < len(tasks) else None
     if mode == "sync":
-        engine = Engine(model, chat.end_id, rollout_args.slots, rollout_args.max_context, rollout_args.max_new_tokens, 1.0, chat.before_question)
+        engine = engine_for(model, chat, rollout_args)
         started_groups = 0
     else:
         setup = Setup(args.model, rollout_args, threads=max(1, cores // workers), toolbox=ScriptedToolbox, act=scripted_turn)

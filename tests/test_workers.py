@@ -388,3 +388,10 @@ def test_play_replays_and_reruns_what_was_cut_off(tiny, chat, make_engine):
         rollout(make_engine(tiny, args), chat, [parked], PythonToolbox(), args, act=counting_turn)
         assert [turn.results for turn in parked.turns] == [turn.results for turn in trajectory.turns]
         assert [turn.action_ids for turn in parked.turns] == [turn.action_ids for turn in trajectory.turns]
+
+
+def test_workers_get_the_tools_that_the_flags_ask_for(monkeypatch):
+    """Not one flag may be lost between the trainer's tools and a worker's."""
+    monkeypatch.setattr("rollout.Toolbox", lambda *given: given)
+    args = RolloutArgs(corpus="c.db", live=True, search_results=7, page_chars=8, search="searxng", search_url="http://s.test", unsafe_python=True)
+    assert Setup("nano", args).toolbox(args) == ("c.db", True, 7, 8, "searxng", "http://s.test", True)
