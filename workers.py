@@ -274,13 +274,22 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
 
 @contextlib.contextmanager
 def signals_later():
-    """Signals wait; a process started meanwhile is born deaf to the terminal's, before it could say so itself."""
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    """Signals wait until the block ends. A process started meanwhile is born deaf to the terminal's, before it could say so itself.
+
+    Blocking them is for that child: in this process another thread would still receive them, and Python would run the handler
+    here, in the middle of starting a worker. So the handlers are exchanged as well.
+    """
+    numbers, arrived = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM), []
+    handlers = [signal.signal(number, lambda number, frame: arrived.append(number)) for number in numbers]
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
 
 from rollout import Engine, RolloutArgs, ToolThreads, Trajectory, Turn, next_prompt, play, rollout, run_turn, take_results
 from tools import Toolbox, ToolCall
-from workers import Channel, Rollouts, Setup, SharedWeights, WorkerError, group_from, make_group
+from workers import Channel, Rollouts, Setup, SharedWeights, WorkerError, group_from, make_group, signals_later
 
 ARGS = dict(slots=16, max_new_tokens=2, max_context=2000, max_turns=99, tool_steps=1)
 
@@ -198,6 +198,23 @@ def test_parked_work_goes_on_token_for_token_from_a_checkpoint(make_pool, tiny, 
         rollout(engine, chat, fresh, ScriptedToolbox(), rollout_args, act=scripted_turn)
         assert [[turn.action_ids for turn in t.turns] for t in fresh] == [[turn.action_ids for turn in t.turns] for t in group.trajectories]
         assert [[s.ids for s in t.segments] for t in fresh] == [[s.ids for s in t.segments] for t in group.trajectories]
+
+
+def test_a_signal_waits_until_a_worker_has_been_started():
+    """Another thread, which blocks no signal, receives it; the main thread must not be interrupted even so."""
+    end = threading.Event()
+    threading.Thread(target=end.wait, daemon=True).start()
+    reached = False
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with signals_later():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+                reached = True
+            reached = False  # the signal comes at the end of the block, not later
+    finally:
+        end.set()
+    assert reached
 
 
 def test_a_group_survives_plain_data():
