@@ -1,20 +1,23 @@
 """Our step against TRL's GRPOTrainer with tools: the same model, tasks, tools, tool latency and number of trajectories.
 
-Both run in this process and take turns (A B A B): TRL makes one optimizer step, then ours makes one with the same tasks, and
-so on; the first pair warms up and is not counted. Every trajectory of both is trained. In: flags. Out: a table, and with
---json the runs and the medians of their ratios. To compare with another library, write a function like `compare_with_trl`.
+They take turns (A B C A B C): TRL makes one optimizer step, then ours makes one with the same tasks and `--rollout async` (a
+rollout process of one thread on each core) and one with `--rollout sync` (in the trainer's process, all cores), and so on; the
+first round warms up and is not counted. Every trajectory is trained, and all modes are strictly on-policy: async without
+--partial waits for all of a step's trajectories. In: flags. Out: a table, and with --json the runs and the medians of their
+ratios. To compare with another library, write a function like `compare_with_trl`.
 
 TRL is optional: pip install trl==1.16.0
 
     python tests/bench_peer.py --json peer.json
 
 What is the same: weights, prompt ids, tool texts, temperature, 8 model steps a trajectory, at most 96 new tokens a step, the
-number of trajectories, float32, threads. What differs: random draws (so turns and tokens agree only on average: both are
+number of trajectories, float32, cores. What differs: random draws (so turns and tokens agree only on average: both are
 printed); the window (TRL counts it as completion tokens); TRL calls tools one after another, ours side by side; TRL
 generates with transformers' `generate`, padded batches that encode the whole transcript anew each turn; and its loss is
 GRPO's (`dr_grpo`, beta 0, one pass over the data, no gradient checkpointing), whose arithmetic is that of ours.
 """
 
+import functools
 import json
 import statistics
 import sys
@@ -34,10 +37,11 @@ from accelerate import Accelerator
 from context import SYSTEM_PROMPT, Chat
 from data.tasks import Task, load_tasks
 from reward import correct
-from rollout import Engine, RolloutArgs, Trajectory, engine_for, keep_memory, load_policy, parse_flags, rollout, trajectory_key
-from run_folder import use_threads
+from rollout import RolloutArgs, Trajectory, engine_for, keep_memory, load_policy, parse_flags, rollout, trajectory_key
+from run_folder import cores_of, use_threads
 from tools import SIGNATURES, Toolbox
 from train import Policy, TrainArgs, rows_of, update
+from workers import Rollouts, Setup, make_group
 
 
 @dataclass
@@ -73,6 +77,11 @@ class DelayedToolbox(Toolbox):
         return {name: Delayed(tool, self.seconds) for name, tool in super().tools_for(trajectory).items()}
 
 
+def open_delayed(seconds: float, args: RolloutArgs) -> DelayedToolbox:
+    """As `rollout.open_toolbox`."""
+    return DelayedToolbox(seconds)
+
+
 # The nano model's own format as TRL wants it: one template that also renders tool calls and tool results.
 TRL_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|im_start|>user\n<tool_response>' + m['content'] + '</tool_response><|im_end|>\n' }}"
@@ -87,18 +96,16 @@ TRL_RESPONSE = {  # how transformers reads a sampled turn
                "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"}}}
 
 
-def our_step(model, chat: Chat, engine: Engine, optimizer, accelerator, toolbox: Toolbox, tasks: list[Task], number: int, args: RolloutArgs) -> dict:
-    """One step of ours: rollouts, rewards, update over every sampled token."""
+def our_step(model, play, optimizer, accelerator, number: int, args: RolloutArgs) -> dict:
+    """One step of ours: rollouts (`play()` gives the trajectories), rewards, update over every sampled token."""
     clock = time.perf_counter()
-    trajectories = [Trajectory(task, trajectory_key(0, number, task, attempt)) for task in tasks for attempt in range(8)]
-    rollout(engine, chat, trajectories, toolbox, args)
+    trajectories = play()
     rollout_s = time.perf_counter() - clock
     rows = []
     for t in trajectories:
         outcome = correct(t.answer or "", t.task.answer, t.task.answer_type)
-        rows += rows_of(t, [outcome - 0.5] * len(t.turns), engine.version)  # no weight is 0: all are trained, as TRL does
-    update(Policy(model, args.temperature), optimizer, accelerator, rows, 8 * len(tasks) * 128, TrainArgs())
-    engine.new_weights(number + 1)
+        rows += rows_of(t, [outcome - 0.5] * len(t.turns), number)  # no weight is 0: all are trained, as TRL does
+    update(Policy(model, args.temperature), optimizer, accelerator, rows, len(trajectories) * 128, TrainArgs())
     return {"rollout_s": rollout_s, "step_s": time.perf_counter() - clock, "turns": sum(len(t.turns) for t in trajectories),
             "tokens": sum(len(turn.action_ids) for t in trajectories for turn in t.turns),
             "calls": sum(len(turn.calls) for t in trajectories for turn in t.turns)}
@@ -112,7 +119,8 @@ def compare_with_trl(pairs: int = 3, trajectories: int = 32, tool_ms: float = 50
         threads: 0 for all cores. trl_batch: trajectories in one forward and backward pass of TRL.
 
     Returns:
-        trl_rollout_ratio, trl_step_ratio: median over the pairs of TRL's seconds / our seconds; `runs`: each pair's figures.
+        trl_rollout_ratio, trl_step_ratio: median over the pairs of TRL's seconds / our seconds with --rollout async;
+        trl_rollout_ratio_sync, trl_step_ratio_sync: with --rollout sync; `runs`: each round's figures.
 
     Raises:
         ImportError: TRL is not installed; the message says how to install it.
@@ -140,6 +148,9 @@ def compare_with_trl(pairs: int = 3, trajectories: int = 32, tool_ms: float = 50
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     engine = engine_for(model, chat, args)
+    cores, coming = threads or cores_of(1), []
+    pool = Rollouts(model, Setup("nano", args, toolbox=functools.partial(open_delayed, tool_ms / 1000)), cores,
+                    lambda n, version: make_group(coming.pop(0), n, version, 8, 0) if coming else None, trajectories // 8)
 
     their_model, their_tokenizer = load_policy("nano")
     their_tokenizer.chat_template, their_tokenizer.response_template = TRL_TEMPLATE, TRL_RESPONSE
@@ -187,10 +198,23 @@ def compare_with_trl(pairs: int = 3, trajectories: int = 32, tool_ms: float = 50
 
         def on_step_end(self, trl_args, state, control, **_):
             theirs = {"step_s": time.perf_counter() - current["clock"], **current["generate"]}
-            ours = our_step(model, chat, engine, optimizer, accelerator, toolbox, current["tasks"], state.global_step, args)
-            if state.global_step > 1:  # the first pair warms up
-                runs.append({"trl": theirs, "ours": ours, "rollout_ratio": theirs["rollout_s"] / ours["rollout_s"],
-                             "step_ratio": theirs["step_s"] / ours["step_s"]})
+            number = 2 * state.global_step
+
+            def play_async():
+                coming.extend(current["tasks"])
+                return [t for group in pool.collect(number) for t in group.trajectories]
+
+            def play_sync():
+                engine.new_weights(number + 1)
+                return rollout(engine, chat, [Trajectory(task, trajectory_key(0, number, task, attempt)) for task in current["tasks"] for attempt in range(8)], toolbox, args)
+
+            pool.publish(model, number)
+            ours = our_step(model, play_async, optimizer, accelerator, number, args)
+            in_sync = our_step(model, play_sync, optimizer, accelerator, number + 1, args)
+            if state.global_step > 1:  # the first round warms up
+                runs.append({"trl": theirs, "ours": ours, "ours_sync": in_sync})
+                for name, side in (("", ours), ("_sync", in_sync)):
+                    runs[-1] |= {f"{part}_ratio{name}": theirs[f"{part}_s"] / side[f"{part}_s"] for part in ("rollout", "step")}
                 print(format_run(runs[-1]), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -219,20 +243,25 @@ def compare_with_trl(pairs: int = 3, trajectories: int = 32, tool_ms: float = 50
             counts["tokens"] += sum(map(len, result[0]))
             return result
         trainer._generate, trainer._generate_single_turn = timed_generate, counted_turn
-        trainer.train()
-    toolbox.close_all()
+        try:
+            trainer.train()
+        finally:
+            pool.close()
+            toolbox.close_all()
     if all(run["trl"]["turns"] <= trajectories for run in runs):
         raise RuntimeError("TRL ran no tool: its parser did not understand the model's calls")
-    return {"trl_rollout_ratio": statistics.median(run["rollout_ratio"] for run in runs),
-            "trl_step_ratio": statistics.median(run["step_ratio"] for run in runs), "runs": runs,
+    median = lambda key: statistics.median(run[key] for run in runs)
+    return {"trl_rollout_ratio": median("rollout_ratio"), "trl_step_ratio": median("step_ratio"),
+            "trl_rollout_ratio_sync": median("rollout_ratio_sync"), "trl_step_ratio_sync": median("step_ratio_sync"), "runs": runs,
             "settings": {"trl": trl.__version__, "torch": torch.__version__, "threads": torch.get_num_threads(), "pairs": pairs,
                          "trajectories": trajectories, "tool_ms": tool_ms, "trl_batch": trl_batch}}
 
 
 def format_run(run: dict) -> str:
-    """One pair as a line of text."""
+    """One round as lines of text."""
     side = lambda s: f"rollout {s['rollout_s']:5.1f} s, step {s['step_s']:5.1f} s, {s['turns']:4d} turns, {s['tokens']:5d} tokens"
-    return f"TRL  {side(run['trl'])} | ours {side(run['ours'])} | ratio rollout {run['rollout_ratio']:.2f}, step {run['step_ratio']:.2f}"
+    ratio = lambda name: f"ratio rollout {run[f'rollout_ratio{name}']:.2f}, step {run[f'step_ratio{name}']:.2f}"
+    return f"TRL         {side(run['trl'])}\nours, async {side(run['ours'])}, {ratio('')}\nours, sync  {side(run['ours_sync'])}, {ratio('_sync')}"
 
 
 def main():
@@ -243,7 +272,7 @@ def main():
         result = compare_with_trl(**{key: value for key, value in asdict(args).items() if key != "json"})
     except ImportError as error:
         sys.exit(f"bench_peer.py: {error}")
-    print(f"median of {args.pairs}: trl_rollout_ratio {result['trl_rollout_ratio']:.2f}, trl_step_ratio {result['trl_step_ratio']:.2f}")
+    print(f"median of {args.pairs}: " + ", ".join(f"{key} {value:.2f}" for key, value in result.items() if key.startswith("trl_")))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
 

@@ -214,8 +214,8 @@ def main():
         try:
             from bench_peer import compare_with_trl
             peer = compare_with_trl(pairs=1 if args.quick else 3)
-            result |= {"trl_rollout_ratio": peer["trl_rollout_ratio"], "trl_step_ratio": peer["trl_step_ratio"], "trl_runs": peer["runs"]}
-            print(f"TRL's seconds over ours: rollout {peer['trl_rollout_ratio']:.2f}, step {peer['trl_step_ratio']:.2f}")
+            result |= {key: value for key, value in peer.items() if key.startswith("trl_")} | {"trl_runs": peer["runs"]}
+            print("TRL's seconds over ours: " + ", ".join(f"{key} {value:.2f}" for key, value in peer.items() if key.startswith("trl_")))
         except ImportError as error:
             print(f"TRL: not compared ({error})")
     elif args.peer:

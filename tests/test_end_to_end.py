@@ -19,9 +19,18 @@ SMALL = ["--tasks_per_step", "2", "--samples", "4", "--eval_tasks", "0", "--save
 
 
 def launch(*arguments, processes=1):
+    """accelerate launch train.py …; should it hang, each of its processes says where, and the test fails with that."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes),
                "train.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONFAULTHANDLER": "1"})
+    try:
+        printed, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        for each in reversed([process, *psutil.Process(process.pid).children(recursive=True)]):  # ranks first, their launcher last
+            each.send_signal(signal.SIGABRT)  # faulthandler writes down the stacks of all threads
+            time.sleep(0.5)
+        pytest.fail(f"train.py hangs: {process.communicate()[1][-20000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, printed, errors)
 
 
 def metrics(folder):
