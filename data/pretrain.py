@@ -17,12 +17,14 @@ In: nothing. Out: `data/nano/` (config, safetensors, tokenizer). To try an idea,
 
 import json
 import math
+import os
 import random
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in train.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np

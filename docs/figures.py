@@ -1,7 +1,7 @@
 """The README's pictures, from committed figures alone.
 
 In: docs/results/NAME/metrics.jsonl and evaluations.jsonl (what train.py wrote), test.json (what evaluate.py wrote) and
-trajectory.json (one line of evaluate.py --trajectories). Out: docs/learning.png, docs/gamma.png, docs/trajectory.png.
+trajectory.json (one line of evaluate.py --trajectories). Out: learning.png, gamma.png, trajectory.png and partial.png in docs/.
 
     python docs/figures.py
 """
@@ -101,7 +101,33 @@ def draw_trajectory() -> None:
     plt.close(figure)
 
 
+def draw_partial() -> None:
+    """Learning with parked trajectories beside learning in sync: held-out Pass@1, age of the tokens, tokens that were trained on."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    modes = [("sync", "--rollout sync", "tab:gray"), ("mask", "--partial --stale mask", "tab:blue"), ("is", "--partial --stale is", "tab:green")]
+    for offset, (mode, label, colour) in enumerate(modes):
+        curves = []
+        for run in runs(f"partial-{mode}-seed"):
+            evaluations = [e for e in lines_of(run, "evaluations") if e["split"] == "test" or e["step"] not in (0, 30)]
+            curves.append([e["pass@1"] for e in sorted(evaluations, key=lambda e: e["step"])])
+        curves, x = np.array(curves), np.array(sorted({e["step"] for e in evaluations}))
+        axes[0].errorbar(x + 0.4 * offset, curves.mean(0), yerr=[curves.mean(0) - curves.min(0), curves.max(0) - curves.mean(0)], fmt="o-", capsize=3,
+                         color=colour, label=label)
+        metrics = [lines_of(run, "metrics") for run in runs(f"partial-{mode}-seed")]
+        for axis, key in ((axes[1], "stale_share"), (axes[2], "trained_share")):
+            axis.plot([m["step"] for m in metrics[0]], np.mean([[m[key] for m in run] for run in metrics], axis=0), color=colour, label=label)
+    for axis, title in zip(axes, ("held-out Pass@1, lowest to highest of 3 seeds", "tokens sampled by older weights", "sampled tokens in the loss")):
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("step")
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, loc="upper left")
+    figure.savefig(DOCS / "partial.png", dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     draw_learning()
     draw_gamma()
     draw_trajectory()
+    draw_partial()

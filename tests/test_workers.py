@@ -230,15 +230,16 @@ def kill_workers(pool, times, seed=0):
     """SIGKILL a random worker at random moments, in a thread; returns the thread."""
     rng = random.Random(seed)
 
+    def lives(pid):  # one that was killed and not yet replaced does not count as killed again
+        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
     def kill():
         for _ in range(times):
             time.sleep(rng.uniform(0.0, 1.0))
-            wait_until = time.monotonic() + 120
-            while not any(worker.ready for worker in pool.workers) and time.monotonic() < wait_until:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0.0, 0.5))
-            if workers := [worker for worker in pool.workers if worker.ready or rng.random() < 0.2]:
-                os.kill(rng.choice(workers).process.pid, signal.SIGKILL)
+            while not (pids := [worker.process.pid for worker in pool.workers if (worker.ready or rng.random() < 0.01) and lives(worker.process.pid)]):
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0.0, 0.2))
+            os.kill(rng.choice(pids), signal.SIGKILL)
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     return thread
