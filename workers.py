@@ -37,7 +37,6 @@ from tools import SIGNATURES
 
 SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
 MAX_DEATHS = 5  # in a row, without a finished trajectory in between, before the run stops
-AHEAD = 0.5  # with --partial, groups begun beyond a step's worth: the slowest third is carried over to the next step
 
 
 class WorkerError(RuntimeError):
@@ -315,17 +314,17 @@ class Rollouts:
         workers: how many.
         next_group: next_group(n, version) gives the n-th group of this process's stream, or None when there are no more.
         enough: whole groups that end a step.
-        partial, overlap, budget_s, budget_tokens, max_age: the flags of train.py; 0 means no budget.
+        partial, overlap, ahead, budget_s, budget_tokens, max_age: the flags of train.py; 0 means no budget.
         version: of the weights now.
         state: of an earlier run, see `state`. Workers start here, so after it was loaded.
     """
 
-    def __init__(self, model, setup: Setup, workers: int, next_group, enough: int, partial: bool = False, overlap: bool = False,
+    def __init__(self, model, setup: Setup, workers: int, next_group, enough: int, partial: bool = False, overlap: bool = False, ahead: float = 0.25,
                  budget_s: float = 0.0, budget_tokens: int = 0, max_age: int = 4, version: int = 0, state: dict | None = None):
         self.setup, self.next_group, self.enough, self.partial, self.overlap = setup, next_group, enough, partial, overlap
         self.budget_s, self.budget_tokens, self.max_age = budget_s or float("inf"), budget_tokens or float("inf"), max_age
         self.silence_s = SILENCE_S
-        self.most_groups = enough + (max(1, round(AHEAD * enough)) if partial else 0)  # under way at once
+        self.most_groups = enough + (max(1, round(ahead * enough)) if partial else 0)  # under way at once
         self.groups: dict[int, Group] = {}  # under way: the replay buffer
         self.lent: list[Group] = []  # whole, collected, and not yet trained on
         self.where: dict[tuple, tuple[int, int]] = {}  # trajectory key -> (group, index) of those that run
