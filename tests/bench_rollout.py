@@ -47,7 +47,7 @@ class BenchArgs:
     slots: int = field(default=64, metadata={"help": "trajectories in flight, over all workers"})
     workers: int = field(default=0, metadata={"help": "rollout processes (0: one a core)"})
     new_tokens: int = field(default=16, metadata={"help": "tokens of a turn at most"})
-    quick: bool = field(default=False, metadata={"help": "two rounds of 5 steps of 4 groups of 4: within five minutes on two quiet cores"})
+    quick: bool = field(default=False, metadata={"help": "two rounds of 4 steps of 4 groups of 4: within five minutes on two quiet cores"})
     peer: str = field(default="", metadata={"help": "trl: compare with TRL's GRPOTrainer too (pip install trl==1.16.0)"})
     seed: int = field(default=0, metadata={"help": "decides turns, latencies and sampling"})
     json: str = field(default="", metadata={"help": "write the figures to this file"})
@@ -175,7 +175,7 @@ def main():
     [args] = parse_flags((BenchArgs,), __doc__)
     keep_memory()
     if args.quick:
-        args.rounds, args.steps, args.tasks_per_step, args.samples, args.slots = 2, 5, 4, 4, 32
+        args.rounds, args.steps, args.tasks_per_step, args.samples, args.slots = 2, 4, 4, 4, 32
     runs: dict[str, list[dict]] = {mode: [] for mode in MODES}
     for number in range(args.rounds):
         for mode in MODES:
