@@ -2,6 +2,7 @@
 import gzip
 import json
 import random
+import re
 import shutil
 import socket
 import ssl
@@ -15,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tools import PROVIDERS, Toolbox, WebSearch
-from web import Browse, DiskCache, Refused, ToolFault, html_to_text, is_public, split_pages, tls_context, view_page
+from web import (ONLY_HTML_PARSER, Browse, DiskCache, Refused, ToolFault, html_to_text, is_public, split_pages, tls_context, view_page,
+                 visible_html)
 
 
 class Server(ThreadingHTTPServer):
@@ -297,6 +299,23 @@ def test_mutated_pages(world_dir):
         assert isinstance(text, str) and len(text) <= 3 * len(page) + 1000
         for arguments in ({"links": True}, {"find": "the"}, {"page_number": rng.randint(1, 9)}):
             assert len(view_page(page, "http://w.test/x", text=text, **arguments)) <= 600
+
+
+def test_text_is_what_html_parser_makes_of_the_page(world_dir, monkeypatch):
+    """html_to_text hands the tags of most pages to html2text itself; the same text comes out if html.parser reads them all."""
+    from data.world import load_world, page_html
+    world, rng = load_world(world_dir), random.Random(2)
+    pieces = ["<a href=x>", "</a>", "<p>", "</p>", "<UL>", "</ul>", "<ol>", "<li>", "</li>", "<s>", "</s>", "<b>", "<td>", "<tr>", "</tr>", "<table>", "<pre>", "</pre>", "<code>", "<head>", "<body>", "<h1>", "</h1>", "<h2>", "<q>", "<abbr>",
+              "<blockquote>", "<dl>", "<dt>", "<dd>", "<br/>", "<hr>", "<img>", "<span>", "\\*", "\\", "1. ", "12.", "- ", "+ ", "--", "* ", " ", "  ", "\n", "&amp;", "&lt", "&", "&#12", "&#x41;", "&nbsp;", "&lrm;", "&no", "&no;", "Foo", " and ", ".", "é", "\0",
+              "amp;", ";", "9", "<", ">", "~", "<script>", "</script>", f"<script {'a' * 2100}>", "<textarea>", "&#", "&#x", "<\u017fcript>"]  # ſ: a letter that only looks like s if case is ignored
+    pages = [page[:5_000] for page in HOSTILE] + [page_html(world, world.entity(n)) for n in range(30)]
+    for length in [1, 3, 9, 30, 90] * 200 + [15_000, 20_000, 25_000]:  # the last ones are fed in parts
+        some = rng.sample(pieces[:-10], 30) if rng.random() < 0.8 else pieces
+        pages.append("".join(rng.choice(some) for _ in range(length)))
+    quick = [html_to_text(page) for page in pages]
+    assert sum(not ONLY_HTML_PARSER.search(visible_html(page)) for page in pages) > 700
+    monkeypatch.setattr("web.ONLY_HTML_PARSER", re.compile(""))
+    assert quick == [html_to_text(page) for page in pages]
 
 
 def test_scripts_and_attributes_do_not_show():
