@@ -309,11 +309,11 @@ def test_text_is_what_html_parser_makes_of_the_page(world_dir, monkeypatch):
               "<blockquote>", "<dl>", "<dt>", "<dd>", "<br/>", "<hr>", "<img>", "<span>", "\\*", "\\", "1. ", "12.", "- ", "+ ", "--", "* ", " ", "  ", "\n", "&amp;", "&lt", "&", "&#12", "&#x41;", "&nbsp;", "&lrm;", "&no", "&no;", "Foo", " and ", ".", "é", "\0",
               "amp;", ";", "9", "<", ">", "~", "<script>", "</script>", f"<script {'a' * 2100}>", "<textarea>", "&#", "&#x", "<\u017fcript>"]  # ſ: a letter that only looks like s if case is ignored
     pages = [page[:5_000] for page in HOSTILE] + [page_html(world, world.entity(n)) for n in range(30)]
-    for length in [1, 3, 9, 30, 90] * 200 + [15_000, 20_000, 25_000]:  # the last ones are fed in parts
+    for length in [1, 3, 9, 30, 90] * 120 + [15_000, 20_000]:  # the last ones are fed in parts
         some = rng.sample(pieces[:-10], 30) if rng.random() < 0.8 else pieces
         pages.append("".join(rng.choice(some) for _ in range(length)))
     quick = [html_to_text(page) for page in pages]
-    assert sum(not ONLY_HTML_PARSER.search(visible_html(page)) for page in pages) > 700
+    assert sum(not ONLY_HTML_PARSER.search(visible_html(page)) for page in pages) > 400
     monkeypatch.setattr("web.ONLY_HTML_PARSER", re.compile(""))
     assert quick == [html_to_text(page) for page in pages]
 
