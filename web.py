@@ -105,7 +105,7 @@ def read_limited(chunks: Iterable[bytes], limit: int, deadline: float) -> Iterat
 
 BLOCK_TAG = re.compile(r"(?ai)(<!--|-->|</?(?:script|style|title)(?![a-z0-9-])[^<>]{0,2000}>)")
 BLOCK_END = {"script": "/script", "style": "/style", "title": "/title", "!--": "-->"}
-QUOTED_TAG = re.compile(r"""<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])(?:[^<>"']|"[^"<]{0,4000}"|'[^'<]{0,4000}')*>""")
+QUOTED_TAG = re.compile(r"""<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])(?:[^<>"']|"[^"<]{0,4000}"|'[^'<]{0,4000}')+>""")
 BARE_TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)>")
 # A script that visible_html left, or other raw text, whose end is hard to find; a number of a character that is none
 ONLY_HTML_PARSER = re.compile(r"(?ai)<(?:script|style|title|textarea|iframe|noembed|noframes|noscript|plaintext|xmp)>|"
@@ -133,7 +133,7 @@ def visible_html(page: str) -> str:
         elif name == BLOCK_END[inside]:
             inside = ""
     page = QUOTED_TAG.sub(r"<\1>", "".join(kept))
-    page = re.sub(r"<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])[^<>]*>", r"<\1>", re.sub(r"<[!?][^<>]*>", "", page))
+    page = re.sub(r"<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])[^<>]+>", r"<\1>", re.sub(r"<[!?][^<>]*>", "", page))
     return re.sub(r"<(?!/?[a-zA-Z][a-zA-Z0-9]*>)", "&lt;", page)
 
 
