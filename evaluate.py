@@ -409,6 +409,8 @@ def main():
             except requests.RequestException as error:
                 raise ValueError(f"the server at {url} failed: {error}") from None
         toolbox = open_toolbox(rollout_args)
+        if not args.baseline:
+            print(f"python tool: {toolbox.isolation()}", file=sys.stderr)
         if not (rollout_args.live and not rollout_args.corpus):
             toolbox.prepare(tasks)
         if not args.api and args.baseline in ("", "closed_book"):

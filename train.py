@@ -304,6 +304,8 @@ def main():
         check_full_attention(model, rollout_args.max_context)
         chat = Chat(tokenizer, SIGNATURES)
         toolbox = open_toolbox(rollout_args)
+        if is_main:
+            print(f"python tool: {toolbox.isolation()}")
         with accelerator.main_process_first():  # one process writes the worlds, the others find them
             toolbox.prepare(train_tasks + test_tasks + dev_tasks)
         if is_main:

@@ -380,7 +380,7 @@ def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- search providers
 
-RECORDED = {  # the shapes of the providers' answers, as their documentation shows them
+DOCUMENTED = {  # answers made by hand after the services' documentation; none was recorded from a live service
     "searxng": {"query": "q", "number_of_results": 2, "results": [{"url": "http://a.example/", "title": "First", "content": "About the first.", "engine": "x", "score": 1.0}, {"url": "http://b.example/", "title": "Second", "content": None}], "answers": [], "suggestions": []},
     "brave": {"type": "search", "query": {"original": "q"}, "web": {"type": "search", "results": [{"title": "First", "url": "http://a.example/", "description": "About the <strong>first</strong>.", "age": "2 days"}, {"title": "Second", "url": "http://b.example/"}]}},
     "serper": {"searchParameters": {"q": "q"}, "organic": [{"title": "First", "link": "http://a.example/", "snippet": "About the first.", "position": 1}, {"title": "Second", "link": "http://b.example/", "position": 2}], "credits": 1},
@@ -417,7 +417,7 @@ def answer_with(server, *replies):
 
 def test_provider_answers(provider, tmp_path):
     name, url, server = provider
-    answer_with(server, (200, {}, json.dumps(RECORDED[name]).encode()))
+    answer_with(server, (200, {}, json.dumps(DOCUMENTED[name]).encode()))
     search = WebSearch(name, url, k=2, gap_s=0, cache=DiskCache(tmp_path))
     assert search.check({"queries": ["q"]}) is None and search.name == "search"
     text = search(queries=["who is first?"])
@@ -442,7 +442,7 @@ def test_provider_faults(provider, bad, tries, seen):
 
 def test_provider_recovers(provider):
     name, url, server = provider
-    answer_with(server, (503, {}, b""), (200, {}, b"garbage"), (429, {"Retry-After": "0"}, b""), (200, {}, json.dumps(RECORDED[name]).encode()))
+    answer_with(server, (503, {}, b""), (200, {}, b"garbage"), (429, {"Retry-After": "0"}, b""), (200, {}, json.dumps(DOCUMENTED[name]).encode()))
     assert "First" in WebSearch(name, url, gap_s=0)(queries=["q"])
 
 
@@ -495,7 +495,7 @@ def test_an_unreachable_service_is_named_at_the_start(monkeypatch, tmp_path):
 def test_a_task_without_a_world_uses_the_web(server, monkeypatch, tmp_path):
     from types import SimpleNamespace
     monkeypatch.setattr("tools.CACHE", tmp_path)
-    answer_with(server, (200, {}, json.dumps(RECORDED["searxng"]).encode()))
+    answer_with(server, (200, {}, json.dumps(DOCUMENTED["searxng"]).encode()))
     toolbox = Toolbox(search="searxng", search_url=f"http://127.0.0.1:{server.server_address[1]}")
     own = toolbox.tools_for(SimpleNamespace(task=SimpleNamespace(id="t", meta={}), key=(1,)))
     assert "First" in own["search"](queries=["q"]) and own["browse"].live
