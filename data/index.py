@@ -13,6 +13,7 @@ import html as html_module
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import sqlite3
@@ -172,6 +173,14 @@ def search_index(connection: sqlite3.Connection, query: str, k: int) -> list[dic
         " order by bm25(pages, 5.0, 1.0), rowid limit ?", (match, k)).fetchall()
     return [{"title": title, "url": url, "snippet": " ".join((description or snippet).split())}
             for title, url, description, snippet in rows]
+
+
+def random_pages(connection: sqlite3.Connection, query: str, k: int, seed: int) -> list[dict]:
+    """k pages that have nothing to do with the query but to be the same for the same query and seed; hits as of search_index."""
+    rng, most = random.Random(f"{seed} {query}"), connection.execute("select max(rowid) from pages").fetchone()[0] or 0
+    rows = [connection.execute("select title, url, description, substr(text, 1, 150) from pages where rowid = ?", (rowid,)).fetchone()
+            for rowid in rng.sample(range(1, most + 1), min(k, most))]
+    return [{"title": title, "url": url, "snippet": " ".join((description or text).split())} for title, url, description, text in rows]
 
 
 def page_html_of(connection: sqlite3.Connection, url: str) -> str | None:
