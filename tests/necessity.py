@@ -24,8 +24,9 @@ def main():
     print(f"{'':20s} {'Pass@1':>7s}  {'95% interval':15s} {'steps':>5s} {'format errors':>13s}  calls a trajectory")
     for name, condition in CONDITIONS.items():
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            if subprocess.run([sys.executable, str(EVALUATE), *flags, *condition, "--json", file.name], stdout=subprocess.DEVNULL).returncode:
-                sys.exit(f"tests/necessity.py: evaluate.py failed for: {name}")
+            done = subprocess.run([sys.executable, str(EVALUATE), *flags, *condition, "--json", file.name], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr or f"tests/necessity.py: evaluate.py failed for: {name}")
             result = results[name] = json.load(open(file.name))
         low, high = result["pass@1_ci"]
         calls = ", ".join(f"{tool} {count:.2f}" for tool, count in result["tool_calls"].items())
