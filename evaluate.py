@@ -10,7 +10,9 @@ To try an idea (another statistic), change `summarise`.
 
 import ast
 import base64
+import copy
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -34,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from context import SYSTEM_PROMPT, Chat
+from data.index import random_pages
 from data.tasks import Task, load_tasks
 from reward import correct
 from rollout import RolloutArgs, Trajectory, Turn, check_rollout_args, engine_for, keep_memory, load_policy, open_toolbox, parse_flags, rollout, take_results, trajectory_key
@@ -53,6 +56,8 @@ class EvaluateArgs:
     api_model: str = field(default="", metadata={"help": "name of the model behind --api"})
     judge: str = field(default="", metadata={"help": "base URL of an OpenAI-style endpoint that judges answers which are not equal to the truth as texts"})
     judge_model: str = field(default="", metadata={"help": "name of the model behind --judge"})
+    without: list[str] = field(default_factory=list, metadata={"help": "tools to take away (search, browse, python): each call of one is answered with an error, which is no fault of format"})
+    retriever: str = field(default="bm25", metadata={"help": "bm25; random: search shows pages drawn at random from the index; empty: search never finds anything"})
     baseline: str = field(default="", metadata={"help": "instead of an agent: closed_book (the model must answer at once), top_snippet (copy the top hit's first fact), snippet_reader (the top hit's sentence nearest to the question)"})
 
 
@@ -357,6 +362,32 @@ def api_rollout(trajectory: Trajectory, url: str, model: str, toolbox: Toolbox, 
     return trajectory
 
 
+class TakenAway:
+    """A tool that is not there. The prompt still names it and a well-formed call is no format error: a policy that is used to one
+    prompt would be thrown by another, and the loss would measure that instead of the tool."""
+
+    def __init__(self, tool):
+        self.name, self.signature, self.check = tool.name, tool.signature, tool.check
+
+    def __call__(self, **arguments) -> str:
+        return f"error: {self.name} is not available"
+
+
+def weaken(toolbox: Toolbox, without: list[str], retriever: str, seed: int) -> None:
+    """Take tools away from a toolbox, or make its search engine worthless: what a policy loses then is what it owed to them."""
+    tools_for = toolbox.tools_for
+
+    def weaker_tools_for(trajectory: Trajectory) -> dict:
+        tools = tools_for(trajectory)
+        search = tools["search"] = copy.copy(tools["search"])
+        if retriever == "random":
+            search.look_up = functools.partial(random_pages, seed=seed)
+        elif retriever == "empty":
+            search.find = lambda queries: [[] for _ in queries]
+        return {name: TakenAway(tool) if name in without else tool for name, tool in tools.items()}
+    toolbox.tools_for = weaker_tools_for
+
+
 def closed_book(trajectory: Trajectory, model, chat: Chat) -> None:
     """The model's greedy answer when it must answer at once, without tools: what it knows by heart."""
     ids = chat.head(trajectory.task.question) + chat.trusted("<answer>")
@@ -371,7 +402,8 @@ def closed_book(trajectory: Trajectory, model, chat: Chat) -> None:
 
 def read_snippet(trajectory: Trajectory, toolbox: Toolbox, nearest: bool) -> None:
     """Search the question once and copy from the top hit's snippet: its first fact, or the one nearest to the question."""
-    search, _ = toolbox.index_of(trajectory.task)
+    search = toolbox.tools_for(trajectory)["search"]
+    toolbox.close(trajectory)
     lines = search(queries=[trajectory.task.question]).splitlines()
     facts = re.findall(r"([^.]*?) is (\w+)\.", lines[1]) if len(lines) > 1 else []
     facts = [(subject, value) for subject, value in facts if value not in ("a", "an")]
@@ -405,12 +437,19 @@ def main():
             raise ValueError(f"--baseline {args.baseline}: choose closed_book, top_snippet or snippet_reader")
         if args.api and not args.api_model:
             raise ValueError("--api needs --api_model NAME")
+        if unknown := set(args.without) - {"search", "browse", "python"}:
+            raise ValueError(f"--without {' '.join(sorted(unknown))}: there are search, browse and python")
+        if args.retriever not in ("bm25", "random", "empty") or args.retriever == "random" and rollout_args.search != "embedded":
+            raise ValueError(f"--retriever {args.retriever}: choose bm25, random (of the embedded index) or empty")
         for url in filter(None, (args.api, args.judge)):
             try:
                 requests.get(f"{url.rstrip('/')}/models", timeout=10)  # any answer will do
             except requests.RequestException as error:
                 raise ValueError(f"the server at {url} failed: {error}") from None
         toolbox = open_toolbox(rollout_args)
+        weaken(toolbox, args.without, args.retriever, args.seed)
+        if not args.baseline:
+            print(f"python tool: {toolbox.isolation()}", file=sys.stderr)
         if not (rollout_args.live and not rollout_args.corpus):
             toolbox.prepare(tasks)
         if not args.api and args.baseline in ("", "closed_book"):

@@ -5,6 +5,16 @@ prints, on stdout; one line on a second pipe when the child is confined and afte
 unprivileged uid if we are root, Landlock (which files), seccomp (which system calls). Nothing of it can be undone, needs a
 package, a privilege or a namespace, and either all of it is in force or no code runs.
 
+The rungs of the ladder, from the strongest; train.py and evaluate.py print the one in force when they start:
+    Linux, as root            all of it, and a uid of its own for each session, which keeps CAP_DAC_READ_SEARCH alone
+    Linux, an ordinary user   all of it, under the caller's uid: Landlock and seccomp alone keep it from the user's files and
+                              processes, and the limit on threads counts the user's other threads as well
+    root, but no other uid    (some containers) all of it, as uid 0 with CAP_DAC_READ_SEARCH alone; the kernel does not limit root's threads
+    anything less             macOS, another processor, no Landlock, no seccomp: refused; --unsafe_python runs the code as the
+                              user, with limits on time, memory and output only. Use it in a container or virtual machine alone
+An older Landlock (ABI below 6) has no rules for truncation, TCP, ioctl on devices or signals: seccomp denies those anyway, and no device but
+urandom, zero and null can be opened. User namespaces and bubblewrap are neither needed nor used; no rung is built on them.
+
 Not in reach of the code: the network (loopback too), files outside the interpreter, the system's libraries and its own
 folder, the environment of the user, other processes (no fork, no exec, no signals, no ptrace), shared memory, namespaces.
 NOT stopped: bugs of the kernel; `stat` of any path (existence and size show); reading site-packages; use of one core for
@@ -102,26 +112,31 @@ def set_limits(memory: int) -> None:
                 raise
 
 
-def drop_privileges() -> None:
+def drop_privileges() -> str:
     """Become a user of our own if we are root, and keep one capability at most: to read where the interpreter lives.
+    Returns who we are then, in words.
 
     A home of root is closed to others, and the interpreter may be there; Landlock then decides alone what can be read.
     """
+    who = f"the caller's uid {os.geteuid()}"
     if os.geteuid() == 0:
         uid = 60000 + os.getpid() % 5000
-        os.chown(".", uid, uid)
         try:
+            os.chown(".", uid, uid)
             check(libc().prctl(8, 1, 0, 0, 0), "PR_SET_KEEPCAPS")
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
-        except OSError:  # a container without that uid: the rest holds for root as well, who keeps no capability
+            who = "a uid of its own"
+        except OSError:  # a container without that uid: the rest holds for root as well, who keeps no other capability
             os.chown(".", os.geteuid(), os.getegid())
+            who = "uid 0 with its rights dropped (no other uid here)"
         check(libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")  # the change of uid has cleared it
     header, caps = struct.pack("<Ii", 0x20080522, 0), (ctypes.c_uint32 * 6)()
     check(libc().capget(header, caps), "capget")
     kept = caps[1] & (1 << 2)  # CAP_DAC_READ_SEARCH, if it is permitted
     check(libc().capset(header, struct.pack("<6I", kept, kept, 0, 0, 0, 0)), "capset")
+    return who
 
 
 def restrict_files() -> int:
@@ -209,14 +224,16 @@ def main():
     sys.path += settings["packages"]
     try:
         set_limits(settings["memory"])
+        isolation = "NO sandbox (--unsafe_python), only time, memory and output are limited"
         if not settings["unsafe"]:
-            drop_privileges()
-            restrict_files()
+            who = drop_privileges()
+            version = restrict_files()
             restrict_system_calls()
+            isolation = f"Landlock ABI {version} + seccomp, {who}"
     except Exception as error:  # never run code with half of the protection
         os.write(settings["done"], f"the sandbox cannot be set up: {error}".replace("\n", " ").encode() + b"\n")
         return
-    os.write(settings["done"], b"ready\n")
+    os.write(settings["done"], f"ready: {isolation}\n".encode())
     space = {"__name__": "__main__"}
     for line in os.fdopen(settings["code"], "rb"):
         # A new object for each piece: the code may have closed or replaced the old one.

@@ -339,6 +339,7 @@ class Python:
     def __init__(self, timeout_s: float = 5.0, memory_mb: int = 1024, output_chars: int = 2000, unsafe: bool = False):
         self.timeout_s, self.memory_mb, self.output_chars, self.unsafe = timeout_s, memory_mb, output_chars, unsafe
         self.process, self.folder, self.code_fd, self.done_fd, self.poll = None, None, -1, -1, None
+        self.isolation = ""  # what confines the child, in its own words
 
     def check(self, arguments: dict) -> str | None:
         good = set(arguments) == {"code"} and isinstance(arguments["code"], str)
@@ -376,10 +377,11 @@ class Python:
         self.poll.register(self.done_fd, select.POLLIN)
         ready = self.poll.poll(30_000)
         words = os.read(self.done_fd, 1000).decode().strip() if ready else "it did not start within 30 s"
-        if words != "ready":
+        if not words.startswith("ready: "):
             words = words or self.process.stdout.read(1000).decode(errors="replace").strip().split("\n")[-1]
             self.close()
             raise ToolFault(f"python cannot be started ({words})")
+        self.isolation = words.removeprefix("ready: ")
         self.poll.register(self.process.stdout, select.POLLIN)
 
     def __call__(self, code: str) -> str:
@@ -530,9 +532,7 @@ class Toolbox:
         self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file; "" is the web alone
         self.sessions: dict[tuple, Python] = {}  # by trajectory key
         self.unsafe_python = unsafe_python
-        if unsafe_python:
-            print("python runs WITHOUT a sandbox (--unsafe_python): only time, memory and output are limited", file=sys.stderr)
-        elif lacks := sandbox.missing():
+        if not unsafe_python and (lacks := sandbox.missing()):
             raise ValueError(f"no sandbox for the python tool on this machine: {lacks}. --unsafe_python runs the model's code without one")
         self.cache = DiskCache(CACHE) if self.live else None
         self.web_search = None
@@ -542,6 +542,21 @@ class Toolbox:
             self.shared[""] = self.web_search, Browse({}, True, page_chars, cache=self.cache)
         if corpus:
             self.open(corpus)
+
+    def isolation(self) -> str:
+        """What confines the python tool, in words, from a session that is started for the purpose.
+
+        Raises:
+            ValueError: it cannot be started or confined.
+        """
+        session = Python(unsafe=self.unsafe_python)
+        try:
+            session.start()
+            return session.isolation
+        except ToolFault as fault:
+            raise ValueError(str(fault)) from None
+        finally:
+            session.close()
 
     def open(self, db: Path | str) -> tuple[Search, Browse]:
         """Search and browse over one index, whose pages are served on loopback from the first use on."""

@@ -302,10 +302,12 @@ def main():
         test_tasks = load_tasks(args.test_tasks)[:args.eval_tasks] if args.eval_tasks else []
         dev_tasks = load_tasks(args.dev_tasks)[:args.eval_tasks // 2] if args.eval_tasks and args.eval_every else []
         reward_of = load_reward(args.reward)
+        toolbox = open_toolbox(rollout_args)
+        if is_main:
+            print(f"python tool: {toolbox.isolation()}")
         model, tokenizer = load_policy(args.model, device)
         check_full_attention(model, rollout_args.max_context)
         chat = Chat(tokenizer, SIGNATURES)
-        toolbox = open_toolbox(rollout_args)
         with accelerator.main_process_first():  # one process writes the worlds, the others find them
             toolbox.prepare(train_tasks + test_tasks + dev_tasks)
         if is_main:

@@ -15,6 +15,7 @@ import hashlib
 import html
 import http.client
 import ipaddress
+import itertools
 import os
 import re
 import socket
@@ -102,9 +103,15 @@ def read_limited(chunks: Iterable[bytes], limit: int, deadline: float) -> Iterat
 
 # ---------------------------------------------------------------------------------------------------------- HTML to text
 
-BLOCK_TAG = re.compile(r"(?i)(<!--|-->|</?(?:script|style|title)(?![a-z0-9-])[^<>]{0,2000}>)")
+BLOCK_TAG = re.compile(r"(?ai)(<!--|-->|</?(?:script|style|title)(?![a-z0-9-])[^<>]{0,2000}>)")
 BLOCK_END = {"script": "/script", "style": "/style", "title": "/title", "!--": "-->"}
-QUOTED_TAG = re.compile(r"""<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])(?:[^<>"']|"[^"<]{0,4000}"|'[^'<]{0,4000}')*>""")
+QUOTED_TAG = re.compile(r"""<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])(?:[^<>"']|"[^"<]{0,4000}"|'[^'<]{0,4000}')+>""")
+BARE_TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)>")
+# A script that visible_html left, or other raw text, whose end is hard to find; a number of a character that is none
+ONLY_HTML_PARSER = re.compile(r"(?ai)<(?:script|style|title|textarea|iframe|noembed|noframes|noscript|plaintext|xmp)>|"
+                              r"&#(?!(?:[0-9]+|x[0-9a-f]+)[^0-9a-f])")
+UNSEEN_TAGS = {"a", "b", "em", "i", "img", "strong", "u", "html", "meta", "span", "nav", "main", "section", "article"}  # by html2text, as we use it
+MARKDOWN = re.compile(r"[\\+-]|\d\.")  # html2text puts a backslash into some texts with these, and into no other
 LINK = re.compile(r"""(?i)<a\s(?:[^<>]{0,500}?\s)?href\s{0,9}=\s{0,9}("[^"<>]{0,4000}"|'[^'<>]{0,4000}'|[^\s"'<>]{1,4000})[^<>]{0,4000}>""")
 
 
@@ -126,7 +133,7 @@ def visible_html(page: str) -> str:
         elif name == BLOCK_END[inside]:
             inside = ""
     page = QUOTED_TAG.sub(r"<\1>", "".join(kept))
-    page = re.sub(r"<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])[^<>]*>", r"<\1>", re.sub(r"<[!?][^<>]*>", "", page))
+    page = re.sub(r"<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])[^<>]+>", r"<\1>", re.sub(r"<[!?][^<>]*>", "", page))
     return re.sub(r"<(?!/?[a-zA-Z][a-zA-Z0-9]*>)", "&lt;", page)
 
 
@@ -144,16 +151,37 @@ def html_to_text(page: str) -> str:
     def write(piece: str) -> None:
         nonlocal room
         room -= len(piece)
-        if room < 0 or time.monotonic() > deadline:  # a thousand nested lists are indented by two thousand spaces
+        if room < 0:  # a thousand nested lists are indented by two thousand spaces
             raise OverflowError
         converter.outtextf(piece)
 
     converter.out = write
     try:
-        step = len(page) + 1 if len(page) < 65536 else 16384  # some steps of html2text are quadratic in a stretch of text
-        for at in range(0, len(page), step):
-            write("")
-            converter.feed(page[at:at + step])
+        at, step = 0, len(page) + 1 if len(page) < 65536 else 16384  # some steps of html2text are quadratic in a stretch of text
+        # Bare tags and text are all that is left, so html2text gets them one by one without html.parser, which takes several times
+        # as long to find them; it is left to read character references, and pages that have what only it knows how to read.
+        whole = ONLY_HTML_PARSER.search(page)
+        for tag in itertools.chain(() if whole else BARE_TAG.finditer(page), (None,)):
+            start, end = tag.span() if tag else (len(page), len(page))
+            while at < start:
+                to = min(start, at - at % step + step)
+                if whole or "&" in page[at:to] or converter.rawdata:
+                    to = end if to == start else to  # the tag ends a reference without a semicolon
+                    converter.feed(page[at:to])
+                else:  # entity_char: there is nothing to escape, do not look for it
+                    converter.handle_data(page[at:to], entity_char=not MARKDOWN.search(page, at, to))
+                at = to
+            if time.monotonic() > deadline:
+                raise OverflowError
+            if tag and at == start:
+                name = tag[2].lower()
+                if converter.rawdata:
+                    converter.feed(tag[0])
+                elif name in UNSEEN_TAGS:
+                    converter.current_tag, converter.lastWasList = name, False
+                else:
+                    converter.handle_tag(name, {}, start=not tag[1])
+                at = end
         text = converter.finish()
     except Exception:  # too much, or a bug of html2text on a hostile page: fall back to dropping the tags
         text = html.unescape(re.sub(r"<[^<>]*>", " ", re.sub(r"[0-9]{20,}", "", page)))

@@ -8,13 +8,18 @@ so a corpus may be larger than RAM. To try an idea (another ranking, another sni
 """
 
 import argparse
+import functools
 import html as html_module
 import json
+import multiprocessing
 import os
+import random
 import re
+import signal
 import sqlite3
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -27,6 +32,58 @@ from web import html_to_text
 SNIPPET_TOKENS = 24
 LARGE_INDEX = 20_000  # pages from which on words that stand in more than one page in COMMON are left out of a query
 COMMON = 20
+
+
+def run_jobs(connection: Connection, jobs: list[Callable]) -> None:
+    """A process of `in_processes`: sends the result of one job after another, or the exception that ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        for job in jobs:
+            try:
+                connection.send((job(), None))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                return connection.send((None, error))
+    except BrokenPipeError:  # the parent is gone
+        pass
+
+
+def in_processes(jobs: list[Callable], processes: int) -> Iterator:
+    """The jobs' results in order, computed by several processes. A process waits until its last result is taken: memory stays flat.
+
+    Args:
+        jobs: functions without arguments, such as functools.partial(function, argument); they and their results must pickle.
+        processes: how many; below 2 the jobs run in this process.
+
+    Raises:
+        What a job raises.
+    """
+    if processes < 2 or len(jobs) < 2:
+        yield from (job() for job in jobs)
+        return
+    spawn, workers, connections = multiprocessing.get_context("spawn"), [], []  # forking a process that has threads is not safe
+    try:
+        for number in range(processes):
+            connection, theirs = spawn.Pipe(duplex=False)
+            connections.append(connection)
+            worker = spawn.Process(target=run_jobs, args=(theirs, jobs[number::processes]), daemon=True)
+            worker.start()
+            workers.append(worker)
+            theirs.close()
+        for number in range(len(jobs)):
+            result, error = connections[number % processes].recv()
+            if error:
+                raise error
+            yield result
+    except EOFError:
+        raise OSError("a process that makes pages has died") from None
+    finally:
+        for connection in connections:
+            connection.close()
+        for worker in workers:
+            worker.kill()
+            worker.join()
 
 
 def build_index(documents: Iterable[dict], out: Path | str, total: int | None = None, require_some: bool = False) -> int:
@@ -118,6 +175,14 @@ def search_index(connection: sqlite3.Connection, query: str, k: int) -> list[dic
             for title, url, description, snippet in rows]
 
 
+def random_pages(connection: sqlite3.Connection, query: str, k: int, seed: int) -> list[dict]:
+    """k pages that have nothing to do with the query but to be the same for the same query and seed; hits as of search_index."""
+    rng, most = random.Random(f"{seed} {query}"), connection.execute("select max(rowid) from pages").fetchone()[0] or 0
+    rows = [connection.execute("select title, url, description, substr(text, 1, 150) from pages where rowid = ?", (rowid,)).fetchone()
+            for rowid in rng.sample(range(1, most + 1), min(k, most))]
+    return [{"title": title, "url": url, "snippet": " ".join((description or text).split())} for title, url, description, text in rows]
+
+
 def page_html_of(connection: sqlite3.Connection, url: str) -> str | None:
     """The stored HTML of a page, or its text as a plain page if the corpus had no HTML; None if there is no such page."""
     row = connection.execute("select html from html where url = ?", (url,)).fetchone()
@@ -127,20 +192,26 @@ def page_html_of(connection: sqlite3.Connection, url: str) -> str | None:
     return row[0]
 
 
-def html_documents(folder: Path | str, base_url: str) -> Iterator[dict]:
+def html_document(path: Path, folder: Path, base_url: str) -> dict | None:
+    """A file as a document; None, and a line on stderr, if it cannot be read."""
+    try:
+        page = path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        print(f"{path}: skipped ({error.strerror})", file=sys.stderr)
+        return None
+    relative = path.relative_to(folder).as_posix()
+    title = re.search(r"<title[^>]*>(.*?)</title>", page, re.IGNORECASE | re.DOTALL)
+    description = re.search(r'<meta\s+name="description"\s+content="([^"]*)"', page, re.IGNORECASE)
+    return {"url": base_url + quote(relative), "html": page, "text": html_to_text(page),
+            "title": " ".join(html_module.unescape(title.group(1)).split()) if title else relative,
+            "description": html_module.unescape(description.group(1)) if description else ""}
+
+
+def html_documents(folder: Path | str, base_url: str, processes: int = 1) -> Iterator[dict]:
     """All .html and .htm files below a folder, in sorted order; an unreadable one is reported and skipped."""
-    for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".html", ".htm")):
-        try:
-            page = path.read_bytes().decode("utf-8", "replace")
-        except OSError as error:
-            print(f"{path}: skipped ({error.strerror})", file=sys.stderr)
-            continue
-        relative = path.relative_to(folder).as_posix()
-        title = re.search(r"<title[^>]*>(.*?)</title>", page, re.IGNORECASE | re.DOTALL)
-        description = re.search(r'<meta\s+name="description"\s+content="([^"]*)"', page, re.IGNORECASE)
-        yield {"url": base_url + quote(relative), "html": page, "text": html_to_text(page),
-               "title": " ".join(html_module.unescape(title.group(1)).split()) if title else relative,
-               "description": html_module.unescape(description.group(1)) if description else ""}
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".html", ".htm"))
+    jobs = [functools.partial(html_document, path, Path(folder), base_url) for path in paths]
+    return filter(None, in_processes(jobs, min(processes, len(paths) // 500)))
 
 
 def jsonl_documents(file: Path | str, base_url: str, strict: bool) -> Iterator[dict]:
@@ -175,13 +246,14 @@ def main():
     source.add_argument("--jsonl", help="file with one JSON document a line: text, title, url")
     parser.add_argument("--out", required=True, help="database file to write")
     parser.add_argument("--base_url", default="http://corpus.test/", help="what the URLs of pages without one begin with")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many work at a large folder of HTML files")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line instead of skipping it")
     args = parser.parse_args()
     if args.html and not Path(args.html).is_dir():
         sys.exit(f"data/index.py: no folder {args.html}")
     if args.jsonl and not Path(args.jsonl).is_file():
         sys.exit(f"data/index.py: no file {args.jsonl}")
-    documents = html_documents(args.html, args.base_url) if args.html else jsonl_documents(args.jsonl, args.base_url, args.strict)
+    documents = html_documents(args.html, args.base_url, args.processes) if args.html else jsonl_documents(args.jsonl, args.base_url, args.strict)
     try:
         count = build_index(documents, args.out, require_some=True)
     except (OSError, ValueError, sqlite3.Error) as error:

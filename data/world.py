@@ -13,12 +13,16 @@ To try an idea, add a relation to RELATIONS or a sentence form to `page_html`.
 """
 
 import argparse
+import contextlib
+import functools
 import html
 import itertools
 import json
+import os
 import random
 import sqlite3
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +56,7 @@ TYPE_OF_SLOT = ["person", "city", "person", "company", "country", "river", "pers
 SPLITS = ["pretrain", "train", "dev", "test"]  # names of different splits never coincide, whatever their seeds
 KINDS = ["plain", "deep"]
 LINKS_PER_LIST = 40
+PAGES_PER_JOB = 200  # what a process makes at a time
 
 
 def _syllables(seed: int, count: int) -> list[str]:
@@ -208,37 +213,61 @@ def page_html(world: World, entity: Entity) -> str:
             f'{deep.sections(world, entity) if world.kind == "deep" else ""}</body></html>')
 
 
-def documents(world: World):
-    """All pages of a world as documents for `data.index.build_index`, entity pages first, then the lists and the home page."""
+def document(world: World, path: str, title: str, description: str, page: str) -> dict:
+    """A page as data.index.build_index wants it."""
     from web import html_to_text
+    return {"url": f"http://{world.host}/{path}", "title": title, "description": description, "text": html_to_text(page), "html": page}
 
-    def document(path: str, title: str, description: str, page: str) -> dict:
-        return {"url": f"http://{world.host}/{path}", "title": title, "description": description,
-                "text": html_to_text(page), "html": page}
 
-    for index in range(world.entities):
-        entity = world.entity(index)
-        yield document(entity.name, entity.name, " ".join(lead_sentences(entity)), page_html(world, entity))
-    home = []
+def entity_documents(world: World, indices: range) -> list[dict]:
+    """The pages of these entities."""
+    entities = [world.entity(index) for index in indices]
+    return [document(world, entity.name, entity.name, " ".join(lead_sentences(entity)), page_html(world, entity)) for entity in entities]
+
+
+def list_documents(world: World, type: str, numbers: range) -> list[dict]:
+    """Pages (from 1) of the list of all entities of a type; each links to the next."""
+    plural, found = PLURALS[type], []
+    for number in numbers:
+        members = [world.nth(type, n) for n in range((number - 1) * LINKS_PER_LIST, number * LINKS_PER_LIST + 1)]
+        members = [index for index in members if index < world.entities]  # one more than this page shows, if there is one
+        items = "".join(f'<li><a href="/{world.name(i)}">{world.name(i)}</a></li>' for i in members[:LINKS_PER_LIST])
+        more = f'<p><a href="/{plural}-{number + 1}">more {plural}</a></p>' if len(members) > LINKS_PER_LIST else ""
+        page = (f'<!doctype html><html><head><meta charset="utf-8"><title>List of {plural} {number}</title></head>'
+                f'<body><nav><a href="/">Home</a></nav><h1>List of {plural} {number}</h1><ul>{items}</ul>{more}</body></html>')
+        found.append(document(world, plural if number == 1 else f"{plural}-{number}", f"List of {plural} {number}",
+                              f"List of {plural}, part {number}.", page))
+    return found
+
+
+def documents(world: World, processes: int = 1) -> Iterator[dict]:
+    """All pages of a world as documents for `data.index.build_index`: entity pages, then the lists, the home page, and a deep
+    world's own pages.
+
+    Args:
+        processes: how many make them; the pages and their order are the same for any number.
+    """
+    from data.index import in_processes
+
+    def ranges(start: int, stop: int, step: int) -> list[range]:
+        return [range(at, min(at + step, stop)) for at in range(start, stop, step)]
+
+    jobs = [functools.partial(entity_documents, world, indices) for indices in ranges(0, world.entities, PAGES_PER_JOB)]
     for type in TYPES:
-        members = [i for i in range(world.entities) if world.type(i) == type]
-        lists = [members[i:i + LINKS_PER_LIST] for i in range(0, len(members), LINKS_PER_LIST)]
-        for number, chunk in enumerate(lists, start=1):
-            path = PLURALS[type] if number == 1 else f"{PLURALS[type]}-{number}"
-            items = "".join(f'<li><a href="/{world.name(i)}">{world.name(i)}</a></li>' for i in chunk)
-            more = f'<p><a href="/{PLURALS[type]}-{number + 1}">more {PLURALS[type]}</a></p>' if number < len(lists) else ""
-            page = (f'<!doctype html><html><head><meta charset="utf-8"><title>List of {PLURALS[type]} {number}</title></head>'
-                    f'<body><nav><a href="/">Home</a></nav><h1>List of {PLURALS[type]} {number}</h1><ul>{items}</ul>{more}</body></html>')
-            yield document(path, f"List of {PLURALS[type]} {number}", f"List of {PLURALS[type]}, part {number}.", page)
-        home.append(f'<li><a href="/{PLURALS[type]}">{PLURALS[type]}</a></li>')
+        members = sum(t == type and slot < world.entities % len(TYPE_OF_SLOT) for slot, t in enumerate(TYPE_OF_SLOT)) + world.count(type)
+        jobs += [functools.partial(list_documents, world, type, numbers)
+                 for numbers in ranges(1, 1 + -(-members // LINKS_PER_LIST), PAGES_PER_JOB)]
+    for chunk in in_processes(jobs, min(processes, len(jobs) // 20)):  # starting a process takes as long as 1,000 pages
+        yield from chunk
+    home = "".join(f'<li><a href="/{PLURALS[type]}">{PLURALS[type]}</a></li>' for type in TYPES)
     page = (f'<!doctype html><html><head><meta charset="utf-8"><title>Home</title></head>'
-            f'<body><h1>Home</h1><ul>{"".join(home)}</ul></body></html>')
-    yield document("", "Home", "The home page.", page)
+            f'<body><h1>Home</h1><ul>{home}</ul></body></html>')
+    yield document(world, "", "Home", "The home page.", page)
     for path, title, description, page in deep.pages(world) if world.kind == "deep" else ():
-        yield document(path, title, description, page)
+        yield document(world, path, title, description, page)
 
 
-def write_world(world: World, out: Path | str) -> Path:
+def write_world(world: World, out: Path | str, processes: int = 1) -> Path:
     """Write `pages.db` and `facts.jsonl` of a world into the folder `out` and return the folder.
 
     A folder without `pages.db`, which comes last and whole, is no world: an interrupted one is written again.
@@ -256,7 +285,8 @@ def write_world(world: World, out: Path | str) -> Path:
             entity = world.entity(index)
             file.write(json.dumps({"name": entity.name, "type": entity.type, "url": world.url(index), "facts": entity.facts}) + "\n")
     (out / "world.json").write_text(json.dumps(world.description()))
-    build_index(documents(world), out / "pages.db")
+    with contextlib.closing(documents(world, processes)) as pages:
+        build_index(pages, out / "pages.db")
     return out
 
 
@@ -278,10 +308,11 @@ def main():
     parser.add_argument("--entities", type=int, default=500, help="number of entities (pages)")
     parser.add_argument("--split", default="train", choices=SPLITS, help="worlds of different splits share no name")
     parser.add_argument("--kind", default="plain", choices=KINDS, help="deep: catalogues, notices, roads and a calendar besides")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many make the pages of a large world; it is the same for any number")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
     try:
-        write_world(World(args.seed, args.entities, args.split, args.kind), args.out)
+        write_world(World(args.seed, args.entities, args.split, args.kind), args.out, args.processes)
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/world.py: {error}")
     except KeyboardInterrupt:

@@ -272,6 +272,10 @@ def main():
                 pass
         for pid in map(int, comms):
             os.kill(pid, signal.SIGKILL)
+        session = Python(unsafe=args.unsafe)
+        session.start()
+        session.close()
+        results["isolation"] = [False, session.isolation]
         results["files outside are unchanged"] = [state() != before, ""]
         results["no request arrived"] = [bool(hits), ""]
         results["no process is left"] = [bool(comms), " ".join(comms)]

@@ -4,6 +4,7 @@
 """
 import argparse
 import json
+import os
 import random
 import resource
 import shutil
@@ -31,6 +32,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--entities", type=int, default=100_000)
     parser.add_argument("--queries", type=int, default=2000, help="queries for each number of clients")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many make the pages")
     parser.add_argument("--out", default="", help="folder to keep the index in; used again if it is there")
     parser.add_argument("--json", default="", help="file for the numbers")
     args = parser.parse_args()
@@ -43,7 +45,7 @@ def main():
 
         def watched():
             nonlocal count
-            for document in documents(world):
+            for document in documents(world, args.processes):
                 count += 1
                 if count % max(1, args.entities // 20) == 0:
                     memory.append(process.memory_info().rss >> 20)

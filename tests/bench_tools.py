@@ -1,10 +1,13 @@
-"""Cost of the tools: start and calls of the sandbox, memory over many calls, many sandboxes at once; cold and warm browse; search.
+"""Cost of the tools as a table in Markdown: start and calls of the sandbox, latency and memory over many calls, many sandboxes at
+once; cold and warm browse; search.
 
     python tests/bench_tools.py [--calls 1000] [--sandboxes 100] [--json FILE]
 """
 import argparse
 import json
+import math
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -33,7 +36,7 @@ def timed(call, *inputs) -> list[float]:
 
 
 def summary(times: list[float]) -> str:
-    return f"p50 {statistics.median(times):.2f} ms, p99 {sorted(times)[int(0.99 * (len(times) - 1))]:.2f} ms"
+    return f"median {statistics.median(times):.2f} ms, p99 {sorted(times)[math.ceil(0.99 * len(times)) - 1]:.2f} ms of {len(times)}"
 
 
 def main():
@@ -44,23 +47,35 @@ def main():
     args = parser.parse_args()
     process, rows = psutil.Process(), {}
     unsafe = bool(sandbox.missing())
-    rows["sandbox"] = f"none here: {sandbox.missing()}" if unsafe else f"as uid {os.geteuid()}"
 
     def cycle(code: str) -> None:
         session = Python(timeout_s=60, unsafe=unsafe)
         session(code=code)
         session.close()
-    rows["python: start, one call, close"] = summary(timed(cycle, *["1 + 1"] * 30))
-    rows["python: start, import numpy, close"] = summary(timed(cycle, *["import numpy"] * 5))
     session = Python(timeout_s=60, unsafe=unsafe)
+    session.start()
+    rows["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}"
+    rows["sandbox"] = session.isolation
+    starts = []
+    for _ in range(args.sandboxes):
+        other = Python(timeout_s=60, unsafe=unsafe)
+        starts += timed(lambda _: other.start(), 0)
+        other.close()
+    rows["python: start until it is confined"] = summary(starts)
+    rows["python: start, one call, close"] = summary(timed(cycle, *["1 + 1"] * args.sandboxes))
+    rows["python: start, import numpy, close"] = summary(timed(cycle, *["import numpy"] * 5))
     session(code="1")
     child, tenth = psutil.Process(session.process.pid), max(1, args.calls // 10)
-    before = (process.memory_info().rss, process.num_fds())
+    for n in range(tenth):  # what is set up once is no growth
+        session(code=f"x = {n}\nx + 1")
+    before = (process.memory_info().rss, process.num_fds(), child.memory_info().rss)
     times = timed(lambda n: session(code=f"x = {n}\nx + 1"), *range(args.calls))
     rows["python: a further call"] = summary(times)
-    rows[f"python: first and last tenth of {args.calls} calls, p50 ms"] = [round(statistics.median(part), 3) for part in (times[:tenth], times[-tenth:])]
-    rows["python: growth of our memory, KiB, and descriptors"] = [(process.memory_info().rss - before[0]) >> 10, process.num_fds() - before[1]]
-    rows["python: memory of a session, MiB"] = round(child.memory_info().rss / 2**20, 1)
+    first, last = statistics.median(times[:tenth]), statistics.median(times[-tenth:])
+    rows[f"python: first and last tenth of {args.calls} calls"] = f"median {first:.2f} and {last:.2f} ms ({last / first - 1:+.0%})"
+    rows[f"python: growth over {args.calls} calls"] = (f"{(process.memory_info().rss - before[0]) >> 10} KiB of ours, {(child.memory_info().rss - before[2]) >> 10} KiB of the session, "
+                                                       f"{process.num_fds() - before[1]} descriptors")
+    rows["python: memory of a session"] = f"{child.memory_info().rss / 2**20:.1f} MiB"
     session.close()
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir, children, fds = folder, len(process.children()), process.num_fds()
@@ -69,9 +84,12 @@ def main():
         started = time.perf_counter()
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda session: session(code="1"), sessions))
+            started_s = time.perf_counter() - started
+            memory = sum(child.memory_info().rss for child in process.children()) / 2**20
             list(pool.map(Python.close, sessions))
-        rows[f"python: {args.sandboxes} sessions at once, s"] = round(time.perf_counter() - started, 2)
-        rows["python: left behind: processes, folders, descriptors"] = [len(process.children()) - children, len(os.listdir(folder)), process.num_fds() - fds]
+        closed_s = time.perf_counter() - started - started_s
+        rows[f"python: {args.sandboxes} sessions at once"] = f"{started_s:.2f} s to start all and call each, {closed_s:.2f} s to close; {memory:.0f} MiB resident, shared pages counted each time"
+        rows["python: left behind"] = f"{len(process.children()) - children} processes, {len(os.listdir(folder))} folders, {process.num_fds() - fds} descriptors"
         tempfile.tempdir = None
         world = World(7, 300, "train")
         write_world(world, folder)
@@ -81,8 +99,7 @@ def main():
         rows["browse: a page for the first time"] = summary(timed(lambda url: browse(url=url), *urls))
         rows["browse: the same page again"] = summary(timed(lambda url: browse(url=url, page=2), *urls))
         rows["search: one query"] = summary(timed(lambda n: search(queries=[f"mayor of {world.name(n)}"]), *range(300)))
-    for name, value in rows.items():
-        print(f"{name:<60} {value}")
+    print("| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

@@ -2,6 +2,7 @@
 import gzip
 import json
 import random
+import re
 import shutil
 import socket
 import ssl
@@ -15,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tools import PROVIDERS, Toolbox, WebSearch
-from web import Browse, DiskCache, Refused, ToolFault, html_to_text, is_public, split_pages, tls_context, view_page
+from web import (ONLY_HTML_PARSER, Browse, DiskCache, Refused, ToolFault, html_to_text, is_public, split_pages, tls_context, view_page,
+                 visible_html)
 
 
 class Server(ThreadingHTTPServer):
@@ -299,6 +301,23 @@ def test_mutated_pages(world_dir):
             assert len(view_page(page, "http://w.test/x", text=text, **arguments)) <= 600
 
 
+def test_text_is_what_html_parser_makes_of_the_page(world_dir, monkeypatch):
+    """html_to_text hands the tags of most pages to html2text itself; the same text comes out if html.parser reads them all."""
+    from data.world import load_world, page_html
+    world, rng = load_world(world_dir), random.Random(2)
+    pieces = ["<a href=x>", "</a>", "<p>", "</p>", "<UL>", "</ul>", "<ol>", "<li>", "</li>", "<s>", "</s>", "<b>", "<td>", "<tr>", "</tr>", "<table>", "<pre>", "</pre>", "<code>", "<head>", "<body>", "<h1>", "</h1>", "<h2>", "<q>", "<abbr>",
+              "<blockquote>", "<dl>", "<dt>", "<dd>", "<br/>", "<hr>", "<img>", "<span>", "\\*", "\\", "1. ", "12.", "- ", "+ ", "--", "* ", " ", "  ", "\n", "&amp;", "&lt", "&", "&#12", "&#x41;", "&nbsp;", "&lrm;", "&no", "&no;", "Foo", " and ", ".", "é", "\0",
+              "amp;", ";", "9", "<", ">", "~", "<script>", "</script>", f"<script {'a' * 2100}>", "<textarea>", "&#", "&#x", "<\u017fcript>"]  # ſ: a letter that only looks like s if case is ignored
+    pages = [page[:5_000] for page in HOSTILE] + [page_html(world, world.entity(n)) for n in range(30)]
+    for length in [1, 3, 9, 30, 90] * 120 + [15_000, 20_000]:  # the last ones are fed in parts
+        some = rng.sample(pieces[:-10], 30) if rng.random() < 0.8 else pieces
+        pages.append("".join(rng.choice(some) for _ in range(length)))
+    quick = [html_to_text(page) for page in pages]
+    assert sum(not ONLY_HTML_PARSER.search(visible_html(page)) for page in pages) > 400
+    monkeypatch.setattr("web.ONLY_HTML_PARSER", re.compile(""))
+    assert quick == [html_to_text(page) for page in pages]
+
+
 def test_scripts_and_attributes_do_not_show():
     page = '<title>t</title><p title="a > b">x<script>var a = "<p>no</p>";</script>y<!-- <p>no --></p><style>p{}</style><b class=\'a>b\'>z</b> 1 < 2'
     assert html_to_text(page) == "x y\nz 1 < 2"
@@ -361,7 +380,7 @@ def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- search providers
 
-RECORDED = {  # the shapes of the providers' answers, as their documentation shows them
+DOCUMENTED = {  # answers made by hand after the services' documentation; none was recorded from a live service
     "searxng": {"query": "q", "number_of_results": 2, "results": [{"url": "http://a.example/", "title": "First", "content": "About the first.", "engine": "x", "score": 1.0}, {"url": "http://b.example/", "title": "Second", "content": None}], "answers": [], "suggestions": []},
     "brave": {"type": "search", "query": {"original": "q"}, "web": {"type": "search", "results": [{"title": "First", "url": "http://a.example/", "description": "About the <strong>first</strong>.", "age": "2 days"}, {"title": "Second", "url": "http://b.example/"}]}},
     "serper": {"searchParameters": {"q": "q"}, "organic": [{"title": "First", "link": "http://a.example/", "snippet": "About the first.", "position": 1}, {"title": "Second", "link": "http://b.example/", "position": 2}], "credits": 1},
@@ -398,7 +417,7 @@ def answer_with(server, *replies):
 
 def test_provider_answers(provider, tmp_path):
     name, url, server = provider
-    answer_with(server, (200, {}, json.dumps(RECORDED[name]).encode()))
+    answer_with(server, (200, {}, json.dumps(DOCUMENTED[name]).encode()))
     search = WebSearch(name, url, k=2, gap_s=0, cache=DiskCache(tmp_path))
     assert search.check({"queries": ["q"]}) is None and search.name == "search"
     text = search(queries=["who is first?"])
@@ -423,7 +442,7 @@ def test_provider_faults(provider, bad, tries, seen):
 
 def test_provider_recovers(provider):
     name, url, server = provider
-    answer_with(server, (503, {}, b""), (200, {}, b"garbage"), (429, {"Retry-After": "0"}, b""), (200, {}, json.dumps(RECORDED[name]).encode()))
+    answer_with(server, (503, {}, b""), (200, {}, b"garbage"), (429, {"Retry-After": "0"}, b""), (200, {}, json.dumps(DOCUMENTED[name]).encode()))
     assert "First" in WebSearch(name, url, gap_s=0)(queries=["q"])
 
 
@@ -476,7 +495,7 @@ def test_an_unreachable_service_is_named_at_the_start(monkeypatch, tmp_path):
 def test_a_task_without_a_world_uses_the_web(server, monkeypatch, tmp_path):
     from types import SimpleNamespace
     monkeypatch.setattr("tools.CACHE", tmp_path)
-    answer_with(server, (200, {}, json.dumps(RECORDED["searxng"]).encode()))
+    answer_with(server, (200, {}, json.dumps(DOCUMENTED["searxng"]).encode()))
     toolbox = Toolbox(search="searxng", search_url=f"http://127.0.0.1:{server.server_address[1]}")
     own = toolbox.tools_for(SimpleNamespace(task=SimpleNamespace(id="t", meta={}), key=(1,)))
     assert "First" in own["search"](queries=["q"]) and own["browse"].live

@@ -14,8 +14,10 @@ import pytest
 from conftest import ROOT
 
 from data.tasks import Task
-from evaluate import bootstrap_interval, format_table, gaia_correct, judge, load_benchmark, parse_verdict, pass_at_k, score, summarise, wilson_interval
+from data.world import World
+from evaluate import bootstrap_interval, format_table, gaia_correct, judge, load_benchmark, parse_verdict, pass_at_k, score, summarise, weaken, wilson_interval
 from rollout import Trajectory, Turn
+from tools import Toolbox, ToolCall, parse_action, run_calls
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])
@@ -108,7 +110,28 @@ def test_a_served_model_through_the_api(tmp_path):
     assert done.returncode != 0 and "failed" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_tool_that_is_taken_away_and_a_worthless_search_engine(world_dir):
+    world, seen = json.loads((world_dir / "world.json").read_text()), {}
+    for number, (without, retriever, seed) in enumerate([([], "bm25", 0), (["search"], "bm25", 0), (["python"], "random", 0), ([], "random", 0), ([], "random", 1), ([], "empty", 0)]):
+        toolbox = Toolbox(str(world_dir / "pages.db"))
+        weaken(toolbox, without, retriever, seed)
+        trajectory = Trajectory(Task("t", "q", "a"), (number,))
+        tools = toolbox.tools_for(trajectory)
+        calls = [ToolCall("search", {"queries": [World(**world).name(3)]}), ToolCall("browse", {"url": World(**world).url(3)}), ToolCall("python", {"code": "6 * 7"})]
+        actions = "".join(f'<tool_call>{json.dumps({"name": call.name, "arguments": call.arguments})}</tool_call>' for call in calls)
+        assert parse_action(actions, tools)[0] == calls  # no format error, whatever is missing
+        seen[number] = run_calls(calls, tools)
+        assert not any(fault for _, fault in seen[number])
+        toolbox.close_all()
+    found, name = [texts[0][0] for texts in seen.values()], World(**world).name(3)
+    assert found[0].startswith(f"[1] {name} ") and found[1] == "error: search is not available" and found[5] == "no results"
+    assert found[2] == found[3] != found[4] and name not in found[3] and found[3].count("http://") == 2
+    assert [texts[2][0] for texts in seen.values()] == ["42", "42", "error: python is not available", "42", "42", "42"]
+    assert len({texts[1][0] for texts in seen.values()}) == 1
+
+
 @pytest.mark.parametrize("arguments, words", [
+    (["--without", "luck"], "--without luck: there are search, browse and python"), (["--retriever", "luck"], "--retriever luck"),
     (["--model", "./nowhere"], "cannot load the model"), (["--tasks", "nowhere.jsonl"], "no task file"), (["--api", "http://127.0.0.1:9/v1"], "--api_model"),
     (["--samples", "0"], "--samples"), (["--baseline", "luck"], "--baseline")])
 def test_bad_input_gives_one_line(arguments, words):

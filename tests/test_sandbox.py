@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,7 +20,10 @@ from tools import Python, ToolFault
 ROOT = os.geteuid() == 0
 HERE = Path(__file__).resolve().parent
 needs_sandbox = pytest.mark.skipif(bool(sandbox.missing()), reason=sandbox.missing())
-USERS = [pytest.param("0", id="root"), pytest.param("1500", id="ordinary user")] if ROOT else [pytest.param("0", id="ordinary user")]
+NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(["unshare", "-r", "true"], capture_output=True).returncode == 0
+# The rungs of sandbox.py's ladder. A user namespace with one uid in it is what some containers are.
+USERS = [*([pytest.param("0", id="root"), pytest.param("1500", id="ordinary user")] if ROOT else [pytest.param("0", id="ordinary user")]),
+         pytest.param("alone", id="root without another uid", marks=pytest.mark.skipif(not NAMESPACES, reason="user namespaces are not allowed here"))]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,8 @@ def run_attacks():
 
     def run(uid: str, *flags: str) -> dict:
         if (uid, flags) not in results:
-            done = subprocess.run([sys.executable, str(HERE / "attacks.py"), "--uid", uid, *flags], capture_output=True, text=True, timeout=400)
+            command = ["unshare", "-r", sys.executable] if uid == "alone" else [sys.executable]
+            done = subprocess.run([*command, str(HERE / "attacks.py"), "--uid", uid.replace("alone", "0"), *flags], capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, done.stderr
             results[uid, flags] = json.loads(done.stdout)
         return results[uid, flags]
@@ -41,9 +46,18 @@ def run_attacks():
 @pytest.mark.parametrize("attack", [*ATTACKS, "files outside are unchanged", "no request arrived", "no process is left"])
 def test_attack(run_attacks, uid, attack):
     breached, text = run_attacks(uid)[attack]
+    if (uid, attack) == ("alone", "become root"):
+        pytest.skip("uid 0 it is, of a user namespace, without its rights")
     assert not breached, text
     assert re.search(ATTACKS.get(attack, ("", ""))[1], text), text
     assert "[next call" not in text, text  # the session works again afterwards
+
+
+@needs_sandbox
+@pytest.mark.parametrize("uid", USERS)
+def test_the_rung_in_force_is_named(run_attacks, uid):
+    rung = {"alone": "uid 0 with its rights dropped", "1500": "the caller's uid 1500"}.get(uid, "a uid of its own" if ROOT else f"the caller's uid {os.geteuid()}")
+    assert re.fullmatch(rf"Landlock ABI \d+ \+ seccomp, {rung}.*", run_attacks(uid)["isolation"][1])
 
 
 def test_without_the_sandbox_the_attacks_succeed(run_attacks):

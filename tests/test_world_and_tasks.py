@@ -1,15 +1,22 @@
+import functools
 import json
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
+import psutil
 import pytest
 import requests
 from conftest import ROOT
 
+import data.world
 from data import deep
-from data.index import build_index, jsonl_documents, open_index, page_html_of, search_index
+from data.index import build_index, in_processes, jsonl_documents, open_index, page_html_of, search_index
 from data.serve import start_server
 from data.solve import solutions
 from data.tasks import FRAMES, load_tasks, make_tasks
@@ -154,7 +161,7 @@ def test_pages_and_search_over_http(world_dir):
     (["data/serve.py", "--world", "nowhere", "--port", "0"], "no search index"),
     (["data/index.py", "--html", "nowhere", "--out", "x.db"], "no folder nowhere"),
     (["data/tasks.py", "--world", "nowhere", "--out", "x.jsonl"], "no world at nowhere"),
-    (["data/world.py", "--entities", "2", "--out", "x"], "at least")])
+    ([str(ROOT / "data" / "world.py"), "--entities", "2", "--out", "x"], "at least")])
 def test_bad_input_gives_one_line(command, words, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
@@ -193,6 +200,34 @@ def test_an_interrupted_world_is_no_world(tmp_path, monkeypatch):
         load_world(tmp_path / "w")
     write_world(World(3, 60, "dev"), tmp_path / "w")
     assert load_world(tmp_path / "w").entities == 60
+
+
+def test_any_number_of_processes_writes_the_same_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.world, "PAGES_PER_JOB", 10)
+    for processes in (1, 2):
+        write_world(World(3, 403, "dev"), tmp_path / str(processes), processes)
+    assert (tmp_path / "1" / "pages.db").read_bytes() == (tmp_path / "2" / "pages.db").read_bytes()
+    with pytest.raises(ZeroDivisionError):  # what a process raises is raised here
+        list(in_processes([functools.partial(divmod, 1, n) for n in (1, 2, 0, 3)], 2))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_build_leaves_no_process_and_no_world(tmp_path, stop):
+    command = [sys.executable, str(ROOT / "data" / "world.py"), "--entities", "20000", "--processes", "2", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as builder:
+        for _ in range(600):
+            if builder.poll() is not None or len(workers := psutil.Process(builder.pid).children(recursive=True)) >= 2 and list(tmp_path.glob("*.partial")):
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        os.killpg(builder.pid, stop) if stop == signal.SIGINT else builder.kill()
+        _, errors = builder.communicate(timeout=60)
+    assert len(psutil.wait_procs(workers, timeout=60)[1]) == 0 and len(workers) >= 2
+    assert not (tmp_path / "pages.db").exists()
+    if stop == signal.SIGINT:
+        assert errors.strip().splitlines()[-1].endswith("holds no whole world") and "Traceback" not in errors
+        assert not list(tmp_path.glob("*.partial"))
 
 
 def test_menus_around_a_page_are_not_its_text():
