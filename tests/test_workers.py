@@ -175,7 +175,7 @@ def test_async_without_partial_is_strictly_on_policy(make_pool, tiny):
     assert all(turn.version == version for version, step in enumerate(steps) for group in step for t in group.trajectories for turn in t.turns)
 
 
-@pytest.mark.parametrize("more", [{}, dict(context="summarize", max_context=280)])
+@pytest.mark.parametrize("more", [{}, dict(context="summarize", context_budget=160)])
 def test_parked_work_goes_on_token_for_token_from_a_checkpoint(make_pool, tiny, chat, more):
     """Stopped in the middle, written down as plain data, continued by other processes: greedy decoding gives the uninterrupted run."""
     tasks = scripted_tasks(6, 2, seed=3, turns=lambda rng: int(rng.integers(3, 12)), latency_s=0.0)
