@@ -27,6 +27,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context import CHATML, Chat
 from data import deep
-from data.solve import read_fact
+from data.solve import NP, read_fact
 from data.tasks import OPERATIONS, SHARES, draw_task, world_folder
 from data.world import RELATIONS, TYPES, World, page_html
 from reward import correct
@@ -273,13 +274,6 @@ class Explorer:
         return ids, mask, False
 
 
-class Free:
-    """In the place of a tool where a turn is only parsed."""
-
-    def check(self, arguments: dict) -> None:
-        return None
-
-
 class Walker(Explorer):
     """Walks a catalogue from page to page, too long for the window, and writes notes when the context manager asks for them.
 
@@ -291,13 +285,12 @@ class Walker(Explorer):
     def __init__(self, task, world: World, search: Search, chat: Chat, rng: random.Random, skill: float, pages: dict[str, str]):
         self.task, self.world, self.search, self.chat, self.rng, self.skill, self.pages = task, world, search, chat, rng, skill, pages
         self.form = task.meta["template"].split()[0]  # list, extreme or count
-        phrase, name = re.search(r"(?:catalogue of )(?:the (\w+) of )?([A-Z]\w+)|$", task.question).groups()
-        if name is None:
-            phrase, name = re.search(r"(?:the (\w+) of )?([A-Z]\w+)'s catalogue", task.question).groups()
-        self.names, self.relation = [name], phrase
+        owner = re.search(rf"catalogue of ({NP})|({NP})'s catalogue", task.question)
+        *relation, name = re.findall(r"(?<=the )\w+(?= of)|\w+$", owner.group(1) or owner.group(2))
+        self.names, self.relation = [name], relation[0] if relation else None
         self.word = re.search(rf"\b(greatest|smallest|{'|'.join([*deep.COLOURS, deep.RARE_COLOUR])})\b", task.question).group(1)
         self.seen_names, self.seen_urls, self.numbers, self.facts, self.last_facts = [name], [], [], {}, []
-        self.keeper = None if phrase else name
+        self.keeper = None if relation else name
         self.catalogue_url, self.next_url, self.ended, self.entries = None, None, False, []  # entries: of the page in front
         self.found: list[tuple[str, int]] = []  # names with prices
         self.count = 0
@@ -365,7 +358,8 @@ class Walker(Explorer):
             return thought, self.do_browse({"url": rng.choice(urls), **rng.choice([{}, {}, {"page": 2}, {"links": True}, {"find": self.word}])}), None
         if roll < 0.75 and self.last_call:
             return thought, self.last_call, None  # round in circles
-        return thought, self.do_search([rng.choice([f"catalogue of {rng.choice(self.seen_names)}", f"{self.word} entries", f"{self.relation or 'catalogue'} of {self.names[0]}"])]), None
+        query = rng.choice([f"catalogue of {rng.choice(self.seen_names)}", f"{self.word} entries", f"{self.relation or 'catalogue'} of {self.names[0]}"])
+        return thought, self.do_search([query]), None
 
     def notes(self) -> str:
         """What to keep. The page in front is not among it: its result comes after the notes."""
@@ -376,7 +370,8 @@ class Walker(Explorer):
             return f"{self.plan()} {self.state()}" if self.found or self.count or self.next_url else self.plan()
         if rng.random() < 0.5:
             self.found, self.count = rng.sample(self.found, rng.randint(0, len(self.found))), rng.randint(0, self.count)
-        return rng.choice([f"{self.plan()} {self.state()}", self.plan(), self.state(), "Not sure.", "Let me look.", f"{rng.choice(self.seen_names)}: {self.word}."])
+        return rng.choice([f"{self.plan()} {self.state()}", self.plan(), self.state(), "Not sure.", "Let me look.",
+                           f"{rng.choice(self.seen_names)}: {self.word}."])
 
     def read(self, text: str) -> None:
         super().read(text)
@@ -395,7 +390,7 @@ class Walker(Explorer):
         last one, and two between, one of them where something was found."""
         news: set[int] = set()  # segments in which something was found
         trajectory = Trajectory(self.task, (0,), head_ids=self.chat.head(self.task.question))
-        tools = {"search": Free(), "browse": Free()}
+        tools = dict.fromkeys(("search", "browse"), SimpleNamespace(check=lambda arguments: None))  # turns are only parsed by finish_turn
         while trajectory.status == "running" and next_prompt(trajectory, self.chat, args):
             call, self.news = None, False
             if len(trajectory.turns) in trajectory.memory["notes_turns"]:
@@ -415,8 +410,8 @@ class Walker(Explorer):
             between = range(1, len(segments) - 1)
             chosen = {0, len(segments) - 1, self.rng.choice([k for k in between if k in news] or between), self.rng.choice(between)}
             segments = [segments[k] for k in sorted(chosen)]
-        return [(segment.ids, [int(turn >= 0) for turn in segment.turn_of]) for segment in segments], trajectory.answer is not None and bool(
-            correct(trajectory.answer, self.task.answer, self.task.answer_type))
+        is_right = bool(correct(trajectory.answer, self.task.answer, self.task.answer_type))
+        return [(segment.ids, [int(turn >= 0) for turn in segment.turn_of]) for segment in segments], is_right
 
 
 def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
@@ -434,8 +429,8 @@ def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
 
         def walk(skill: float) -> tuple[list, bool]:
             task = draw_task(world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25)
-            while task.meta["template"].startswith("total") or task.meta["template"].startswith("extreme") and rng.random() < 0.5:
-                task = draw_task(world, "collection", 1, rng, rng.random() < 0.25)
+            while task.meta["template"].startswith("total"):  # for `python`: not walked
+                task = draw_task(world, "collection", 2, rng, rng.random() < 0.25)
             segments, is_right = Walker(task, world, search, chat, rng, skill, pages).play(rollout_args)
             return [(np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)) for ids, mask in segments], is_right
         if number == args.worlds - 1:
@@ -619,7 +614,8 @@ def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
             state = lambda: f"{word}: {', '.join(found) or 'none'}."
             write(f"\nNotes: {name()}: catalogue, {word}. {state()}", False)
             while len(row_ids) < length and len(found) < 6 and rng.random() < 0.85:
-                entries = [(name(), word if not extreme and rng.random() < 0.25 else rng.choice(colours), int(rng.integers(100, 1000))) for _ in range(rng.integers(1, 5))]
+                colour = lambda: word if not extreme and rng.random() < 0.25 else rng.choice(colours)
+                entries = [(name(), colour(), int(rng.integers(100, 1000))) for _ in range(rng.integers(1, 5))]
                 following = name()
                 write("<tool_response>" + "".join(f"{host}/{n} {c} {p}\n" for n, c, p in entries) + f"Next: {host}/{following}</tool_response>", False)
                 if extreme:
