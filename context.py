@@ -12,8 +12,9 @@ is not a pure extension of the last one, training sees a new segment (the prefix
 In: a tokenizer, a trajectory. Out: lists of token ids. To try an idea, write a function like `elide` and add it to MANAGERS.
 
 `summarize` lets the policy itself write what to keep. As in SUPO (Lu et al. 2025, arXiv:2510.06727) the notes are an action like
-any other: they are trained, under the context that produced them, with the return of the whole trajectory. Moonshot says
-only that its mechanism lets the model "retain important information while discarding unnecessary documents".
+any other: they are trained, under the context that produced them, with the return of the whole trajectory. (CompactionRL,
+arXiv:2607.05378, found that notes left out of the loss degenerate to mere brevity.) Moonshot says only that its mechanism lets the
+model "retain important information while discarding unnecessary documents".
 """
 
 import json
@@ -188,7 +189,7 @@ def summarize(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
     of a result that is still in front of the policy (it would count it twice), and a result is never lost unread. The next
     notes are written with the old ones in view, and replace them.
 
-    A notes turn is not read for calls or answers, whatever it says (`finish_turn`): a policy that has its answer gives it a turn
+    A notes turn is not read for calls or answers, whatever it says (`finish_turn`; nano-rlm's rule, too): a policy that has its answer gives it a turn
     later, and nothing that it writes can be an action or, fed back without control tokens, the end of the question's turn.
     """
     turns, notes_turns = trajectory.turns, trajectory.memory.setdefault("notes_turns", [])  # the last one may still be unwritten
