@@ -415,12 +415,12 @@ class Walker(Explorer):
 
 
 def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
-    """At least this many segments of walks over all pretraining worlds, and 40 of skilled walkers for `report`."""
+    """At least this many segments of walks over all pretraining worlds, and 40 of skilled walkers in one more, for `report`."""
     rng = random.Random(f"walkers-{args.seed}")
     rollout_args = RolloutArgs(context="summarize", max_context=args.deep_context, max_turns=99)
     walks, held_out, right, count = [], [], 0, 0
     progress = tqdm(total=rows, desc="walkers", unit="segment", mininterval=5)
-    for number in range(args.worlds):
+    for number in range(args.worlds + 1):
         world = World(100 + number, args.deep_entities, "pretrain", "deep")
         search = Search(world_folder(world.description()) / "pages.db")
         pages = {world.url(i): page_html(world, world.entity(i)) for i in range(args.deep_entities)}
@@ -433,10 +433,9 @@ def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
                 task = draw_task(world, "collection", 2, rng, rng.random() < 0.25)
             segments, is_right = Walker(task, world, search, chat, rng, skill, pages).play(rollout_args)
             return [(np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)) for ids, mask in segments], is_right
-        if number == args.worlds - 1:
-            while len(held_out) < 40:
-                held_out += walk(1.0)[0]
-        while len(walks) < rows * (number + 1) / args.worlds:
+        while number == args.worlds and len(held_out) < 40:
+            held_out += walk(1.0)[0]
+        while len(walks) < rows * min(1, (number + 1) / args.worlds):
             segments, is_right = walk(0.995 if rng.random() < args.skilled_share else rng.uniform(0.0, 0.7))
             walks += segments
             right, count = right + is_right, count + 1
