@@ -747,7 +747,7 @@ def main():
         # First drills until facts are copied, then transcripts with some drills among them.
         learned = learned or average.get("facts copied", 0) > 0.9 or step >= args.drill_steps
         if not learned or (done < 0.8 and rng.random() < args.drill_share):
-            name = "walks" if walks and rng.random() < 0.5 else "plans" if learned and rng.random() < 0.7 else "facts" if rng.random() < 0.8 else "spans"
+            name = "walks" if walks and learned and rng.random() < 0.5 else "plans" if learned and rng.random() < 0.7 else "facts" if rng.random() < 0.8 else "spans"
         else:
             name = "transcripts"
         if name == "spans":
