@@ -302,7 +302,7 @@ class Walker(Explorer):
             return f"{self.word}: {self.count}."
         if self.form == "extreme":
             return f"{self.word}: {self.found[0][0]} {self.found[0][1]}." if self.found else f"{self.word}: none."
-        return f"{self.word}: {', '.join(name for name, _ in self.found) or 'none'}."
+        return f"{self.word}: {','.join(name for name, _ in self.found) or 'none'}."  # no space: the token before a name then says which it is
 
     def plan(self) -> str:
         if self.keeper is None:
@@ -326,7 +326,7 @@ class Walker(Explorer):
     def answer(self) -> str:
         if self.form == "count":
             return str(self.count)
-        return ", ".join(name for name, _ in self.found) or self.rng.choice(self.seen_names)
+        return ",".join(name for name, _ in self.found) or self.rng.choice(self.seen_names)
 
     def sensible_move(self):
         if self.keeper is None and (self.names[0], self.relation) in self.facts:
@@ -366,11 +366,12 @@ class Walker(Explorer):
         rng = self.rng
         self.seen_urls = re.findall(r"https?://\S+", self.last_result)
         self.catalogue_url = self.catalogue_url if self.catalogue_url in self.seen_urls else None
+        where = self.plan() if self.keeper is None else f"{self.keeper}: catalogue, {self.word}."
         if rng.random() < self.skill:
-            return f"{self.plan()} {self.state()}" if self.found or self.count or self.next_url else self.plan()
+            return f"{self.state()} {where}" if self.found or self.count or self.next_url or self.ended else where
         if rng.random() < 0.5:
             self.found, self.count = rng.sample(self.found, rng.randint(0, len(self.found))), rng.randint(0, self.count)
-        return rng.choice([f"{self.plan()} {self.state()}", self.plan(), self.state(), "Not sure.", "Let me look.",
+        return rng.choice([f"{self.state()} {where}", where, self.state(), "Not sure.", "Let me look.",
                            f"{rng.choice(self.seen_names)}: {self.word}."])
 
     def read(self, text: str) -> None:
@@ -610,8 +611,8 @@ def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
             host, extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.3
             word = rng.choice(["greatest", "smallest"]) if extreme else deep.RARE_COLOUR if rng.random() < 0.7 else rng.choice(colours)
             found = [f"{name()} {rng.integers(100, 1000)}"] if extreme else [name() for _ in range(rng.integers(0, 4))]
-            state = lambda: f"{word}: {', '.join(found) or 'none'}."
-            write(f"\nNotes: {name()}: catalogue, {word}. {state()}", False)
+            state = lambda: f"{word}: {','.join(found) or 'none'}."
+            write(f"\nNotes: {state()} {name()}: catalogue, {word}.", False)
             while len(row_ids) < length and len(found) < 6 and rng.random() < 0.85:
                 colour = lambda: word if not extreme and rng.random() < 0.25 else rng.choice(colours)
                 entries = [(name(), colour(), int(rng.integers(100, 1000))) for _ in range(rng.integers(1, 5))]
@@ -797,7 +798,7 @@ def report(model, held_out, walks, chat, step: int, tokens: int, seconds: float,
     if walks:
         losses, tokens_seen = zip(*[tokens_of(row) for row in walks])
         urls = [hit for row in tokens_seen for before, _, hit, _ in row if before == "/"]
-        names = [hit for row in tokens_seen for before, token, hit, _ in row if before in (":Ġ", "Ġ") and token[0].isupper()]
+        names = [hit for row in tokens_seen for before, token, hit, _ in row if before in (":Ġ", ",") and token[0].isupper()]
         turns, whole, notes = [], True, []
         for row in tokens_seen:
             kind = "notes"
