@@ -10,6 +10,11 @@ observation_t). Ours are plain functions `manager(trajectory, chat, budget_token
 is not a pure extension of the last one, training sees a new segment (the prefix rule, `extend_segments`).
 
 In: a tokenizer, a trajectory. Out: lists of token ids. To try an idea, write a function like `elide` and add it to MANAGERS.
+
+`summarize` lets the policy itself write what to keep. As in SUPO (Lu et al. 2025, arXiv:2510.06727) the notes are an action like
+any other: they are trained, under the context that produced them, with the return of the whole trajectory. (CompactionRL,
+arXiv:2607.05378, found that notes left out of the loss degenerate to mere brevity.) Moonshot says only that its mechanism lets the
+model "retain important information while discarding unnecessary documents".
 """
 
 import json
@@ -23,6 +28,7 @@ SYSTEM_PROMPT = (
     'Call: <tool_call>{{"name": "search", "arguments": {{"queries": ["..."]}}}}</tool_call>\n'
     "End: <answer>...</answer>")
 ELIDED = "old result removed"
+NOTES_REQUEST = "Write down what to keep: earlier turns will be removed. The last result comes after that."
 
 # Used when a tokenizer brings no chat template of its own (base models): ChatML, as Qwen and SmolLM2 write it.
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -93,6 +99,8 @@ class Chat:
         self.before_next_action = self.trusted(before_next_action)
         self.open_response = self.trusted("<tool_response>")
         self.close_response = self.trusted("</tool_response>")
+        self.request_notes = self.before_result + self.trusted(NOTES_REQUEST) + self.before_next_action
+        self.before_notes = self.trusted("\nNotes: ")
 
     def trusted(self, text: str) -> list[int]:
         """Encode text of our own, in which tags are control tokens."""
@@ -173,9 +181,38 @@ def elide(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
     return ids
 
 
+def summarize(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
+    """When the prompt passes its budget the policy writes notes, which then stand for everything before its last turn.
+
+    The request for notes takes the place of the last result, so the prompt that asks is a pure extension of the segment and
+    always short enough. The next prompt is: system, question, notes, the last action and its result, whole. So notes never speak
+    of a result that is still in front of the policy (it would count it twice), and a result is never lost unread. The next
+    notes are written with the old ones in view, and replace them.
+
+    A notes turn is not read for calls or answers, whatever it says (`finish_turn`; nano-rlm's rule, too): a policy that has its answer gives it a turn
+    later, and nothing that it writes can be an action or, fed back without control tokens, the end of the question's turn.
+    """
+    turns, notes_turns = trajectory.turns, trajectory.memory.setdefault("notes_turns", [])  # the last one may still be unwritten
+    ids, later = list(trajectory.head_ids), turns
+    if written := [n for n in notes_turns if n < len(turns)]:
+        before, notes, later = turns[written[-1] - 1], turns[written[-1]], turns[written[-1] + 1:]
+        ids = ids[:-len(chat.before_action)] + chat.before_notes + [i for i in notes.action_ids if i not in chat.control_ids] + chat.before_action
+        fits = len(ids) + len(before.action_ids) + len(before.observation_ids) <= budget_tokens
+        ids += before.action_ids + (before.observation_ids if fits else chat.observation([ELIDED], 64))
+    for turn in later[:-1]:
+        ids += turn.action_ids + turn.observation_ids
+    if not later:  # the first turn, or the first after notes
+        return ids
+    whole = ids + later[-1].action_ids + later[-1].observation_ids
+    if len(whole) > budget_tokens and len(turns) not in notes_turns:
+        notes_turns.append(len(turns))
+    return ids + later[-1].action_ids + chat.request_notes if len(turns) in notes_turns else whole
+
+
 # HACK HERE: a new context manager is a function (trajectory, chat, budget_tokens) -> prompt ids; what it wants to remember
-# between turns goes into trajectory.memory, which is parked and resumed with the trajectory.
-MANAGERS = {"none": none, "elide": elide}
+# between turns goes into trajectory.memory, which is parked and resumed with the trajectory. memory["notes_turns"] lists the
+# turns that it asked notes of: those are free text.
+MANAGERS = {"none": none, "elide": elide, "summarize": summarize}
 
 
 def extend_segments(segments: list[Segment], prompt_ids: list[int]) -> None:

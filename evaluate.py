@@ -152,6 +152,7 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
         "n_judge_error": sum(t.memory.get("verdict") == "unparsed" for t in trajectories),
         "steps_mean": float(np.mean([len(t.turns) for t in trajectories])),
         "steps_mean_correct": float(np.mean([len(t.turns) for t in hits])) if hits else None,
+        "notes_mean": float(np.mean([sum(n < len(t.turns) for n in t.memory.get("notes_turns", [])) for t in trajectories])),  # of the steps
         "urls_mean": float(np.mean([len(t.urls) for t in trajectories])),
         "format_error_rate": float(np.mean([t.status == "format_error" for t in trajectories])),
         "status": dict(Counter(t.status for t in trajectories)),
@@ -492,7 +493,7 @@ def main():
     if args.trajectories:
         with open(args.trajectories, "w", encoding="utf-8") as file:
             for t in trajectories:
-                text = "" if args.api or args.baseline else chat.decode(t.segments[-1].ids)
+                text = "" if args.api or args.baseline else "\n\n".join(chat.decode(segment.ids) for segment in t.segments)
                 # The authors of public benchmarks ask that their questions are not written down in plain text.
                 texts = {"canary": t.task.meta.get("canary")} if public else {"question": t.task.question, "truth": t.task.answer}
                 file.write(json.dumps({"id": t.task.id} | texts | {"answer": t.answer, "score": score(t), "verdict": t.memory.get("verdict"), "status": t.status, "error": t.error, "turns": len(t.turns), "text": "" if public else text}) + "\n")

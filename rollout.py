@@ -91,6 +91,9 @@ def check_rollout_args(args: RolloutArgs) -> None:
         raise ValueError("--temperature and --context_budget must be at least 0")
     if args.context not in MANAGERS:
         raise ValueError(f"--context {args.context}: choose {', '.join(MANAGERS)}")
+    most = args.max_context - 2 * args.max_new_tokens - 64  # behind a prompt within its budget: an action, the request for notes, the notes
+    if args.context == "summarize" and (args.context_budget or args.max_context * 3 // 4) > most:
+        raise ValueError(f"--context summarize needs room for an action and notes behind the prompt: --context_budget {most} or less, or a larger --max_context")
     if args.max_new_tokens >= args.max_context:
         raise ValueError(f"--max_context {args.max_context} leaves no room for a prompt: it must be larger than --max_new_tokens {args.max_new_tokens}")
 
@@ -555,13 +558,16 @@ def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[i
 
 
 def finish_turn(trajectory: Trajectory, ids: list[int], logprobs: list[float], version: int, chat: Chat, tools: dict) -> list | None:
-    """Record what was sampled and read the action; returns the tool calls to run, or None if the trajectory has ended."""
+    """Record what was sampled and read the action; returns the tool calls to run (none after notes), or None if the trajectory has ended."""
+    is_notes = len(trajectory.turns) in trajectory.memory.get("notes_turns", [])
     trajectory.segments[-1].append(ids, len(trajectory.turns), logprobs)
     turn = Turn(ids, logprobs, version)
     trajectory.turns.append(turn)
     try:
         if ids[-1] != chat.end_id:
             raise FormatError("unfinished", "the turn was cut at its token limit")
+        if is_notes:  # free text, see context.summarize
+            return []
         calls, answer = parse_action(chat.decode(ids[:-1]), tools)
     except FormatError as error:
         trajectory.status, trajectory.error = "format_error", error.kind
@@ -668,7 +674,7 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
     def start(row: int, trajectory: Trajectory) -> None:
         trajectory.head_ids = trajectory.head_ids or chat.head(trajectory.task.question)
         slot = engine.slots[row] = Slot(trajectory)
-        cut_off = trajectory.turns[-1:] if trajectory.turns and not trajectory.turns[-1].results else []  # parked before its tools had answered
+        cut_off = [turn for turn in trajectory.turns[-1:] if turn.calls and not turn.results]  # parked before its tools had answered
         past = trajectory.turns[:len(trajectory.turns) - len(cut_off)]
         replays[slot] = [ToolCall(**call) for turn in past for call in turn.calls if call["name"] == "python"]
         for turn in cut_off:
@@ -742,8 +748,10 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
                 trajectory.turns[-1].began, trajectory.turns[-1].generate_s = slot.started, time.perf_counter() - slot.started
                 if calls is None:
                     end(slot)
-                else:
+                elif calls:
                     run_tools(slot, calls)
+                else:
+                    ready.append(slot)
     finally:
         engine.slots = [None] * len(engine.slots)
         toolbox.close_all()

@@ -472,7 +472,7 @@ def main():
                     for t in (group.trajectories[0] for group in groups):
                         file.write(json.dumps({"step": done, "id": t.task.id, "question": t.task.question, "truth": t.task.answer,
                                                "answer": t.answer, "status": t.status, "error": t.error, "turns": len(t.turns),
-                                               "text": chat.decode(t.segments[-1].ids)}) + "\n")
+                                               "text": "\n\n".join(chat.decode(segment.ids) for segment in t.segments)}) + "\n")
                 progress.set_postfix({"pass": f"{metrics['pass_rate']:.2f}", "turns": f"{metrics['turns']:.1f}",
                                       "entropy": f"{metrics['entropy']:.2f}", "s": f"{rollout_s:.1f}+{train_s:.1f}"})
             accelerator.log({key: value for key, value in metrics.items() if isinstance(value, (int, float))}, step=done)

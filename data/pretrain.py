@@ -10,19 +10,25 @@ Stages: (1) a byte-level BPE tokenizer that cuts a name into the same tokens whe
 that come again (induction heads appear within a few hundred steps); (3) transcripts, shuffled with drills, with loss on the
 explorer's own tokens and on a sample of the others.
 
+With `--deep_share` some transcripts are of walks through the catalogues of deep worlds, too long for the window: walkers of mixed
+skill play them with the agent loop's own prompts under `--context summarize`, and write notes when asked. A row is a segment.
+
 In: nothing. Out: `data/nano/` (config, safetensors, tokenizer). To try an idea, change `Explorer` or the sizes in `Args`.
 
     python data/pretrain.py                 # about an hour on two cores
+    python data/pretrain.py --init data/nano --deep_share 0.5 --out nano-deep   # goes on from the shipped model
 """
 
 import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in train.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,10 +40,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context import CHATML, Chat
-from data.solve import read_fact
+from data import deep
+from data.solve import NP, read_fact
 from data.tasks import OPERATIONS, SHARES, draw_task, world_folder
 from data.world import RELATIONS, TYPES, World, page_html
-from rollout import keep_memory, parse_flags
+from reward import correct
+from rollout import RolloutArgs, Trajectory, finish_turn, keep_memory, next_prompt, parse_flags, take_results
 from tools import Browse, Python, Search
 from web import html_to_text, view_page
 
@@ -50,6 +58,9 @@ class Args:
     entities: int = field(default=300, metadata={"help": "entities in each of them"})
     transcripts: int = field(default=20000, metadata={"help": "explorer transcripts to write"})
     skilled_share: float = field(default=0.30, metadata={"help": "share of explorers that behave sensibly"})
+    deep_share: float = field(default=0.0, metadata={"help": "share of rows that are segments of walks through deep worlds' catalogues"})
+    deep_entities: int = field(default=600, metadata={"help": "entities in each deep world; it has a catalogue for fifty of them"})
+    deep_context: int = field(default=1024, metadata={"help": "window of the walks: notes are asked for at three quarters of it"})
     hidden: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
@@ -265,6 +276,178 @@ class Explorer:
         return ids, mask, False
 
 
+class Walker(Explorer):
+    """Walks a catalogue from page to page, too long for the window, and writes notes when the context manager asks for them.
+
+    The sensible way: find the keeper, search its catalogue, follow "Next:", say in each thought what was found so far (the
+    entries of a rare colour, the best price, a count), answer where the catalogue ends; the notes say which catalogue and what was found.
+    The random way: answer early, follow another link, go round in circles, take in a wrong entry, forget entries, write useless notes.
+    """
+
+    def __init__(self, task, world: World, search: Search, chat: Chat, rng: random.Random, skill: float, pages: dict[str, str]):
+        self.task, self.world, self.search, self.chat, self.rng, self.skill, self.pages = task, world, search, chat, rng, skill, pages
+        self.form = task.meta["template"].split()[0]  # list, extreme or count
+        owner = re.search(rf"catalogue of ({NP})|({NP})'s catalogue", task.question)
+        *relation, name = re.findall(r"(?<=the )\w+(?= of)|\w+$", owner.group(1) or owner.group(2))
+        self.names, self.relation = [name], relation[0] if relation else None
+        self.word = re.search(rf"\b(greatest|smallest|{'|'.join([*deep.COLOURS, deep.RARE_COLOUR])})\b", task.question).group(1)
+        self.seen_names, self.seen_urls, self.numbers, self.facts, self.last_facts = [name], [], [], {}, []
+        self.keeper = None if relation else name
+        self.catalogue_url, self.next_url, self.ended, self.entries = None, None, False, []  # entries: of the page in front
+        self.found: list[tuple[str, int]] = []  # names with prices
+        self.count = 0
+        self.last_call, self.last_result = None, ""
+
+    def state(self) -> str:
+        """What was found so far."""
+        if self.form == "count":
+            return f"{self.word}: {self.count}."
+        if self.form == "extreme":
+            return f"{self.word}: {self.found[0][0]} {self.found[0][1]}." if self.found else f"{self.word}: none."
+        return f"{self.word}: {','.join(name for name, _ in self.found) or 'none'}."  # no space: the token before a name then says which it is
+
+    def plan(self) -> str:
+        if self.keeper is None:
+            return f"{self.names[0]}: {self.relation}, catalogue, {self.word}."
+        hop = f"{self.note(self.names[0], self.relation)} " if self.relation else ""
+        return f"{hop}{self.keeper}: catalogue, {self.word}."
+
+    def take_in(self) -> bool:
+        """Add what the page in front says to what was found; whether it adds anything."""
+        before = self.state()
+        for name, colour, price in self.entries:
+            if self.form == "extreme":
+                better = not self.found or (price > self.found[0][1]) == (self.word == "greatest") and price != self.found[0][1]
+                self.found = [(name, price)] if better else self.found
+            elif colour == self.word:
+                self.count += 1
+                self.found += [(name, price)] if name not in dict(self.found) else []
+        self.entries = []
+        return self.state() != before
+
+    def answer(self) -> str:
+        if self.form == "count":
+            return str(self.count)
+        return ",".join(name for name, _ in self.found) or self.rng.choice(self.seen_names)
+
+    def sensible_move(self):
+        if self.keeper is None and (self.names[0], self.relation) in self.facts:
+            self.keeper = self.facts[self.names[0], self.relation]
+        if self.keeper is None:
+            return self.plan(), self.do_search([f"{self.relation} of {self.names[0]}"]), None
+        self.news = self.take_in()
+        thought = self.state() if self.found or self.count or self.next_url or self.ended else self.plan()
+        if self.ended:
+            return thought, None, self.answer()
+        if self.next_url or self.catalogue_url:
+            return thought, self.do_browse({"url": self.next_url or self.catalogue_url}), None
+        return thought, self.do_search([f"catalogue of {self.keeper}"]), None
+
+    def random_move(self):
+        rng = self.rng
+        if self.entries and rng.random() < 0.4:  # the wrong entry
+            name, _, price = rng.choice(self.entries)
+            self.found, self.count = [*self.found, (name, price)][-4:], self.count + rng.randint(0, 2)
+        if rng.random() < 0.3:
+            self.take_in()
+        if self.found and rng.random() < 0.3:  # forgets
+            self.found = rng.sample(self.found, len(self.found) - 1)
+        thought = rng.choice([self.state(), self.state(), self.plan(), "Let me look.", "Not sure."])
+        roll, urls = rng.random(), self.seen_urls[-9:]
+        if roll < 0.35 and (self.found or self.count):
+            return thought, None, self.answer()
+        if roll < 0.65 and urls:
+            return thought, self.do_browse({"url": rng.choice(urls), **rng.choice([{}, {}, {"page": 2}, {"links": True}, {"find": self.word}])}), None
+        if roll < 0.75 and self.last_call:
+            return thought, self.last_call, None  # round in circles
+        query = rng.choice([f"catalogue of {rng.choice(self.seen_names)}", f"{self.word} entries", f"{self.relation or 'catalogue'} of {self.names[0]}"])
+        return thought, self.do_search([query]), None
+
+    def notes(self) -> str:
+        """What to keep. The page in front is not among it: its result comes after the notes."""
+        rng = self.rng
+        self.seen_urls = re.findall(r"https?://\S+", self.last_result)
+        self.catalogue_url = self.catalogue_url if self.catalogue_url in self.seen_urls else None
+        where = self.plan() if self.keeper is None else f"{self.keeper}: catalogue, {self.word}."
+        if rng.random() < self.skill:
+            return f"{self.state()} {where}" if self.found or self.count or self.next_url or self.ended else where
+        if rng.random() < 0.5:
+            self.found, self.count = rng.sample(self.found, rng.randint(0, len(self.found))), rng.randint(0, self.count)
+        return rng.choice([f"{self.state()} {where}", where, self.state(), "Not sure.", "Let me look.",
+                           f"{rng.choice(self.seen_names)}: {self.word}."])
+
+    def read(self, text: str) -> None:
+        super().read(text)
+        self.last_result = text
+        urls = re.findall(r"https?://\S+", text)
+        self.seen_urls += [url for url in urls if url not in self.seen_urls]
+        if self.keeper and (url := f"http://{self.world.host}/{self.keeper}-catalogue") in urls:
+            self.catalogue_url = url
+        self.entries = [(name, colour, int(price)) for name, colour, price in re.findall(r"https?://[^/\s]+/(\w+) ([a-z]+) (\d+)", text)]
+        following = re.search(r"Next: (\S+)", text)
+        self.next_url = following.group(1) if following else None
+        self.ended = "catalogue ends here" in text
+
+    def play(self, args: RolloutArgs) -> tuple[list[tuple[list[int], list[int]]], bool]:
+        """Returns (ids, mask with 1 on the walker's own tokens) of some segments, and whether the answer was right: the first one, the
+        last one, and two between, one of them where something was found."""
+        news: set[int] = set()  # segments in which something was found
+        trajectory = Trajectory(self.task, (0,), head_ids=self.chat.head(self.task.question))
+        tools = dict.fromkeys(("search", "browse"), SimpleNamespace(check=lambda arguments: None))  # turns are only parsed by finish_turn
+        while trajectory.status == "running" and next_prompt(trajectory, self.chat, args):
+            call, self.news = None, False
+            if len(trajectory.turns) in trajectory.memory["notes_turns"]:
+                action = self.notes()
+            else:
+                thought, call, answer = self.sensible_move() if self.rng.random() < self.skill else self.random_move()
+                thought = thought if trajectory.turns else self.plan()
+                action = f"<think>{thought}</think>" + (f"<tool_call>{call[0]}</tool_call>" if answer is None else f"<answer>{answer}</answer>")
+            news |= {len(trajectory.segments) - 1} if self.news else set()
+            ids = self.chat.trusted(action) + [self.chat.end_id]
+            if finish_turn(trajectory, ids, [0.0] * len(ids), 0, self.chat, tools):
+                take_results(trajectory, [(call[1](), False)], self.chat, args)
+                self.read(trajectory.turns[-1].results[0])
+                self.last_call = call
+        segments = trajectory.segments
+        if len(segments) > 4:
+            between = range(1, len(segments) - 1)
+            chosen = {0, len(segments) - 1, self.rng.choice([k for k in between if k in news] or between), self.rng.choice(between)}
+            segments = [segments[k] for k in sorted(chosen)]
+        is_right = bool(correct(trajectory.answer, self.task.answer, self.task.answer_type))
+        return [(segment.ids, [int(turn >= 0) for turn in segment.turn_of]) for segment in segments], is_right
+
+
+def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
+    """At least this many segments of walks over all pretraining worlds, and 40 of skilled walkers in one more, for `report`."""
+    rng = random.Random(f"walkers-{args.seed}")
+    rollout_args = RolloutArgs(context="summarize", max_context=args.deep_context, max_turns=99)
+    walks, held_out, right, count = [], [], 0, 0
+    progress = tqdm(total=rows, desc="walkers", unit="segment", mininterval=5)
+    for number in range(args.worlds + 1):
+        world = World(100 + number, args.deep_entities, "pretrain", "deep")
+        search = Search(world_folder(world.description()) / "pages.db")
+        pages = {world.url(i): page_html(world, world.entity(i)) for i in range(args.deep_entities)}
+        pages |= {f"http://{world.host}/{path}": page for path, _, _, page in deep.pages(world)}
+        Explorer.world_type = {world.name(i): world.type(i) for i in range(args.deep_entities)}
+
+        def walk(skill: float) -> tuple[list, bool]:
+            task = draw_task(world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25)
+            while task.meta["template"].startswith("total"):  # for `python`: not walked
+                task = draw_task(world, "collection", 2, rng, rng.random() < 0.25)
+            segments, is_right = Walker(task, world, search, chat, rng, skill, pages).play(rollout_args)
+            return [(np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)) for ids, mask in segments], is_right
+        while number == args.worlds and len(held_out) < 40:
+            held_out += walk(1.0)[0]
+        while len(walks) < rows * min(1, (number + 1) / args.worlds):
+            segments, is_right = walk(0.995 if rng.random() < args.skilled_share else rng.uniform(0.0, 0.7))
+            walks += segments
+            right, count = right + is_right, count + 1
+            progress.update(len(segments))
+    progress.close()
+    print(f"walkers were right on {right / count:.1%} of {count} tasks; {np.mean([len(i) for i, _ in walks]):.0f} tokens a segment")
+    return walks, held_out
+
+
 def write_transcripts(args: Args, chat: Chat) -> list[tuple[np.ndarray, np.ndarray]]:
     """Explorer transcripts over all pretraining worlds; prints how often they were right."""
     rng = random.Random(f"explorers-{args.seed}")
@@ -408,6 +591,44 @@ def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
+def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Walks in small: notes, then pages of one to four entries; each thought says what was found so far, each call follows "Next:".
+
+    A real page of eight entries rarely has one that is looked for, so on real walks alone the rule is learned slowly.
+
+    Returns: ids (B, T), labels (B, T) as `copy_drill`.
+    """
+    name = lambda: world.name(int(rng.integers(world.entities)))
+    colours = [*deep.COLOURS, deep.RARE_COLOUR]
+    ids, labels = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), -100, dtype=np.int64)
+    for row in range(rows):
+        row_ids, row_labels = [], []
+
+        def write(text: str, learn: bool) -> None:
+            new = chat.trusted(text)
+            row_ids.extend(new)
+            row_labels.extend(new if learn else [-100] * len(new))
+
+        while len(row_ids) < length:
+            host, extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.3
+            word = rng.choice(["greatest", "smallest"]) if extreme else deep.RARE_COLOUR if rng.random() < 0.7 else rng.choice(colours)
+            found = [f"{name()} {rng.integers(100, 1000)}"] if extreme else [name() for _ in range(rng.integers(0, 4))]
+            state = lambda: f"{word}: {','.join(found) or 'none'}."
+            write(f"\nNotes: {state()} {name()}: catalogue, {word}.", False)
+            while len(row_ids) < length and len(found) < 6 and rng.random() < 0.85:
+                colour = lambda: word if not extreme and rng.random() < 0.25 else rng.choice(colours)
+                entries = [(name(), colour(), int(rng.integers(100, 1000))) for _ in range(rng.integers(1, 5))]
+                following = name()
+                write("<tool_response>" + "".join(f"{host}/{n} {c} {p}\n" for n, c, p in entries) + f"Next: {host}/{following}</tool_response>", False)
+                if extreme:
+                    found = [(max if word == "greatest" else min)([*found, *(f"{n} {p}" for n, _, p in entries)], key=lambda item: item.split()[1])]
+                else:
+                    found += [n for n, c, _ in entries if c == word]
+                write(f'<think>{state()}</think><tool_call>{{"name": "browse", "arguments": {{"url": "{host}/{following}"}}}}</tool_call>', True)
+        ids[row], labels[row] = row_ids[:length], row_labels[:length]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
 def pad(batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids (B, T) and labels (B, T): the explorer's tokens and a tenth of the others."""
     length = max(len(ids) for ids, _ in batch)
@@ -483,11 +704,12 @@ def main():
     tokenizer.save_pretrained(out)
     chat = Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
     if args.cache and Path(args.cache).exists():
-        transcripts = torch.load(args.cache, weights_only=False)
+        transcripts, walks, held_out_walks = torch.load(args.cache, weights_only=False)
     else:
         transcripts = write_transcripts(args, chat)
+        walks, held_out_walks = write_walks(args, chat, round(len(transcripts) * args.deep_share / (1 - args.deep_share))) if args.deep_share else ([], [])
         if args.cache:
-            torch.save(transcripts, args.cache)
+            torch.save((transcripts, walks, held_out_walks), args.cache)
 
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
@@ -504,7 +726,7 @@ def main():
                                    {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}],
                                   lr=args.learning_rate, betas=(0.9, 0.98))
     rng = np.random.default_rng(args.seed)
-    held_out, transcripts = transcripts[-200:], transcripts[:-200]
+    held_out, transcripts = transcripts[-200:], transcripts[:-200] + walks
     # rows of like length share a batch; the batches come in random order
     order = np.argsort([len(ids) + rng.random() for ids, _ in transcripts], kind="stable")
     batches, batch = [], []
@@ -528,13 +750,15 @@ def main():
         # First drills until facts are copied, then transcripts with some drills among them.
         learned = learned or average.get("facts copied", 0) > 0.9 or step >= args.drill_steps
         if not learned or (done < 0.8 and rng.random() < args.drill_share):
-            name = "plans" if learned and rng.random() < 0.7 else "facts" if rng.random() < 0.8 else "spans"
+            name = "walks" if walks and learned and rng.random() < 0.5 else "plans" if learned and rng.random() < 0.7 else "facts" if rng.random() < 0.8 else "spans"
         else:
             name = "transcripts"
         if name == "spans":
             ids, labels = copy_drill(rng, len(tokenizer), args.batch_tokens // 256, 256)
         elif name == "plans":
             ids, labels = plan_drill(rng, chat, drill_world, args.batch_tokens // 256, 256)
+        elif name == "walks":
+            ids, labels = walk_drill(rng, chat, drill_world, args.batch_tokens // 256, 256)
         elif name == "facts":
             ids, labels = fact_drill(rng, chat, args.batch_tokens // 256, 256)
         else:
@@ -553,28 +777,41 @@ def main():
             average[f"{name} copied"] = 0.9 * average.get(f"{name} copied", hit) + 0.1 * hit
         progress.set_postfix({k: f"{v:.3f}" for k, v in average.items()} | {"M tokens": f"{tokens / 1e6:.1f}"})
         if step % 200 == 199 or step == total - 1:
-            report(model, held_out, chat, step, tokens, time.time() - start, average)
+            report(model, held_out, held_out_walks, chat, step, tokens, time.time() - start, average)
             model.save_pretrained(out)
     model.save_pretrained(out)
-    report(model, held_out, chat, step, tokens, time.time() - start, average)
+    report(model, held_out, held_out_walks, chat, step, tokens, time.time() - start, average)
 
 
 @torch.no_grad()
-def report(model, held_out, chat, step: int, tokens: int, seconds: float, average: dict) -> None:
-    """Loss on held-out explorers' tokens, and how well values of facts are copied out of results into thoughts."""
-    losses, hits, count = [], 0, 0
-    for ids, mask in held_out:
-        ids = torch.from_numpy(ids.astype(np.int64))[None]
-        labels = torch.where(torch.from_numpy(mask)[None], ids, -100)
-        loss, predicted, targets = loss_of(model, ids, labels)
-        losses.append(loss.item())
-        text = [chat.tokenizer.convert_ids_to_tokens(int(t)) for t in targets]
-        for t in range(1, len(text) - 2):
-            if text[t] == "ĠisĠ":
-                hits += int(predicted[t + 1] == targets[t + 1])
-                count += 1
-    tqdm.write(f"step {step} {seconds / 60:.1f} min {tokens / 1e6:.1f}M tokens | held-out loss {np.mean(losses):.3f} | "
-               f"fact copied {hits / max(1, count):.1%} of {count} | {({k: round(v, 3) for k, v in average.items()})}", file=sys.stdout)
+def report(model, held_out, walks, chat, step: int, tokens: int, seconds: float, average: dict) -> None:
+    """Loss on held-out explorers' tokens, and how well values are copied: facts out of results into thoughts, and in the walks the
+    next page's address, found names, and whole turns of notes (each token the likeliest one, given the right ones before it)."""
+    def tokens_of(row) -> tuple[float, list[tuple[str, str, bool, bool]]]:
+        """Loss, and (token before, token, whether it was predicted, whether the turn ends here) of the explorer's own tokens."""
+        ids, mask = torch.from_numpy(row[0].astype(np.int64))[None], row[1]
+        loss, predicted, targets = loss_of(model, ids, torch.where(torch.from_numpy(mask)[None], ids, -100))
+        text = chat.tokenizer.convert_ids_to_tokens(targets.tolist())
+        return loss.item(), list(zip([""] + text, text, (predicted == targets).tolist(), (targets == chat.end_id).tolist()))
+
+    losses, tokens_seen = zip(*[tokens_of(row) for row in held_out])
+    facts = [hit for row in tokens_seen for before, _, hit, _ in row if before == "ĠisĠ"]
+    line = f"held-out loss {np.mean(losses):.3f} | fact copied {np.mean(facts):.1%} of {len(facts)}"
+    if walks:
+        losses, tokens_seen = zip(*[tokens_of(row) for row in walks])
+        urls = [hit for row in tokens_seen for before, _, hit, _ in row if before == "/"]
+        names = [hit for row in tokens_seen for before, token, hit, _ in row if before in (":Ġ", ",") and token[0].isupper()]
+        turns, whole, notes = [], True, []
+        for row in tokens_seen:
+            kind = "notes"
+            for _, token, hit, ends in row:
+                whole, kind = whole and hit, "turn" if token == "<think>" else kind
+                if ends:
+                    (notes if kind == "notes" else turns).append(whole)
+                    whole, kind = True, "notes"
+        line += (f" | walks: loss {np.mean(losses):.3f}, next page {np.mean(urls):.1%} of {len(urls)}, names {np.mean(names):.1%} of {len(names)}, "
+                 f"whole turns {np.mean(turns):.1%} of {len(turns)}, whole notes {np.mean(notes):.1%} of {len(notes)}")
+    tqdm.write(f"step {step} {seconds / 60:.1f} min {tokens / 1e6:.1f}M tokens | {line} | {({k: round(v, 3) for k, v in average.items()})}", file=sys.stdout)
     sys.stdout.flush()
 
 

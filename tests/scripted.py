@@ -35,13 +35,16 @@ def turns_of(trajectory: Trajectory) -> int:
 
 
 def scripted_turn(trajectory: Trajectory, ids: list[int], logprobs: list[float], version: int, chat, tools: dict) -> list | None:
-    """In the place of rollout.finish_turn."""
+    """In the place of rollout.finish_turn; like there, a turn of notes calls nothing."""
+    is_notes = len(trajectory.turns) in trajectory.memory.get("notes_turns", [])
     trajectory.segments[-1].append(ids, len(trajectory.turns), logprobs)
     turn = Turn(ids, logprobs, version)
     trajectory.turns.append(turn)
     if len(trajectory.turns) >= turns_of(trajectory):
         trajectory.status, trajectory.answer = "answered", ""
         return None
+    if is_notes:
+        return []
     latency_s = trajectory.task.meta["latency_s"]
     if latency_s == "heavy":  # the same call takes the same time, whoever makes it and however often
         latency_s = heavy_latency(np.random.default_rng([zlib.crc32(trajectory.task.id.encode()), trajectory.key[3], len(trajectory.turns)]))

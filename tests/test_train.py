@@ -210,7 +210,7 @@ def test_lines_of_undone_steps_are_cut(tmp_path):
 @pytest.mark.parametrize("changes, rollout_changes", [(dict(stale="some"), {}), (dict(partial=True), {}), (dict(rollout="async", overlap=True), {}), (dict(rollout="async", partial=True, max_age=0), {}),
     ({}, dict(temperature=0.0)), (dict(samples=0), {}), (dict(gamma=0.0), {}),
     (dict(learning_rate=float("nan")), {}), (dict(negatives=-1.0), {}), (dict(format_penalty=-1.0), {}), (dict(eval_every=-1), {}), (dict(max_grad_norm=0.0), {}), (dict(nominal_tokens=0), {}),
-    ({}, dict(max_turns=0)), ({}, dict(slots=0)), ({}, dict(context="forget")), ({}, dict(max_context=96)), ({}, dict(page_chars=0)), ({}, dict(temperature=float("nan")))])
+    ({}, dict(max_turns=0)), ({}, dict(slots=0)), ({}, dict(context="forget")), ({}, dict(context="summarize", context_budget=900)), ({}, dict(max_context=96)), ({}, dict(page_chars=0)), ({}, dict(temperature=float("nan")))])
 def test_flags_that_cannot_work(changes, rollout_changes):
     with pytest.raises(ValueError, match="--"):
         check_args(TrainArgs(**changes), RolloutArgs(**rollout_changes))

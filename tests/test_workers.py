@@ -175,10 +175,11 @@ def test_async_without_partial_is_strictly_on_policy(make_pool, tiny):
     assert all(turn.version == version for version, step in enumerate(steps) for group in step for t in group.trajectories for turn in t.turns)
 
 
-def test_parked_work_goes_on_token_for_token_from_a_checkpoint(make_pool, tiny, chat):
+@pytest.mark.parametrize("more", [{}, dict(context="summarize", context_budget=160)])
+def test_parked_work_goes_on_token_for_token_from_a_checkpoint(make_pool, tiny, chat, more):
     """Stopped in the middle, written down as plain data, continued by other processes: greedy decoding gives the uninterrupted run."""
     tasks = scripted_tasks(6, 2, seed=3, turns=lambda rng: int(rng.integers(3, 12)), latency_s=0.0)
-    args = dict(temperature=0.0)
+    args = dict(temperature=0.0) | more
     pool = make_pool(tasks, enough=2, partial=True, budget_tokens=40, args=args)
     first = pool.collect(0)
     state = pool.state()
@@ -198,6 +199,7 @@ def test_parked_work_goes_on_token_for_token_from_a_checkpoint(make_pool, tiny, 
         rollout(engine, chat, fresh, ScriptedToolbox(), rollout_args, act=scripted_turn)
         assert [[turn.action_ids for turn in t.turns] for t in fresh] == [[turn.action_ids for turn in t.turns] for t in group.trajectories]
         assert [[s.ids for s in t.segments] for t in fresh] == [[s.ids for s in t.segments] for t in group.trajectories]
+    assert not more or max(len(t.segments) for step in steps for group in step for t in group.trajectories) > 2
 
 
 def test_a_signal_waits_until_a_worker_has_been_started():
@@ -221,6 +223,7 @@ def test_a_group_survives_plain_data():
     task = scripted_tasks(1, 2)[0]
     group = make_group(task, 5, 3, 2, 0)
     group.trajectories[0].turns.append(Turn([1, 2], [-0.5, -0.25], 3, [4], [{"name": "wait", "arguments": {}}], ["waited"]))
+    group.trajectories[0].memory["notes_turns"] = [1]
     assert group_from(asdict(group)) == group
 
 
