@@ -390,7 +390,7 @@ class Engine:
         mask = torch.zeros(B, 1, T, length, device=self.device).masked_fill_(
             torch.arange(length, device=self.device) > positions[:, None, :, None], -torch.inf)
         ids = torch.from_numpy(ids).to(self.device)
-        if self.device.type == "cpu" and isinstance(rows, slice) and B <= TRACED_ROWS and cache.keys and self.traced is not False:
+        if self.device.type == "cpu" and T == 1 and rows == slice(0, B) and B <= TRACED_ROWS and cache.keys and self.traced is not False:
             return self.replay(ids, positions, mask, cache)[:, -1].float()
         if self.device.type == "cpu" and T == 1:  # memory is what decoding costs on a CPU, kernel launches on a GPU
             mask.bounds = [(first, min(B, first + 8), int(lengths[first:first + 8].max())) for first in range(0, B, 8)]
@@ -441,9 +441,10 @@ class Engine:
                     padding + count * (len(pending[count].pending) - len(pending[count - 1].pending)) <= PADDING_TOKENS):
                 padding += count * (len(pending[count].pending) - len(pending[count - 1].pending))
                 count += 1
-            batch, pending = pending[:count], pending[count:]
-            pieces = [slot.pending[:PREFILL_TOKENS] for slot in batch]
-            logits = self.forward(pieces, [len(slot.cached) for slot in batch], [slot.row for slot in batch])
+            batch, pending = sorted(pending[:count], key=lambda slot: slot.row), pending[count:]
+            pieces, rows = [slot.pending[:PREFILL_TOKENS] for slot in batch], [slot.row for slot in batch]
+            side_by_side = rows[-1] - rows[0] < len(rows)  # then they can be read without a copy
+            logits = self.forward(pieces, [len(slot.cached) for slot in batch], slice(rows[0], rows[-1] + 1) if side_by_side else rows)
             for slot, piece in zip(batch, pieces):
                 self.stats["prefilled"] += len(piece)
                 slot.cached, slot.pending = slot.cached + piece, slot.pending[len(piece):]

@@ -88,15 +88,14 @@ def cost_of_turns(model, turns: int, new_tokens: int, repeats: int, slots: int =
 
 @torch.no_grad()
 def attention_seconds(model, slots: int, context: int, steps: int) -> float:
-    """Seconds of `steps` decoding steps' bare attention over a context of that length, all layers."""
+    """Seconds of bare attention over a context of that length, all layers: one pass of `steps` new tokens, then `steps` decoding steps."""
     config = model.config.get_text_config()
     heads, size = config.num_attention_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
-    query = torch.randn(slots, shared, heads // shared, size)
     layers = [torch.randn(2, slots, shared, context, size) for _ in range(config.num_hidden_layers)]
-    mask = torch.zeros(slots, 1, heads // shared, context)
+    queries = [(torch.randn(slots, shared, heads // shared * new, size), torch.zeros(slots, 1, heads // shared * new, context)) for new in [steps] + [1] * steps]
     clock = time.perf_counter()
-    for _ in range(steps):
+    for query, mask in queries:
         for keys, values in layers:
             torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     return time.perf_counter() - clock
