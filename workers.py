@@ -36,6 +36,7 @@ from rollout import RolloutArgs, Trajectory, Turn, engine_for, finish_turn, keep
 from tools import SIGNATURES
 
 SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
+FEW = 0.25  # with --partial: when fewer than this share of the slots is in use, a group of the next step is begun
 MAX_DEATHS = 5  # in a row, without a finished trajectory in between, before the run stops
 
 
@@ -319,12 +320,13 @@ class Rollouts:
         state: of an earlier run, see `state`. Workers start here, so after it was loaded.
     """
 
-    def __init__(self, model, setup: Setup, workers: int, next_group, enough: int, partial: bool = False, overlap: bool = False, ahead: float = 0.25,
+    def __init__(self, model, setup: Setup, workers: int, next_group, enough: int, partial: bool = False, overlap: bool = False, ahead: float = 0.5,
                  budget_s: float = 0.0, budget_tokens: int = 0, max_age: int = 4, version: int = 0, state: dict | None = None):
         self.setup, self.next_group, self.enough, self.partial, self.overlap = setup, next_group, enough, partial, overlap
         self.budget_s, self.budget_tokens, self.max_age = budget_s or float("inf"), budget_tokens or float("inf"), max_age
         self.silence_s = SILENCE_S
         self.most_groups = enough + (max(1, round(ahead * enough)) if partial else 0)  # under way at once
+        self.few = FEW * setup.args.slots * workers if partial else 0
         self.groups: dict[int, Group] = {}  # under way: the replay buffer
         self.lent: list[Group] = []  # whole, collected, and not yet trained on
         self.where: dict[tuple, tuple[int, int]] = {}  # trajectory key -> (group, index) of those that run
@@ -372,8 +374,10 @@ class Rollouts:
         if not self.overlap:
             self.seen = (time.monotonic(), self.working_s())
         started, tokens = time.monotonic(), self.sampled()
-        self.top_up(version)
+        self.top_up(version, self.enough)
         while self.groups:
+            if len(self.where) < self.few:
+                self.top_up(version, min(len(self.groups) + 1, self.most_groups))
             whole = [group for group in self.groups.values() if group.whole()]
             over = time.monotonic() - started > self.budget_s or self.sampled() - tokens > self.budget_tokens
             due = any(version - group.born >= self.max_age and not group.whole() for group in self.groups.values())
@@ -390,7 +394,7 @@ class Rollouts:
         self.idle_share = max(0.0, 1.0 - (working_s - self.seen[1]) / max(1e-9, (now - self.seen[0]) * len(self.workers)))
         self.seen = (now, working_s)
         if self.overlap:
-            self.top_up(version)  # so that nobody idles during the update
+            self.top_up(version, self.enough)  # so that nobody idles during the update
         return whole
 
     def publish(self, model, version: int) -> None:
@@ -440,8 +444,9 @@ class Rollouts:
                 self.where[trajectory.key] = (group.number, index)
                 self.queue.append(trajectory.key)
 
-    def top_up(self, version: int) -> None:
-        while len(self.groups) < self.most_groups and (group := self.next_group(self.next_number, version)):
+    def top_up(self, version: int, most: int) -> None:
+        """Begin groups until `most` are under way."""
+        while len(self.groups) < most and (group := self.next_group(self.next_number, version)):
             self.next_number += 1
             self.begin(group)
         self.hand_out()
