@@ -438,6 +438,8 @@ def main():
             raise ValueError(f"--baseline {args.baseline}: choose closed_book, top_snippet or snippet_reader")
         if args.api and not args.api_model:
             raise ValueError("--api needs --api_model NAME")
+        if args.api and rollout_args.context != "none":
+            raise ValueError(f"--context {rollout_args.context} edits token ids, which --api does not have: a served model sees the whole transcript")
         if unknown := set(args.without) - {"search", "browse", "python"}:
             raise ValueError(f"--without {' '.join(sorted(unknown))}: there are search, browse and python")
         if args.retriever not in ("bm25", "random", "empty") or args.retriever == "random" and rollout_args.search != "embedded":

@@ -77,7 +77,7 @@ class TrainArgs:
     rollout: str = field(default="sync", metadata={"help": "sync: trajectories are played in this process, the same ones at each repetition; async: in rollout processes"})
     workers: int = field(default=0, metadata={"help": "rollout processes of each rank with --rollout async (0: one a core on CPUs, one on a GPU)"})
     partial: bool = field(default=False, metadata={"help": "async: a step ends when tasks_per_step groups are whole or its budget is over; the others are parked at a turn boundary and continued by the next weights"})
-    ahead: float = field(default=0.25, metadata={"help": "partial: groups begun beyond a step's worth, as a share of it; more means less waiting and more tokens by older weights"})
+    ahead: float = field(default=0.25, metadata={"help": "partial: groups begun beyond a step's worth (at least one), as a share of it; more means less waiting and more tokens by older weights"})
     budget_s: float = field(default=0.0, metadata={"help": "partial: seconds of rollout after which a step ends with the groups that are whole (at least one; 0: no limit)"})
     budget_tokens: int = field(default=0, metadata={"help": "partial: the same in sampled tokens of one rank"})
     max_age: int = field(default=4, metadata={"help": "partial: a group begun so many steps ago is waited for, whatever the budget"})
@@ -253,8 +253,8 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
     if not args.partial and (args.overlap or args.budget_s or args.budget_tokens):
         raise ValueError("--overlap, --budget_s and --budget_tokens need --partial")
     for name in ("workers", "ahead", "budget_s", "budget_tokens"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name} must not be negative")
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} must be finite and not negative")
     if args.max_age < 1:
         raise ValueError("--max_age must be at least 1")
     if rollout_args.temperature <= 0:
