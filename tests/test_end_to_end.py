@@ -1,5 +1,6 @@
 """Runs the commands of the README on a small setting: the nano model, the embedded world, real HTTP, a real sandbox."""
 
+import contextlib
 import json
 import os
 import signal
@@ -26,10 +27,20 @@ def launch(*arguments, processes=1):
     try:
         printed, errors = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
-        for each in reversed([process, *psutil.Process(process.pid).children(recursive=True)]):  # ranks first, their launcher last
-            each.send_signal(signal.SIGABRT)  # faulthandler writes down the stacks of all threads
-            time.sleep(0.5)
-        pytest.fail(f"train.py hangs: {process.communicate()[1][-20000:]}")
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for action in ("suspend launchers", "abort", "kill"):  # a launcher would end the second rank as soon as the first is aborted
+            for each in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    is_launcher = "torch.distributed.run" in each.cmdline() or "accelerate.commands.launch" in each.cmdline()
+                    if action == "suspend launchers" and is_launcher:
+                        each.suspend()
+                    elif action == "abort" and not is_launcher:
+                        each.send_signal(signal.SIGABRT)  # faulthandler writes down the stacks of all threads
+                        time.sleep(0.5)
+                    elif action == "kill":
+                        each.kill()
+        printed, errors = process.communicate(timeout=60)
+        pytest.fail(f"train.py hangs: {printed}\n{errors[-20000:]}")
     return subprocess.CompletedProcess(command, process.returncode, printed, errors)
 
 
