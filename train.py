@@ -23,7 +23,8 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait leave their core to others, see README
 if __name__ == "__main__":  # until main() listens: no traceback out of the middle of an import
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: (sys.stderr.write("train.py: stopped before it began\n"), os._exit(130)))
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda *_: (sys.stderr.write("train.py: stopped before it began\n"), os._exit(130)))
 
 import contextlib
 import json

@@ -49,14 +49,11 @@ def test_training_is_unaffected(tmp_path):
 
 
 @pytest.mark.parametrize("script, provider, environment, words", [
-    ("train.py", "brave", {}, "search by brave needs an API key in the environment variable BRAVE_API_KEY"),
     ("train.py", "serper", {"SERPER_API_KEY": "k-secret"}, "search by serper: cannot reach google.serper.dev"),
-    ("evaluate.py", "tavily", {}, "search by tavily needs an API key in the environment variable TAVILY_API_KEY"),
-    ("evaluate.py", "searxng", {}, "search by searxng: cannot reach searx.test")])
+    ("evaluate.py", "tavily", {}, "search by tavily needs an API key in the environment variable TAVILY_API_KEY")])
 def test_a_live_provider_fails_with_one_line(tmp_path, script, provider, environment, words):
-    address = ["--search_url", "http://searx.test:8080"] if provider == "searxng" else []
     out = ["--out", tmp_path / "run"] if script == "train.py" else []
-    done = cut(script, "--search", provider, *address, *out, environment=environment)
+    done = cut(script, "--search", provider, *out, environment=environment)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith(f"{script}: {words}") and "k-secret" not in done.stdout + done.stderr
 
