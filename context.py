@@ -186,11 +186,12 @@ def summarize(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
 
     The request for notes takes the place of the last result, so the prompt that asks is a pure extension of the segment and
     always short enough. The next prompt is: system, question, notes, the last action and its result, whole. So notes never speak
-    of a result that is still in front of the policy (it would count it twice), and a result is never lost unread. The next
-    notes are written with the old ones in view, and replace them.
+    of a result that is still in front of the policy (it would count it twice), and a result is never lost unread, unless the budget has
+    no room for it beside question, notes and action alone: then a stub stands for it. The next notes are written with the old ones in
+    view, and replace them.
 
-    A notes turn is not read for calls or answers, whatever it says (`finish_turn`; nano-rlm's rule, too): a policy that has its answer gives it a turn
-    later, and nothing that it writes can be an action or, fed back without control tokens, the end of the question's turn.
+    A notes turn is not read for calls or answers, whatever it says (`finish_turn`; nano-rlm's rule, too): a policy that has its answer
+    gives it a turn later, and nothing that it writes can be an action or, fed back without control tokens, the end of the question's turn.
     """
     turns, notes_turns = trajectory.turns, trajectory.memory.setdefault("notes_turns", [])  # the last one may still be unwritten
     ids, later = list(trajectory.head_ids), turns

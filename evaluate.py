@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 
 import numpy as np
 import requests
@@ -438,6 +438,8 @@ def main():
             raise ValueError(f"--baseline {args.baseline}: choose closed_book, top_snippet or snippet_reader")
         if args.api and not args.api_model:
             raise ValueError("--api needs --api_model NAME")
+        if args.api and rollout_args.context != "none":
+            raise ValueError(f"--context {rollout_args.context} edits token ids, which --api does not have: a served model sees the whole transcript")
         if unknown := set(args.without) - {"search", "browse", "python"}:
             raise ValueError(f"--without {' '.join(sorted(unknown))}: there are search, browse and python")
         if args.retriever not in ("bm25", "random", "empty") or args.retriever == "random" and rollout_args.search != "embedded":

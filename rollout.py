@@ -589,7 +589,8 @@ def take_results(trajectory: Trajectory, results: list[tuple[str, bool]], chat: 
     for call, text in zip(turn.calls, turn.results):
         opened = [call["arguments"]["url"]] if call["name"] == "browse" else []
         trajectory.urls += [url for url in opened + urls_in(text) if url not in trajectory.urls]
-    if len(trajectory.turns) >= MAX_FAULTY_TURNS and all(t.faults for t in trajectory.turns[-MAX_FAULTY_TURNS:]):
+    called = [t for t in trajectory.turns if t.results]  # a turn of notes between them calls nothing
+    if len(called) >= MAX_FAULTY_TURNS and all(t.faults for t in called[-MAX_FAULTY_TURNS:]):
         trajectory.status = "tool_fault"
 
 

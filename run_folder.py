@@ -204,7 +204,8 @@ def end_on_signals() -> None:
         last_resort.start()
         raise KeyboardInterrupt
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, stop)
+        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN:  # nohup: a closed terminal is to change nothing
+            signal.signal(each, stop)
     # A launcher that is killed does not end what it has started: Linux then sends us SIGTERM.
     parent = psutil.Process().parent()
     if parent and {Path(word).name for word in parent.cmdline()} & {"accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}:

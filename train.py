@@ -20,10 +20,11 @@ import signal
 import sqlite3
 import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait leave their core to others, see README
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: threads that wait soon leave their core to others (README, Limits)
 if __name__ == "__main__":  # until main() listens: no traceback out of the middle of an import
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: (sys.stderr.write("train.py: stopped before it began\n"), os._exit(130)))
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda *_: (sys.stderr.write("train.py: stopped before it began\n"), os._exit(130)))
 
 import contextlib
 import json
@@ -77,7 +78,7 @@ class TrainArgs:
     rollout: str = field(default="sync", metadata={"help": "sync: trajectories are played in this process, the same ones at each repetition; async: in rollout processes"})
     workers: int = field(default=0, metadata={"help": "rollout processes of each rank with --rollout async (0: one a core on CPUs, one on a GPU)"})
     partial: bool = field(default=False, metadata={"help": "async: a step ends when tasks_per_step groups are whole or its budget is over; the others are parked at a turn boundary and continued by the next weights"})
-    ahead: float = field(default=0.5, metadata={"help": "partial: as slots fall idle groups are begun beyond a step's worth, at most this share of it; more means less waiting and more tokens by older weights"})
+    ahead: float = field(default=0.5, metadata={"help": "partial: as slots fall idle groups are begun beyond a step's worth, at most this share of it (at least one); more means less waiting and more tokens by older weights"})
     budget_s: float = field(default=0.0, metadata={"help": "partial: seconds of rollout after which a step ends with the groups that are whole (at least one; 0: no limit)"})
     budget_tokens: int = field(default=0, metadata={"help": "partial: the same in sampled tokens of one rank"})
     max_age: int = field(default=4, metadata={"help": "partial: a group begun so many steps ago is waited for, whatever the budget"})
@@ -253,8 +254,8 @@ def check_args(args: TrainArgs, rollout_args: RolloutArgs) -> None:
     if not args.partial and (args.overlap or args.budget_s or args.budget_tokens):
         raise ValueError("--overlap, --budget_s and --budget_tokens need --partial")
     for name in ("workers", "ahead", "budget_s", "budget_tokens"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name} must not be negative")
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} must be finite and not negative")
     if args.max_age < 1:
         raise ValueError("--max_age must be at least 1")
     if rollout_args.temperature <= 0:

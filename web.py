@@ -440,6 +440,7 @@ class Browse:
             except ValueError as error:  # from urlsplit, requests, idna, or a certificate that is not the site's
                 raise Refused(f"{error}: {url}") from None
             except (OSError, http.client.HTTPException) as error:
+                self.idle.clear()  # a server closes connections that were idle for long: all of them, so a retry needs a new one
                 wait = getattr(error, "wait_s", 0.1 * 2**attempt)
                 if attempt == 2 or time.monotonic() + wait > deadline:
                     raise ToolFault(f"{url} cannot be reached ({error if isinstance(error, Unavailable) else type(error).__name__})") from None
@@ -483,7 +484,10 @@ class Browse:
         parts = urlsplit(requests.Request("GET", url).prepare().url)  # percent-encodes and checks the address
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         embedded = self.hosts.get(urlsplit(url).hostname)
-        connection = self.idle[embedded].pop() if embedded and self.idle[embedded] else None
+        try:
+            connection = self.idle[embedded].pop() if embedded else None
+        except IndexError:
+            connection = None
         if embedded and not connection:
             connection = http.client.HTTPConnection(*embedded.split(":"))
             connection.sock = connect(connection.host, connection.port, deadline, public=False)

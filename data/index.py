@@ -19,6 +19,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -63,14 +64,19 @@ def in_processes(jobs: list[Callable], processes: int) -> Iterator:
         yield from (job() for job in jobs)
         return
     spawn, workers, connections = multiprocessing.get_context("spawn"), [], []  # forking a process that has threads is not safe
+    resource_tracker.ensure_running()  # it would unblock SIGINT again
     try:
-        for number in range(processes):
-            connection, theirs = spawn.Pipe(duplex=False)
-            connections.append(connection)
-            worker = spawn.Process(target=run_jobs, args=(theirs, jobs[number::processes]), daemon=True)
-            worker.start()
-            workers.append(worker)
-            theirs.close()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a process inherits this: Ctrl-C would end it in the middle of an import
+        try:
+            for number in range(processes):
+                connection, theirs = spawn.Pipe(duplex=False)
+                connections.append(connection)
+                worker = spawn.Process(target=run_jobs, args=(theirs, jobs[number::processes]), daemon=True)
+                worker.start()
+                workers.append(worker)
+                theirs.close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         for number in range(len(jobs)):
             result, error = connections[number % processes].recv()
             if error:

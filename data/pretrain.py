@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np

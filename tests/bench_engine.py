@@ -9,12 +9,14 @@ measured with the same number of rows, prompts as long and no earlier turns, and
 """
 
 import json
+import os
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -19,6 +19,7 @@ GRPO's (`dr_grpo`, beta 0, one pass over the data, no gradient checkpointing), w
 
 import functools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -201,6 +203,7 @@ def compare_with_trl(pairs: int = 3, trajectories: int = 32, tool_ms: float = 50
             number = 2 * state.global_step
 
             def play_async():
+                pool.publish(model, number)  # the hand-over of the weights is part of the step
                 coming.extend(current["tasks"])
                 return [t for group in pool.collect(number) for t in group.trajectories]
 
@@ -208,7 +211,6 @@ def compare_with_trl(pairs: int = 3, trajectories: int = 32, tool_ms: float = 50
                 engine.new_weights(number + 1)
                 return rollout(engine, chat, [Trajectory(task, trajectory_key(0, number, task, attempt)) for task in current["tasks"] for attempt in range(8)], toolbox, args)
 
-            pool.publish(model, number)
             ours = our_step(model, play_async, optimizer, accelerator, number, args)
             in_sync = our_step(model, play_sync, optimizer, accelerator, number + 1, args)
             if state.global_step > 1:  # the first round warms up

@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 
 import pytest
 import torch

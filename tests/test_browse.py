@@ -3,6 +3,7 @@ import gzip
 import json
 import random
 import re
+import select
 import shutil
 import socket
 import ssl
@@ -299,6 +300,23 @@ def test_mutated_pages(world_dir):
         assert isinstance(text, str) and len(text) <= 3 * len(page) + 1000
         for arguments in ({"links": True}, {"find": "the"}, {"page_number": rng.randint(1, 9)}):
             assert len(view_page(page, "http://w.test/x", text=text, **arguments)) <= 600
+
+
+def test_connections_that_the_server_has_closed_meanwhile(world_dir, monkeypatch):
+    """After a long pause (an update of a large model) all kept connections are stale; that is no fault for the policy to see."""
+    from data.serve import PageHandler, start_server
+    from data.world import load_world
+    monkeypatch.setattr(PageHandler, "timeout", 0.2)
+    server, world = start_server(world_dir / "pages.db"), load_world(world_dir)
+    address, stale = "127.0.0.1:%d" % server.server_address[1], []
+    browse = Browse({server.host: address})
+    for n in range(4):
+        browse(url=world.url(n))
+        stale += browse.idle.pop(address)  # the next page needs another one
+    while not all(select.select([kept.sock], [], [], 1)[0] for kept in stale):  # the end of the stream can be read
+        pass
+    browse.idle[address] = stale
+    assert f"{world.url(5)} (page 1" in browse(url=world.url(5))
 
 
 def test_text_is_what_html_parser_makes_of_the_page(world_dir, monkeypatch):

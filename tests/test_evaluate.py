@@ -133,6 +133,7 @@ def test_a_tool_that_is_taken_away_and_a_worthless_search_engine(world_dir):
 @pytest.mark.parametrize("arguments, words", [
     (["--without", "luck"], "--without luck: there are search, browse and python"), (["--retriever", "luck"], "--retriever luck"),
     (["--model", "./nowhere"], "cannot load the model"), (["--tasks", "nowhere.jsonl"], "no task file"), (["--api", "http://127.0.0.1:9/v1"], "--api_model"),
+    (["--api", "http://127.0.0.1:9/v1", "--api_model", "m", "--context", "summarize"], "--context summarize"),
     (["--samples", "0"], "--samples"), (["--baseline", "luck"], "--baseline")])
 def test_bad_input_gives_one_line(arguments, words):
     done = run(*arguments)

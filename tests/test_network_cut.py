@@ -45,7 +45,7 @@ def test_training_is_unaffected(tmp_path):
     done = cut(*flags)
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert row["step"] == 1 and row["turns"] > 1 and not row.get("tool_faults") and done.stdout.count("python tool: ") == 1
+    assert row["step"] == 1 and row["turns"] > 1 and "tool_fault" not in row["status"] and done.stdout.count("python tool: ") == 1
 
 
 @pytest.mark.parametrize("script, provider, environment, words", [

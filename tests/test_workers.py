@@ -234,7 +234,10 @@ def kill_workers(pool, times, seed=0):
     rng = random.Random(seed)
 
     def lives(pid):  # one that was killed and not yet replaced does not count as killed again
-        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     def kill():
         for _ in range(times):

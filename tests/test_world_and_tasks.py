@@ -161,7 +161,7 @@ def test_pages_and_search_over_http(world_dir):
     (["data/serve.py", "--world", "nowhere", "--port", "0"], "no search index"),
     (["data/index.py", "--html", "nowhere", "--out", "x.db"], "no folder nowhere"),
     (["data/tasks.py", "--world", "nowhere", "--out", "x.jsonl"], "no world at nowhere"),
-    ([str(ROOT / "data" / "world.py"), "--entities", "2", "--out", "x"], "at least")])
+    (["data/world.py", "--entities", "2", "--out", "x"], "at least")])
 def test_bad_input_gives_one_line(command, words, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
