@@ -186,9 +186,9 @@ def summarize(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
 
     The request for notes takes the place of the last result, so the prompt that asks is a pure extension of the segment and
     always short enough. The next prompt is: system, question, notes, the last action and its result, whole. So notes never speak
-    of a result that is still in front of the policy (it would count it twice), and a result is never lost unread, unless the budget has
-    no room for it beside question, notes and action alone: then a stub stands for it. The next notes are written with the old ones in
-    view, and replace them.
+    of a result that is still in front of the policy (it would count it twice), and a result is never lost unread; where the budget has
+    no room for the whole of it beside question, notes and action, its end is cut. The next notes are written with the old ones in view,
+    and replace them.
 
     A notes turn is not read for calls or answers, whatever it says (`finish_turn`; nano-rlm's rule, too): a policy that has its answer
     gives it a turn later, and nothing that it writes can be an action or, fed back without control tokens, the end of the question's turn.
@@ -198,8 +198,10 @@ def summarize(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
     if written := [n for n in notes_turns if n < len(turns)]:
         before, notes, later = turns[written[-1] - 1], turns[written[-1]], turns[written[-1] + 1:]
         ids = ids[:-len(chat.before_action)] + chat.before_notes + [i for i in notes.action_ids if i not in chat.control_ids] + chat.before_action
-        fits = len(ids) + len(before.action_ids) + len(before.observation_ids) <= budget_tokens
-        ids += before.action_ids + (before.observation_ids if fits else chat.observation([ELIDED], 64))
+        result = before.observation_ids
+        if (over := len(ids) + len(before.action_ids) + len(result) - budget_tokens) > 0:
+            result = chat.observation(before.results, max(16, len(result) - over - 32 * len(before.results)))
+        ids += before.action_ids + result
     for turn in later[:-1]:
         ids += turn.action_ids + turn.observation_ids
     if not later:  # the first turn, or the first after notes

@@ -7,6 +7,7 @@ goes on from the last whole one (`--resume`). Nothing here knows how the policy 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -185,8 +186,14 @@ def start_ranks() -> None:
 
 
 def cores_of(processes: int) -> int:
-    """CPU cores for one of so many processes on this machine."""
-    return max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // processes)
+    """CPU cores for one of so many processes on this machine, or of what a container may use of it (cgroup's cpu.max)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        pass
+    return max(1, cores // processes)
 
 
 def use_threads(threads: int, processes: int) -> None:
@@ -195,7 +202,8 @@ def use_threads(threads: int, processes: int) -> None:
 
 
 def end_on_signals() -> None:
-    """Ctrl-C, SIGTERM and a closed terminal end the run once, in order, and in END_S seconds at the latest, come what may."""
+    """Ctrl-C, SIGTERM and a closed terminal end the run once, in order, and in END_S seconds at the latest (once Python runs: not
+    in the middle of a call into C)."""
     def stop(number, frame):
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)

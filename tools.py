@@ -363,8 +363,8 @@ class Python:
             # In a thread of its own that never ends: the child dies with the *thread* that started it (PR_SET_PDEATHSIG).
             self.process = STARTER.submit(
                 subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-                pass_fds=[code_read, done_write], start_new_session=True, cwd=self.folder, env=environment).result()
-        except (OSError, RuntimeError) as error:
+                pass_fds=[code_read, done_write], start_new_session=True, cwd=self.folder, env=environment).result(timeout=30)
+        except (OSError, RuntimeError, TimeoutError) as error:
             self.close()
             raise ToolFault(f"python cannot be started ({error})") from None
         finally:
@@ -461,7 +461,10 @@ class Python:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            self.process.wait()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:  # the kernel holds it; it is dead to us
+                pass
             self.process.stdout.close()
         for fd in (self.code_fd, self.done_fd):
             if fd >= 0:

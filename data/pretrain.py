@@ -697,6 +697,8 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) ->
 
 def main():
     args, = parse_flags((Args,), __doc__)
+    if not 0 <= args.deep_share < 1:
+        sys.exit("data/pretrain.py: --deep_share must be at least 0 and below 1")
     keep_memory()
     torch.manual_seed(args.seed)
     out = Path(args.out)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import html
 import json
+import socketserver
 import sqlite3
 import sys
 import threading
@@ -71,6 +72,11 @@ class PageServer(ThreadingHTTPServer):
         self.host = meta.get("host") or "corpus.test"
         self.base_url = f"http://{self.host}"
         super().__init__(("127.0.0.1", port), PageHandler)
+
+    def server_bind(self) -> None:
+        """Without the reverse lookup of HTTPServer, which can stall on a machine without a name server."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address
 
     @contextlib.contextmanager
     def index(self):
