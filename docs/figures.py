@@ -116,7 +116,7 @@ def draw_partial() -> None:
         metrics = [lines_of(run, "metrics") for run in runs(f"partial-{mode}-seed")]
         for axis, key in ((axes[1], "stale_share"), (axes[2], "trained_share")):
             axis.plot([m["step"] for m in metrics[0]], np.mean([[m[key] for m in run] for run in metrics], axis=0), color=colour, label=label)
-    for axis, title in zip(axes, ("held-out Pass@1, lowest to highest of 3 seeds", "tokens sampled by older weights", "sampled tokens in the loss")):
+    for axis, title in zip(axes, ("held-out Pass@1, lowest to highest seed", "tokens sampled by older weights", "sampled tokens in the loss")):
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.set_ylim(0, 1)
