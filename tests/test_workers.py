@@ -274,7 +274,7 @@ def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(make_pool, t
 def test_a_silent_worker_is_replaced(make_pool, tiny):
     tasks = scripted_tasks(8, 2, seed=5, latency_s=0.05)
     pool = make_pool(tasks, enough=8)
-    pool.top_up(0)
+    pool.top_up(0, pool.enough)
     while not all(worker.keys for worker in pool.workers):  # all are ready and have work
         pool.pump(0.1)
     stopped = pool.workers[0].process.pid
