@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from context import Chat
-from workers import die_with_parent
+from workers import die_with_parent, signals_later
 
 END_S = 8.0  # after a signal the process is gone at the latest so many seconds later
 
@@ -42,6 +42,7 @@ def save_atomically(folder: Path, write) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@signals_later()  # torch makes a RuntimeError of a Ctrl-C in the middle of its writing; so the write ends first
 def save(out: Path, step: int, policy, optimizer, chat: Chat, rollouts: list) -> None:
     """Write state/ (for --resume) and checkpoint/ (for users); the last two states are kept, in case one is damaged.
 
@@ -118,6 +119,7 @@ def cut_lines(path: Path, last_step: int) -> None:
         os.replace(temporary, path)
 
 
+@signals_later()  # nor does matplotlib's import survive one
 def draw_curves(out: Path) -> None:
     """curves.png from metrics.jsonl and evaluations.jsonl."""
     import matplotlib

@@ -274,7 +274,7 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
 
 @contextlib.contextmanager
 def signals_later():
-    """Signals wait until the block ends. A process started meanwhile is born deaf to the terminal's, before it could say so itself.
+    """Signals wait until the block (or the decorated function) ends. A process started meanwhile is born deaf to the terminal's, before it could say so itself.
 
     Blocking them is for that child: in this process another thread would still receive them, and Python would run the handler
     here, in the middle of starting a worker. So the handlers are exchanged as well.
