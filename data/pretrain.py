@@ -543,6 +543,25 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
+def written_rows(chat: Chat, rows: int, length: int, fill) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of drill text. fill(write, is_full) writes one row: write(text, learn) appends to it, with loss on its tokens or
+    without, until is_full(); what goes beyond the length is cut.
+
+    Returns: ids (B, T), labels (B, T) as `copy_drill`.
+    """
+    ids, labels = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), -100, dtype=np.int64)
+    for row in range(rows):
+        row_ids, row_labels = [], []
+
+        def write(text: str, learn: bool) -> None:
+            new = chat.trusted(text)
+            row_ids.extend(new)
+            row_labels.extend(new if learn else [-100] * len(new))
+        fill(write, lambda: len(row_ids) >= length)
+        ids[row], labels[row] = row_ids[:length], row_labels[:length]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
 def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Plans worked off in thoughts alone: a fact is noted, the plan gets shorter, the next query follows from it.
 
@@ -554,20 +573,13 @@ def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
     relations = sorted({r for t in TYPES for r, _, _ in RELATIONS[t]})
     name = lambda: world.name(int(rng.integers(world.entities)))
     value = lambda: name() if rng.random() < 0.6 else str(rng.integers(100, 1000))
-    ids, labels = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), -100, dtype=np.int64)
-    for row in range(rows):
-        row_ids, row_labels = [], []
 
-        def write(text: str, learn: bool) -> None:
-            new = chat.trusted(text)
-            row_ids.extend(new)
-            row_labels.extend(new if learn else [-100] * len(new))
-
+    def fill(write, is_full) -> None:
         def results(facts: list[str]) -> None:
             others = [f"The {rng.choice(relations)} of {name()} is {value()}." for _ in range(rng.integers(0, 3))]
             write("<tool_response>" + " ".join(rng.permutation(facts + others)) + "</tool_response>", False)
 
-        while len(row_ids) < length:
+        while not is_full():
             if rng.random() < 0.3:
                 operation, relation, names, numbers = rng.choice(sorted(OPERATIONS)), rng.choice(relations), [name(), name()], [str(rng.integers(100, 1000)) for _ in range(2)]
                 write(f"<think>{operation}: {relation} of {names[0]}, {relation} of {names[1]}.</think>", False)
@@ -587,8 +599,7 @@ def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
                 results([fact])
                 subject = found
                 write(f"<think>{fact} {subject}: {', '.join(left)}.</think>" if left else f"<think>{fact}</think><answer>{found}</answer>", True)
-        ids[row], labels[row] = row_ids[:length], row_labels[:length]
-    return torch.from_numpy(ids), torch.from_numpy(labels)
+    return written_rows(chat, rows, length, fill)
 
 
 def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -600,22 +611,15 @@ def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
     """
     name = lambda: world.name(int(rng.integers(world.entities)))
     colours = [*deep.COLOURS, deep.RARE_COLOUR]
-    ids, labels = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), -100, dtype=np.int64)
-    for row in range(rows):
-        row_ids, row_labels = [], []
 
-        def write(text: str, learn: bool) -> None:
-            new = chat.trusted(text)
-            row_ids.extend(new)
-            row_labels.extend(new if learn else [-100] * len(new))
-
-        while len(row_ids) < length:
+    def fill(write, is_full) -> None:
+        while not is_full():
             host, extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.3
             word = rng.choice(["greatest", "smallest"]) if extreme else deep.RARE_COLOUR if rng.random() < 0.7 else rng.choice(colours)
             found = [f"{name()} {rng.integers(100, 1000)}"] if extreme else [name() for _ in range(rng.integers(0, 4))]
             state = lambda: f"{word}: {','.join(found) or 'none'}."
             write(f"\nNotes: {state()} {name()}: catalogue, {word}.", False)
-            while len(row_ids) < length and len(found) < 6 and rng.random() < 0.85:
+            while not is_full() and len(found) < 6 and rng.random() < 0.85:
                 colour = lambda: word if not extreme and rng.random() < 0.25 else rng.choice(colours)
                 entries = [(name(), colour(), int(rng.integers(100, 1000))) for _ in range(rng.integers(1, 5))]
                 following = name()
@@ -625,8 +629,7 @@ def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
                 else:
                     found += [n for n, c, _ in entries if c == word]
                 write(f'<think>{state()}</think><tool_call>{{"name": "browse", "arguments": {{"url": "{host}/{following}"}}}}</tool_call>', True)
-        ids[row], labels[row] = row_ids[:length], row_labels[:length]
-    return torch.from_numpy(ids), torch.from_numpy(labels)
+    return written_rows(chat, rows, length, fill)
 
 
 def pad(batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
