@@ -37,7 +37,7 @@ import torch
 from accelerate import Accelerator
 
 from context import SYSTEM_PROMPT, Chat
-from data.tasks import Task, load_tasks
+from data.tasks import load_tasks
 from reward import correct
 from rollout import RolloutArgs, Trajectory, engine_for, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from run_folder import cores_of, use_threads
