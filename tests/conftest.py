@@ -1,9 +1,11 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background deaf to it
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 
