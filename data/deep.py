@@ -15,9 +15,9 @@ import random
 
 # ---------------------------------------------------------------------------------------------------------- catalogues
 
-ENTRIES_ON_PAGE = 8  # a page fits into one view of the browse tool (400 characters, 192 tokens of the nano model)
+ENTRIES_ON_PAGE = 7  # a page fits into one view of the browse tool (400 characters, 192 tokens of the nano model)
 COLOURS = ["red", "blue", "green", "black", "white", "grey"]
-RARE_COLOUR = "violet"  # of two to five entries: short enough to be listed
+RARE_COLOUR = "gold"  # of two to five entries: short enough to be listed
 
 
 def catalogues(world) -> int:
@@ -28,7 +28,7 @@ def catalogues(world) -> int:
 def catalogue(world, number: int) -> list[tuple[int, str, int]]:
     """(index of the entity, colour, price) of each entry, in the order of the pages."""
     rng = random.Random(f"catalogue-{world.seed}-{world.split}-{number}")
-    size = ENTRIES_ON_PAGE * rng.randint(26, 32)
+    size = ENTRIES_ON_PAGE * rng.randint(30, 36)
     members = rng.sample(range(world.entities), size)
     rare = set(rng.sample(range(size), rng.randint(2, 5)))
     return [(index, RARE_COLOUR if k in rare else rng.choice(COLOURS), rng.randint(100, 999)) for k, index in enumerate(members)]
@@ -160,7 +160,7 @@ def pages(world):
     for number in range(catalogues(world)):
         paths, entries = catalogue_paths(world, number), catalogue(world, number)
         for k, path in enumerate(paths):
-            rows = "".join(f'<p><a href="/{world.name(index)}">{world.url(index)}</a> {colour} {price}</p>'
+            rows = "".join(f'<p>{colour} {world.name(index)} {price} <a href="/{world.name(index)}">{world.url(index)}</a></p>'
                            for index, colour, price in entries[k * ENTRIES_ON_PAGE:(k + 1) * ENTRIES_ON_PAGE])
             more = (f'<p>Next: <a href="/{paths[k + 1]}">http://{world.host}/{paths[k + 1]}</a></p>' if k + 1 < len(paths)
                     else "<p>The catalogue ends here.</p>")

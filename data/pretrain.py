@@ -226,7 +226,7 @@ class Explorer:
         for line in text.splitlines():
             if "http" in line:
                 url = next(w for w in line.split() if w.startswith("http"))
-                title = url.rsplit("/", 1)[1]
+                title = url.rsplit("/", 1)[-1]
                 if title in self.world_type and url not in self.seen_urls:
                     self.seen_urls.append(url)
                 continue
@@ -276,6 +276,12 @@ class Explorer:
         return ids, mask, False
 
 
+def listed(word: str, names: list[str]) -> str:
+    """A walker's list: "list: gold Bel gold Kor." A name follows its word, as on the page, so finding one is to go on as it stands there;
+    and it follows the name before it, so the list can be written again in the same order (both are induction)."""
+    return "list: " + " ".join(f"{word} {name}" for name in names or ["none"]) + "."
+
+
 class Walker(Explorer):
     """Walks a catalogue from page to page, too long for the window, and writes notes when the context manager asks for them.
 
@@ -304,7 +310,7 @@ class Walker(Explorer):
             return f"{self.word}: {self.count}."
         if self.form == "extreme":
             return f"{self.word}: {self.found[0][0]} {self.found[0][1]}." if self.found else f"{self.word}: none."
-        return f"{self.word}: {','.join(name for name, _ in self.found) or 'none'}."  # no space: the token before a name then says which it is
+        return listed(self.word, [name for name, _ in self.found])
 
     def plan(self) -> str:
         if self.keeper is None:
@@ -328,7 +334,7 @@ class Walker(Explorer):
     def answer(self) -> str:
         if self.form == "count":
             return str(self.count)
-        return ",".join(name for name, _ in self.found) or self.rng.choice(self.seen_names)
+        return ", ".join(name for name, _ in self.found) or self.rng.choice(self.seen_names)
 
     def sensible_move(self):
         if self.keeper is None and (self.names[0], self.relation) in self.facts:
@@ -360,7 +366,7 @@ class Walker(Explorer):
             return thought, self.do_browse({"url": rng.choice(urls), **rng.choice([{}, {}, {"page": 2}, {"links": True}, {"find": self.word}])}), None
         if roll < 0.75 and self.last_call:
             return thought, self.last_call, None  # round in circles
-        query = rng.choice([f"catalogue of {rng.choice(self.seen_names)}", f"{self.word} entries", f"{self.relation or 'catalogue'} of {self.names[0]}"])
+        query = rng.choice([f"catalogue of {rng.choice(self.seen_names)}", f"{self.relation or 'catalogue'} of {self.names[0]}"])
         return thought, self.do_search([query]), None
 
     def notes(self) -> str:
@@ -379,14 +385,15 @@ class Walker(Explorer):
     def read(self, text: str) -> None:
         super().read(text)
         self.last_result = text
+        page = text if text.startswith("http") else ""  # a search snippet may show some entry of another page
         urls = re.findall(r"https?://\S+", text)
         self.seen_urls += [url for url in urls if url not in self.seen_urls]
         if self.keeper and (url := f"http://{self.world.host}/{self.keeper}-catalogue") in urls:
             self.catalogue_url = url
-        self.entries = [(name, colour, int(price)) for name, colour, price in re.findall(r"https?://[^/\s]+/(\w+) ([a-z]+) (\d+)", text)]
-        following = re.search(r"Next: (\S+)", text)
+        self.entries = [(name, colour, int(price)) for colour, name, price in re.findall(r"([a-z]+) (\w+) (\d+) https?://", page)]
+        following = re.search(r"Next: (\S+)", page)
         self.next_url = following.group(1) if following else None
-        self.ended = "catalogue ends here" in text
+        self.ended = "catalogue ends here" in page
 
     def play(self, args: RolloutArgs) -> tuple[list[tuple[list[int], list[int]]], bool]:
         """Returns (ids, mask with 1 on the walker's own tokens) of some segments, and whether the answer was right: the first one, the
@@ -432,14 +439,15 @@ def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
 
         def walk(skill: float) -> tuple[list, bool]:
             task = draw_task(world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25)
-            while task.meta["template"].startswith("total"):  # for `python`: not walked
-                task = draw_task(world, "collection", 2, rng, rng.random() < 0.25)
+            # A total is for `python`; of the rest mostly lists: to compare or count over two hundred entries takes more than this size of model.
+            while task.meta["template"].startswith("total") or (not task.meta["template"].startswith("list") and rng.random() < 0.8):
+                task = draw_task(world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25)
             segments, is_right = Walker(task, world, search, chat, rng, skill, pages).play(rollout_args)
             return [(np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)) for ids, mask in segments], is_right
         while number == args.worlds and len(held_out) < 40:
             held_out += walk(1.0)[0]
         while len(walks) < rows * min(1, (number + 1) / args.worlds):
-            segments, is_right = walk(0.995 if rng.random() < args.skilled_share else rng.uniform(0.0, 0.7))
+            segments, is_right = walk(0.995 if rng.random() < 0.7 else rng.uniform(0.0, 0.7))  # thirty right moves in a row: more of them must be skilled
             walks += segments
             right, count = right + is_right, count + 1
             progress.update(len(segments))
@@ -605,7 +613,7 @@ def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
 def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Walks in small: notes, then pages of one to four entries; each thought says what was found so far, each call follows "Next:".
 
-    A real page of eight entries rarely has one that is looked for, so on real walks alone the rule is learned slowly.
+    A real page of seven entries rarely has one that is looked for, so on real walks alone the rule is learned slowly.
 
     Returns: ids (B, T), labels (B, T) as `copy_drill`.
     """
@@ -614,20 +622,24 @@ def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
 
     def fill(write, is_full) -> None:
         while not is_full():
-            host, extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.3
+            host, extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.1
             word = rng.choice(["greatest", "smallest"]) if extreme else deep.RARE_COLOUR if rng.random() < 0.7 else rng.choice(colours)
             found = [f"{name()} {rng.integers(100, 1000)}"] if extreme else [name() for _ in range(rng.integers(0, 4))]
-            state = lambda: f"{word}: {','.join(found) or 'none'}."
+            state = lambda: f"{word}: {found[0]}." if extreme else listed(word, found)
             write(f"\nNotes: {state()} {name()}: catalogue, {word}.", False)
-            while not is_full() and len(found) < 6 and rng.random() < 0.85:
+            while not is_full() and len(found) < 6 and rng.random() < 0.95:
                 colour = lambda: word if not extreme and rng.random() < 0.25 else rng.choice(colours)
                 entries = [(name(), colour(), int(rng.integers(100, 1000))) for _ in range(rng.integers(1, 5))]
-                following = name()
-                write("<tool_response>" + "".join(f"{host}/{n} {c} {p}\n" for n, c, p in entries) + f"Next: {host}/{following}</tool_response>", False)
+                following, ends = name(), rng.random() < 0.25
+                write("<tool_response>" + "".join(f"{c} {n} {p} {host}/{n}\n" for n, c, p in entries)
+                      + ("The catalogue ends here." if ends else f"Next: {host}/{following}") + "</tool_response>", False)
                 if extreme:
                     found = [(max if word == "greatest" else min)([*found, *(f"{n} {p}" for n, _, p in entries)], key=lambda item: item.split()[1])]
                 else:
                     found += [n for n, c, _ in entries if c == word]
+                if ends:
+                    write(f"<think>{state()}</think><answer>{', '.join(item.split()[0] for item in found) or following}</answer>", True)
+                    break
                 write(f'<think>{state()}</think><tool_call>{{"name": "browse", "arguments": {{"url": "{host}/{following}"}}}}</tool_call>', True)
     return written_rows(chat, rows, length, fill)
 

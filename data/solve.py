@@ -85,7 +85,7 @@ def collection(question: str, read, find) -> list:
     keeper = owner and resolve(owner.group(1) or owner.group(2), read)
     path, entries = f"{keeper}-catalogue", []
     while path and (text := read(path)):
-        entries += [(name, colour, int(price)) for name, colour, price in re.findall(r"https?://[^/\s]+/(\w+) ([a-z]+) (\d+)", text)]
+        entries += [(name, colour, int(price)) for colour, name, price in re.findall(r"([a-z]+) (\w+) (\d+) https?://", text)]
         following = re.search(r"Next: https?://[^/\s]+/(\w+)", text)
         path = following.group(1) if following else None
         if path is None and "ends here" not in text:
@@ -95,7 +95,7 @@ def collection(question: str, read, find) -> list:
     question = question.replace(owner.group(0), "")
     if type := re.search(r"\bentries that are a (\w+)", question):
         return [str(sum(bool(re.search(rf"{name} is a {type.group(1)}\.", read(name) or "")) for name, _, _ in entries))]
-    if colour := re.search(r"\b(red|blue|green|black|white|grey|violet)\b", question):
+    if colour := re.search(r"\b(red|blue|green|black|white|grey|gold)\b", question):
         entries = [entry for entry in entries if entry[1] == colour.group(1)]
     if re.search(r"\b(greatest|smallest)\b", question):
         wanted = (max if "greatest" in question else min)(price for _, _, price in entries)

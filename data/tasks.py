@@ -209,7 +209,7 @@ def draw_deep(world: World, family: str, level: int, rng: random.Random, held_ou
 SHIPPED_STAGES = ("solver", "unique", "leak", "snippet", "repeat")
 
 
-def make_tasks(world: World, folder: Path | str, number: int, seed: int, families=(), funnel=None) -> tuple:
+def make_tasks(world: World, folder: Path | str, number: int, seed: int, families=(), forms=(), funnel=None) -> tuple:
     """Draw tasks until `number` have passed the funnel.
 
     Args:
@@ -218,6 +218,7 @@ def make_tasks(world: World, folder: Path | str, number: int, seed: int, familie
         number: how many tasks to keep.
         seed: decides every draw.
         families: names of the families to draw (default: all of the world's kind).
+        forms: keys of data/families.py's WORDINGS: other questions are left out (default: all).
         funnel: a `Funnel` with stages of your choice (default: all of them).
 
     Returns:
@@ -237,7 +238,12 @@ def make_tasks(world: World, folder: Path | str, number: int, seed: int, familie
         if missing:
             raise ValueError(f"this world has no tasks of the family {', '.join(sorted(missing))}: a deep one (data/world.py --kind deep) has "
                              f"{', '.join(dict.fromkeys(family for family, _ in DEEP_SHARES))}")
-        shares = {key: share / sum(shares.values()) for key, share in shares.items()}
+    if forms:
+        trial, form = random.Random(0), lambda task: task.meta["template"].split()[0]
+        shares = {key: share for key, share in shares.items() if any(form(draw_task(world, *key, trial)) in forms for _ in range(50))}
+        if not shares:
+            raise ValueError(f"no task of these families has the form {', '.join(forms)}: forms are {', '.join(WORDINGS)}")
+    shares = {key: share / sum(shares.values()) for key, share in shares.items()}
     rng = random.Random(f"tasks-{world.seed}-{world.split}-{seed}")
     tasks, drawn = [], Counter()
     while len(tasks) < number:
@@ -245,6 +251,8 @@ def make_tasks(world: World, folder: Path | str, number: int, seed: int, familie
         family, hops = max(shares, key=lambda key: shares[key] - drawn[key] / (len(tasks) + 1))
         possessive = rng.random() < {"train": 0.0, "dev": 0.0, "test": 0.25, "pretrain": 0.3}[world.split]
         task = draw_task(world, family, hops, rng, possessive)
+        if forms and form(task) not in forms:
+            continue
         if not funnel.check(task):
             if len(funnel.rejects) > 20 * number + 1000:
                 raise ValueError(f"only {len(tasks)} of {number} tasks passed the funnel ({dict(funnel.counts)}): use a larger world")
@@ -254,8 +262,11 @@ def make_tasks(world: World, folder: Path | str, number: int, seed: int, familie
     return tasks, funnel
 
 
-# What ships in data/: (seed of the world, entities, number of tasks)
-SHIPPED = {"train": (1, 1000, 4000), "dev": (2, 400, 200), "test": (3, 600, 500)}
+# What ships in data/: world, number of tasks, forms (all), stages of the funnel (all). Walks of 30 steps are learned from the deep ones.
+SHIPPED = {"train": (World(1, 1000, "train"), 4000, (), SHIPPED_STAGES), "dev": (World(2, 400, "dev"), 200, (), SHIPPED_STAGES),
+           "test": (World(3, 600, "test"), 500, (), SHIPPED_STAGES),
+           "deep-train": (World(6, 3000, "train", "deep"), 240, ("list",), None), "deep-dev": (World(7, 1500, "dev", "deep"), 60, ("list",), None),
+           "deep-test": (World(8, 1500, "test", "deep"), 120, ("list",), None)}
 
 
 def world_folder(meta_world: dict) -> Path:
@@ -280,24 +291,24 @@ def main():
     parser.add_argument("--number", type=int, default=200, help="tasks to keep")
     parser.add_argument("--families", nargs="*", default=[], choices=sorted({f for f, _ in DEEP_SHARES}),
                         help="families to draw (default: lookup, browse, multihop and compute; all of them in a deep world)")
+    parser.add_argument("--forms", nargs="*", default=[], choices=sorted(WORDINGS), help="forms of question to draw (default: all)")
     parser.add_argument("--rejects", help="file for what the funnel rejected, with stage and reason")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw")
-    parser.add_argument("--shipped", action="store_true", help="rebuild data/train.jsonl, dev.jsonl and test.jsonl")
+    parser.add_argument("--shipped", action="store_true", help="rebuild data/train.jsonl, dev.jsonl, test.jsonl and the deep ones")
     args = parser.parse_args()
     if not args.shipped and not (args.world and args.out):
         parser.error("give --world DIR and --out FILE, or --shipped")
     from data.validate import Funnel
     try:
         if args.shipped:
-            for split, (seed, entities, number) in SHIPPED.items():
-                world = World(seed, entities, split)
+            for name, (world, number, forms, stages) in SHIPPED.items():
                 folder = world_folder(world.description())
-                tasks, funnel = make_tasks(world, folder, number, args.seed, funnel=Funnel(folder, SHIPPED_STAGES))
-                save_tasks(tasks, DATA / f"{split}.jsonl")
-                print(f"--- {split}")
+                tasks, funnel = make_tasks(world, folder, number, args.seed, forms=forms, funnel=Funnel(folder, *([stages] if stages else [])))
+                save_tasks(tasks, DATA / f"{name}.jsonl")
+                print(f"--- {name}")
                 print_funnel(tasks, funnel)
         else:
-            tasks, funnel = make_tasks(load_world(args.world), args.world, args.number, args.seed, args.families)
+            tasks, funnel = make_tasks(load_world(args.world), args.world, args.number, args.seed, args.families, args.forms)
             save_tasks(tasks, args.out)
             if args.rejects:
                 Path(args.rejects).write_text("".join(json.dumps(reject) + "\n" for reject in funnel.rejects), encoding="utf-8")

@@ -20,6 +20,7 @@ from data.index import build_index, in_processes, jsonl_documents, open_index, p
 from data.serve import start_server
 from data.solve import solutions
 from data.tasks import FRAMES, load_tasks, make_tasks
+from data.validate import Funnel
 from data.world import SPLITS, World, load_world, page_html, write_world
 from tools import urls_in
 from web import html_to_text, view_page
@@ -60,7 +61,7 @@ def test_a_catalogue_page_fits_into_one_view(chat):
     for path, title, _, page in deep.pages(rich):
         if title.startswith(("Catalogue", "More")):
             view = view_page(page, f"http://{rich.host}/{path}")
-            assert "(page 1 of 1)" in view and len(chat.untrusted(view)) <= 192 and len(urls_in(view)) >= 9
+            assert "(page 1 of 1)" in view and len(chat.untrusted(view)) <= 192 and len(urls_in(view)) >= 8
 
 
 def test_large_world_needs_no_memory():
@@ -86,10 +87,27 @@ def test_shipped_tasks(split):
         assert all(t.meta["template"] == "of" for t in tasks)  # the possessive family is held out
 
 
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_shipped_walks_are_long(split):
+    tasks = load_tasks(ROOT / "data" / f"deep-{split}.jsonl")
+    assert len(tasks) >= 60 and len({t.question for t in tasks}) == len(tasks)
+    for task in tasks:
+        assert task.split == split and task.answer_type == "list" and 2 <= len(task.answer) <= 5 and len(task.evidence) >= 30
+        assert "gold" in task.question and not all(name in task.question for name in task.answer)
+    assert any("held out" in t.meta["template"] for t in tasks) == (split == "test")
+
+
+def test_tasks_of_one_form(deep_dir):
+    tasks, _ = make_tasks(load_world(deep_dir), deep_dir, 6, seed=0, forms=["list", "primes"], funnel=Funnel(deep_dir, ("solver",)))
+    assert {t.meta["template"].split()[0] for t in tasks} == {"list", "primes"}
+    with pytest.raises(ValueError, match="no task of these families has the form list"):
+        make_tasks(load_world(deep_dir), deep_dir, 6, seed=0, families=["conflict"], forms=["list"])
+
+
 def test_splits_share_no_name_and_no_template():
     words = {}
     for split in ("train", "dev", "test"):
-        tasks = load_tasks(ROOT / "data" / f"{split}.jsonl")
+        tasks = load_tasks(ROOT / "data" / f"{split}.jsonl") + load_tasks(ROOT / "data" / f"deep-{split}.jsonl")
         words[split] = {name for t in tasks for name in re.findall(r"\b[A-Z][a-z]{5,}\b", t.question)} - {"Which", "Report", "Could"}
     frames = [frame for group in FRAMES.values() for frame in group]
     assert len(frames) == len(set(frames))
