@@ -17,7 +17,7 @@ import random
 
 ENTRIES_ON_PAGE = 7  # a page fits into one view of the browse tool (400 characters, 192 tokens of the nano model)
 COLOURS = ["red", "blue", "green", "black", "white", "grey"]
-RARE_COLOUR = "gold"  # of two to five entries: short enough to be listed
+RARE_COLOUR = "gold"  # of two or three entries: short enough to be listed
 
 
 def catalogues(world) -> int:
@@ -30,7 +30,7 @@ def catalogue(world, number: int) -> list[tuple[int, str, int]]:
     rng = random.Random(f"catalogue-{world.seed}-{world.split}-{number}")
     size = ENTRIES_ON_PAGE * rng.randint(30, 36)
     members = rng.sample(range(world.entities), size)
-    rare = set(rng.sample(range(size), rng.randint(2, 5)))
+    rare = set(rng.sample(range(size), rng.randint(2, 3)))
     return [(index, RARE_COLOUR if k in rare else rng.choice(COLOURS), rng.randint(100, 999)) for k, index in enumerate(members)]
 
 

@@ -13,10 +13,10 @@ explorer's own tokens and on a sample of the others.
 With `--deep_share` some transcripts are of walks through the catalogues of deep worlds, too long for the window: walkers of mixed
 skill play them with the agent loop's own prompts under `--context summarize`, and write notes when asked. A row is a segment.
 
-In: nothing. Out: `data/nano/` (config, safetensors, tokenizer). To try an idea, change `Explorer` or the sizes in `Args`.
+In: nothing. Out: `data/nano/` (config, safetensors, tokenizer); the second command below goes on from it to what `data/nano-deep` is. To try an idea, change `Explorer` or the sizes in `Args`.
 
     python data/pretrain.py                 # about an hour on two cores
-    python data/pretrain.py --init data/nano --deep_share 0.5 --out nano-deep   # goes on from the shipped model
+    python data/pretrain.py --init data/nano --deep_share 0.75 --transcripts 3000 --drill_share 0.4 --learning_rate 1e-3 --minutes 40 --out nano-deep
 """
 
 import json
@@ -59,6 +59,7 @@ class Args:
     transcripts: int = field(default=20000, metadata={"help": "explorer transcripts to write"})
     skilled_share: float = field(default=0.30, metadata={"help": "share of explorers that behave sensibly"})
     deep_share: float = field(default=0.0, metadata={"help": "share of rows that are segments of walks through deep worlds' catalogues"})
+    deep_skilled_share: float = field(default=0.7, metadata={"help": "share of those walkers that behave sensibly: thirty right moves in a row take more of them"})
     deep_entities: int = field(default=600, metadata={"help": "entities in each deep world; it has a catalogue for fifty of them"})
     deep_context: int = field(default=1024, metadata={"help": "window of the walks: notes are asked for at three quarters of it"})
     hidden: int = field(default=128, metadata={"help": "width of the model"})
@@ -447,7 +448,7 @@ def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
         while number == args.worlds and len(held_out) < 40:
             held_out += walk(1.0)[0]
         while len(walks) < rows * min(1, (number + 1) / args.worlds):
-            segments, is_right = walk(0.995 if rng.random() < 0.7 else rng.uniform(0.0, 0.7))  # thirty right moves in a row: more of them must be skilled
+            segments, is_right = walk(0.995 if rng.random() < args.deep_skilled_share else rng.uniform(0.0, 0.7))
             walks += segments
             right, count = right + is_right, count + 1
             progress.update(len(segments))
@@ -817,7 +818,7 @@ def report(model, held_out, walks, chat, step: int, tokens: int, seconds: float,
     if walks:
         losses, tokens_seen = zip(*[tokens_of(row) for row in walks])
         urls = [hit for row in tokens_seen for before, _, hit, _ in row if before == "/"]
-        names = [hit for row in tokens_seen for before, token, hit, _ in row if before in (":Ġ", ",") and token[0].isupper()]
+        names = [hit for row in tokens_seen for before, token, hit, _ in row if before.endswith("Ġ") and token[0].isupper()]
         turns, whole, notes = [], True, []
         for row in tokens_seen:
             kind = "notes"

@@ -4,6 +4,7 @@ import json
 import pickle
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,11 @@ from scripted import ScriptedToolbox, scripted_tasks, scripted_turn
 from test_train import gradient
 
 from context import MANAGERS, summarize
+from data.tasks import make_tasks
+from data.validate import Funnel
+from data.world import load_world
 from reward import Reward, step_rewards
-from rollout import RolloutArgs, Trajectory, Turn, finish_turn, next_prompt, rollout, take_results, trajectory_key
+from rollout import RolloutArgs, Trajectory, Turn, finish_turn, load_policy, next_prompt, rollout, take_results, trajectory_key
 from train import Policy, TrainArgs, logprob_gap, rows_of, update
 from workers import Group, group_from
 
@@ -182,3 +186,18 @@ def test_a_fourth_manager_in_a_few_lines(tiny, chat, make_engine, monkeypatch):
     policy, before = Policy(tiny, 1.0), [p.clone() for p in tiny.parameters()]
     norm = update(policy, torch.optim.SGD(policy.parameters(), lr=0.1), Accelerator(cpu=True), rows_of(trajectory, [1.0] * 20, 0), 100.0, TrainArgs())
     assert norm > 0 and any(not torch.equal(a, b) for a, b in zip(before, tiny.parameters()))
+
+
+def test_the_shipped_base_for_walks_goes_on_where_none_is_stopped(deep_dir, chat, make_engine, toolbox):
+    model, tokenizer = load_policy(str(Path(__file__).resolve().parent.parent / "data" / "nano-deep"))
+    assert tokenizer.get_vocab() == chat.tokenizer.get_vocab()
+    tasks, _ = make_tasks(load_world(deep_dir), deep_dir, 6, seed=0, forms=["list"], funnel=Funnel(deep_dir, ("solver",)))
+    longest, seen = {}, {}
+    for context, budget in (("none", 0), ("summarize", 768)):
+        args = RolloutArgs(temperature=0.5, context=context, context_budget=budget, max_context=2560, max_turns=70, max_new_tokens=128)
+        trajectories = rollout(make_engine(model, args), chat, [Trajectory(task, trajectory_key(0, 0, task, 0)) for task in tasks], toolbox, args)
+        # a walker that goes on, not one that answers at once or loses its way
+        longest[context] = max(len(t.turns) for t in trajectories)
+        seen[context] = max(len(t.urls) for t in trajectories)
+        notes = [t for t in trajectories if t.memory.get("notes_turns")]
+    assert longest["none"] <= 20 and longest["summarize"] >= 40 and seen["summarize"] >= 200 and notes

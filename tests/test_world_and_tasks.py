@@ -92,7 +92,7 @@ def test_shipped_walks_are_long(split):
     tasks = load_tasks(ROOT / "data" / f"deep-{split}.jsonl")
     assert len(tasks) >= 60 and len({t.question for t in tasks}) == len(tasks)
     for task in tasks:
-        assert task.split == split and task.answer_type == "list" and 2 <= len(task.answer) <= 5 and len(task.evidence) >= 30
+        assert task.split == split and task.answer_type == "list" and 2 <= len(task.answer) <= 3 and len(task.evidence) >= 30
         assert "gold" in task.question and not all(name in task.question for name in task.answer)
     assert any("held out" in t.meta["template"] for t in tasks) == (split == "test")
 
