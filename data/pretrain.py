@@ -61,7 +61,8 @@ class Args:
     deep_share: float = field(default=0.0, metadata={"help": "share of rows that are segments of walks through deep worlds' catalogues"})
     deep_skilled_share: float = field(default=0.7, metadata={"help": "share of those walkers that behave sensibly: thirty right moves in a row take more of them"})
     deep_entities: int = field(default=600, metadata={"help": "entities in each deep world; it has a catalogue for fifty of them"})
-    deep_context: int = field(default=1024, metadata={"help": "window of the walks: notes are asked for at three quarters of it"})
+    deep_manager: str = field(default="summarize", metadata={"help": "context manager of the walks: summarize or elide"})
+    deep_context: int = field(default=1024, metadata={"help": "window of the walks; the manager acts at three quarters of it"})
     hidden: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
@@ -404,7 +405,7 @@ class Walker(Explorer):
         tools = dict.fromkeys(("search", "browse"), SimpleNamespace(check=lambda arguments: None))  # turns are only parsed by finish_turn
         while trajectory.status == "running" and next_prompt(trajectory, self.chat, args):
             call, self.news = None, False
-            if len(trajectory.turns) in trajectory.memory["notes_turns"]:
+            if len(trajectory.turns) in trajectory.memory.get("notes_turns", []):
                 action = self.notes()
             else:
                 thought, call, answer = self.sensible_move() if self.rng.random() < self.skill else self.random_move()
@@ -428,7 +429,7 @@ class Walker(Explorer):
 def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
     """At least this many segments of walks over all pretraining worlds, and 40 of skilled walkers in one more, for `report`."""
     rng = random.Random(f"walkers-{args.seed}")
-    rollout_args = RolloutArgs(context="summarize", max_context=args.deep_context, max_turns=99)
+    rollout_args = RolloutArgs(context=args.deep_manager, max_context=args.deep_context, max_turns=99)
     walks, held_out, right, count = [], [], 0, 0
     progress = tqdm(total=rows, desc="walkers", unit="segment", mininterval=5)
     for number in range(args.worlds + 1):
