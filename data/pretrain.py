@@ -11,9 +11,10 @@ that come again (induction heads appear within a few hundred steps); (3) transcr
 explorer's own tokens and on a sample of the others.
 
 With `--deep_share` some transcripts are of walks through the catalogues of deep worlds, too long for the window: walkers of mixed
-skill play them with the agent loop's own prompts under `--context summarize`, and write notes when asked. A row is a segment.
+skill play them with the agent loop's own prompts under `--deep_manager` (summarize), and write notes when asked. A row is a segment.
 
-In: nothing. Out: `data/nano/` (config, safetensors, tokenizer); the second command below goes on from it to what `data/nano-deep` is. To try an idea, change `Explorer` or the sizes in `Args`.
+In: nothing. Out: `data/nano/` (config, safetensors, tokenizer); the second command below goes on from it to what `data/nano-deep` is.
+To try an idea, change `Explorer` or the sizes in `Args`.
 
     python data/pretrain.py                 # about an hour on two cores
     python data/pretrain.py --init data/nano --deep_share 0.75 --transcripts 3000 --drill_share 0.4 --learning_rate 1e-3 --minutes 40 --out nano-deep
@@ -41,8 +42,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context import CHATML, Chat
 from data import deep
-from data.solve import NP, read_fact
-from data.tasks import OPERATIONS, SHARES, draw_task, world_folder
+from data.solve import NP, read_entries, read_fact
+from data.tasks import OPERATIONS, SHARES, draw_task, form_of, world_folder
 from data.world import RELATIONS, TYPES, World, page_html
 from reward import correct
 from rollout import RolloutArgs, Trajectory, finish_turn, keep_memory, next_prompt, parse_flags, take_results
@@ -294,7 +295,7 @@ class Walker(Explorer):
 
     def __init__(self, task, world: World, search: Search, chat: Chat, rng: random.Random, skill: float, pages: dict[str, str]):
         self.task, self.world, self.search, self.chat, self.rng, self.skill, self.pages = task, world, search, chat, rng, skill, pages
-        self.form = task.meta["template"].split()[0]  # list, extreme or count
+        self.form = form_of(task)  # list, extreme or count
         owner = re.search(rf"catalogue of ({NP})|({NP})'s catalogue", task.question)
         *relation, name = re.findall(r"(?<=the )\w+(?= of)|\w+$", owner.group(1) or owner.group(2))
         self.names, self.relation = [name], relation[0] if relation else None
@@ -392,7 +393,7 @@ class Walker(Explorer):
         self.seen_urls += [url for url in urls if url not in self.seen_urls]
         if self.keeper and (url := f"http://{self.world.host}/{self.keeper}-catalogue") in urls:
             self.catalogue_url = url
-        self.entries = [(name, colour, int(price)) for colour, name, price in re.findall(r"([a-z]+) (\w+) (\d+) https?://", page)]
+        self.entries = read_entries(page)
         following = re.search(r"Next: (\S+)", page)
         self.next_url = following.group(1) if following else None
         self.ended = "catalogue ends here" in page
@@ -440,10 +441,11 @@ def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
         Explorer.world_type = {world.name(i): world.type(i) for i in range(args.deep_entities)}
 
         def walk(skill: float) -> tuple[list, bool]:
-            task = draw_task(world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25)
+            draw = lambda: draw_task(world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25)
+            task = draw()
             # A total is for `python`; of the rest mostly lists: to compare or count over two hundred entries takes more than this size of model.
-            while task.meta["template"].startswith("total") or (not task.meta["template"].startswith("list") and rng.random() < 0.8):
-                task = draw_task(world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25)
+            while form_of(task) == "total" or (form_of(task) != "list" and rng.random() < 0.8):
+                task = draw()
             segments, is_right = Walker(task, world, search, chat, rng, skill, pages).play(rollout_args)
             return [(np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)) for ids, mask in segments], is_right
         while number == args.worlds and len(held_out) < 40:

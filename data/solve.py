@@ -33,6 +33,11 @@ def read_fact(text: str, name: str, relation: str) -> str | None:
     return match.group(1) if match else None
 
 
+def read_entries(text: str) -> list[tuple[str, str, int]]:
+    """(name, colour, price) of each entry on a page of a catalogue, from the page's text."""
+    return [(name, colour, int(price)) for colour, name, price in re.findall(r"([a-z]+) (\w+) (\d+) https?://", text)]
+
+
 def follow(name: str, relations: list[str], read) -> str | None:
     """The value at the end of a chain of relations."""
     for relation in relations:
@@ -85,7 +90,7 @@ def collection(question: str, read, find) -> list:
     keeper = owner and resolve(owner.group(1) or owner.group(2), read)
     path, entries = f"{keeper}-catalogue", []
     while path and (text := read(path)):
-        entries += [(name, colour, int(price)) for colour, name, price in re.findall(r"([a-z]+) (\w+) (\d+) https?://", text)]
+        entries += read_entries(text)
         following = re.search(r"Next: https?://[^/\s]+/(\w+)", text)
         path = following.group(1) if following else None
         if path is None and "ends here" not in text:

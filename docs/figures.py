@@ -25,6 +25,10 @@ def lines_of(run: str, name: str) -> list[dict]:
     return [json.loads(line) for line in (DOCS / "results" / run / f"{name}.jsonl").read_text().splitlines()]
 
 
+def test_of(run: str) -> dict:
+    return json.loads((DOCS / "results" / run / "test.json").read_text())
+
+
 def runs(prefix: str) -> list[str]:
     return sorted(folder.name for folder in (DOCS / "results").iterdir() if folder.name.startswith(prefix))
 
@@ -64,7 +68,7 @@ def draw_gamma() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for axis, key, title in ((axes[0], "steps_mean_correct", "steps of correct trajectories"), (axes[1], "pass@1", "held-out Pass@1")):
         for x, gamma in enumerate(("1.0", "0.9")):
-            values = [json.loads((DOCS / "results" / run / "test.json").read_text())[key] for run in runs(f"gamma{gamma}")]
+            values = [test_of(run)[key] for run in runs(f"gamma{gamma}")]
             axis.bar(x, np.mean(values), width=0.5, color=["tab:gray", "tab:blue"][x], alpha=0.5)
             axis.plot([x] * len(values), values, "ko", markersize=4)
         axis.set_xticks([0, 1], ["gamma 1.0", "gamma 0.9"])
@@ -135,9 +139,8 @@ def draw_deep() -> None:
             curves = np.array([[m[key] for m in run] for run in metrics])  # (seeds, steps)
             axis.plot([m["step"] for m in metrics[0]], curves.T, color=colour, alpha=0.25, linewidth=1)
             axis.plot([m["step"] for m in metrics[0]], curves.mean(0), color=colour, label=f"--context {manager}")
-        tests = [f"deep-base-{manager}", *runs(f"deep-{manager}-seed")]
-        for k, run in enumerate(tests):
-            test = json.loads((DOCS / "results" / run / "test.json").read_text())
+        for k, run in enumerate([f"deep-base-{manager}", *runs(f"deep-{manager}-seed")]):
+            test = test_of(run)
             low, high = test["pass@1_ci"]
             axes[2].bar(number + 0.2 * k, test["pass@1"], 0.18, color=colour, alpha=0.35 if k == 0 else 0.9)
             axes[2].errorbar(number + 0.2 * k, test["pass@1"], yerr=[[test["pass@1"] - low], [high - test["pass@1"]]], color="black", capsize=2, linewidth=1)

@@ -4,12 +4,12 @@ import json
 import pickle
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import ROOT
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn
 from test_train import gradient
 
@@ -189,7 +189,7 @@ def test_a_fourth_manager_in_a_few_lines(tiny, chat, make_engine, monkeypatch):
 
 
 def test_the_shipped_base_for_walks_goes_on_where_none_is_stopped(deep_dir, chat, make_engine, toolbox):
-    model, tokenizer = load_policy(str(Path(__file__).resolve().parent.parent / "data" / "nano-deep"))
+    model, tokenizer = load_policy(str(ROOT / "data" / "nano-deep"))
     assert tokenizer.get_vocab() == chat.tokenizer.get_vocab()
     tasks, _ = make_tasks(load_world(deep_dir), deep_dir, 6, seed=0, forms=["list"], funnel=Funnel(deep_dir, ("solver",)))
     longest, seen = {}, {}

@@ -19,7 +19,7 @@ from data import deep
 from data.index import build_index, in_processes, jsonl_documents, open_index, page_html_of, search_index
 from data.serve import start_server
 from data.solve import solutions
-from data.tasks import FRAMES, load_tasks, make_tasks
+from data.tasks import FRAMES, form_of, load_tasks, make_tasks
 from data.validate import Funnel
 from data.world import SPLITS, World, load_world, page_html, write_world
 from tools import urls_in
@@ -99,7 +99,7 @@ def test_shipped_walks_are_long(split):
 
 def test_tasks_of_one_form(deep_dir):
     tasks, _ = make_tasks(load_world(deep_dir), deep_dir, 6, seed=0, forms=["list", "primes"], funnel=Funnel(deep_dir, ("solver",)))
-    assert {t.meta["template"].split()[0] for t in tasks} == {"list", "primes"}
+    assert {form_of(t) for t in tasks} == {"list", "primes"}
     with pytest.raises(ValueError, match="no task of these families has the form list"):
         make_tasks(load_world(deep_dir), deep_dir, 6, seed=0, families=["conflict"], forms=["list"])
 
