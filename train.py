@@ -515,6 +515,10 @@ def main():
         if args.log_with:
             accelerator.end_training()
         if torch.distributed.is_initialized():
+            # DDP must go before its process group: with the group's last reference, DDP's destructor would wait for gloo's threads with
+            # the interpreter lock in hand, and one of them may want that lock to free the last collective's tensors (pytorch issue 56297).
+            policy = None
+            accelerator.free_memory()
             torch.distributed.destroy_process_group()
 
 

@@ -74,7 +74,6 @@ class Args:
     learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
     minutes: float = field(default=0.0, metadata={"help": "decay over this wall-clock time instead of `steps` (0: off)"})
     init: str = field(default="", metadata={"help": "model folder to go on from, with its tokenizer, instead of starting anew"})
-    cache: str = field(default="", metadata={"help": "file to keep the transcripts in between runs"})
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -724,13 +723,8 @@ def main():
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init) if args.init else train_tokenizer(tokenizer_corpus(args), 2560)
     tokenizer.save_pretrained(out)
     chat = Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
-    if args.cache and Path(args.cache).exists():
-        transcripts, walks, held_out_walks = torch.load(args.cache, weights_only=False)
-    else:
-        transcripts = write_transcripts(args, chat)
-        walks, held_out_walks = write_walks(args, chat, round(len(transcripts) * args.deep_share / (1 - args.deep_share))) if args.deep_share else ([], [])
-        if args.cache:
-            torch.save((transcripts, walks, held_out_walks), args.cache)
+    transcripts = write_transcripts(args, chat)
+    walks, held_out_walks = write_walks(args, chat, round(len(transcripts) * args.deep_share / (1 - args.deep_share))) if args.deep_share else ([], [])
 
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
