@@ -47,7 +47,7 @@ from reward import advantages, control_negatives, load_reward, step_rewards
 from rollout import RolloutArgs, Trajectory, check_full_attention, check_rollout_args, engine_for, keep_memory, load_policy, open_toolbox, parse_flags, rollout, trajectory_key
 from run_folder import choose_folder, cores_of, cut_lines, draw_curves, end_on_signals, load_state, save, save_config, share_of, start_ranks, use_threads
 from tools import SIGNATURES
-from workers import Group, Rollouts, Setup, WorkerError, make_group, where_it_failed
+from workers import Group, Rollouts, Setup, WorkerError, make_group, signals_later, where_it_failed
 
 DATA = Path(__file__).resolve().parent / "data"
 IS_CAP = 2.0  # --stale is: an importance ratio counts at most so much
@@ -178,11 +178,11 @@ def importance(rows: list[Row], wanted: torch.Tensor, logprobs: torch.Tensor) ->
     return ratios
 
 
-def update(policy, optimizer, accelerator: Accelerator, rows: list[Row], denominator: float, args: TrainArgs) -> float | None:
-    """One REINFORCE step over this process's rows; gradients are summed over processes.
+def gradient(policy, accelerator: Accelerator, rows: list[Row], denominator: float, args: TrainArgs) -> float | None:
+    """The REINFORCE gradient over this process's rows, summed over processes and clipped; it is left in the parameters' `.grad`.
 
     Returns:
-        The gradient's norm before clipping, or None if it was not finite and the step was skipped.
+        Its norm before clipping, or None if that is not finite: then no step must be made with it.
     """
     batches = micro_batches(rows, args.micro_tokens)
     # Every process has to run as many backward passes as the one with most: missing ones are passes with weight 0.
@@ -205,9 +205,6 @@ def update(policy, optimizer, accelerator: Accelerator, rows: list[Row], denomin
                 loss = -(logprobs * ratios * weights[wanted]).sum() / denominator * accelerator.num_processes
             accelerator.backward(loss)
     norm = float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
     return norm if math.isfinite(norm) else None
 
 
@@ -388,7 +385,7 @@ def main():
         return result
 
     before = after = pool = None
-    done, skipped, updating = first_step, 0, False
+    done, skipped = first_step, 0
     try:
         if args.rollout == "async":
             pool = start_workers()
@@ -430,12 +427,15 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, args)
             denominator = args.tasks_per_step * args.samples * args.nominal_tokens
-            updating = True
-            norm = update(policy, optimizer, accelerator, rows, denominator, args)
-            engine.new_weights(step + 1)
-            if pool:
-                pool.publish(model, step + 1)
-            done, updating = step + 1, False
+            norm = gradient(policy, accelerator, rows, denominator, args)
+            with signals_later():  # weights, their number and the groups that are behind us change together: Ctrl-C saves a state before or after
+                if norm is not None:
+                    optimizer.step()
+                optimizer.zero_grad()
+                engine.new_weights(step + 1)
+                if pool:
+                    pool.publish(model, step + 1)
+                done = step + 1
             train_s = time.perf_counter() - clock
             skipped = skipped + 1 if norm is None else 0
             if norm is None and is_main:
@@ -499,7 +499,7 @@ def main():
         for number in (signal.SIGINT, signal.SIGTERM):  # the launcher passes on a second one: let the save end
             signal.signal(number, signal.SIG_IGN)
         try:
-            if is_main and not updating and done > first_step and (ranks == 1 or not pool):  # other ranks' parked work cannot be asked for now
+            if is_main and done > first_step and (ranks == 1 or not pool):  # other ranks' parked work cannot be asked for now
                 save(out, done, accelerator.unwrap_model(policy), optimizer, chat, [pool.state(ask=False) if pool else None])
         except OSError as error:
             print(f"train.py: the last steps could not be saved: {error}", file=sys.stderr)

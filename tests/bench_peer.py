@@ -42,7 +42,7 @@ from reward import correct
 from rollout import RolloutArgs, Trajectory, engine_for, keep_memory, load_policy, parse_flags, rollout, trajectory_key
 from run_folder import cores_of, use_threads
 from tools import SIGNATURES, Toolbox
-from train import Policy, TrainArgs, rows_of, update
+from train import Policy, TrainArgs, gradient, rows_of
 from workers import Rollouts, Setup, make_group
 
 
@@ -107,7 +107,9 @@ def our_step(model, play, optimizer, accelerator, number: int, args: RolloutArgs
     for t in trajectories:
         outcome = correct(t.answer or "", t.task.answer, t.task.answer_type)
         rows += rows_of(t, [outcome - 0.5] * len(t.turns), number)  # no weight is 0: all are trained, as TRL does
-    update(Policy(model, args.temperature), optimizer, accelerator, rows, len(trajectories) * 128, TrainArgs())
+    gradient(Policy(model, args.temperature), accelerator, rows, len(trajectories) * 128, TrainArgs())
+    optimizer.step()
+    optimizer.zero_grad()
     return {"rollout_s": rollout_s, "step_s": time.perf_counter() - clock, "turns": sum(len(t.turns) for t in trajectories),
             "tokens": sum(len(turn.action_ids) for t in trajectories for turn in t.turns),
             "calls": sum(len(turn.calls) for t in trajectories for turn in t.turns)}

@@ -31,7 +31,7 @@ from context import Chat
 from rollout import RolloutArgs, Trajectory, engine_for, keep_memory, load_policy, parse_flags, rollout
 from run_folder import cores_of
 from tools import SIGNATURES
-from train import Policy, TrainArgs, rows_of, update
+from train import Policy, TrainArgs, gradient, rows_of
 from workers import Group, Rollouts, Setup, make_group
 
 MODES = {"sync": {}, "async": {}, "async+partial": {"partial": True}, "+overlap": {"partial": True, "overlap": True}}
@@ -105,7 +105,9 @@ def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
             clock = time.perf_counter()
             trajectories = [t for group in groups for t in group.trajectories]
             rows = [row for k, t in enumerate(trajectories) for row in rows_of(t, [1.0 - 2.0 * (k % 2)] * len(t.turns), version, "keep")]
-            update(policy, optimizer, accelerator, rows, 1e4, train_args)
+            gradient(policy, accelerator, rows, 1e4, train_args)
+            optimizer.step()
+            optimizer.zero_grad()
             version += 1
             if mode == "sync":
                 engine.new_weights(version)

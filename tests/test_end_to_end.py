@@ -200,6 +200,56 @@ def test_a_signal_ends_everything_with_one_line(tmp_path, number):
     assert not our_processes(str(tmp_path))
 
 
+STOPPED_IN_AN_UPDATE = """
+import os, pathlib, signal, sys
+from reward import reward
+train, once, rewarded = sys.modules["__main__"], pathlib.Path(__file__).with_suffix(".done"), []
+real = train.collate
+
+def collate(rows, device):  # the update calls it, the first one once
+    if len(rewarded) > 8 and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(rows, device)
+
+def stopped(trajectory):
+    rewarded.append(1)
+    return reward(trajectory)
+
+train.collate = collate
+"""
+
+
+@pytest.mark.parametrize("flags", [SMALL, ASYNC], ids=["sync", "async"])
+def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, whole_run, flags):
+    """Saved is the state before that update, with the groups that it was being made of; --resume goes on from there."""
+    (tmp_path / "stop.py").write_text(STOPPED_IN_AN_UPDATE)
+    out = tmp_path / "s"
+    first = start_train(str(tmp_path), *flags, "--save_every", 1000, "--steps", 20, "--reward", f"{tmp_path}/stop.py:stopped", "--out", out)
+    _, errors = first.communicate(timeout=200)
+    assert (tmp_path / "stop.done").exists() and first.returncode != 0 and "Traceback" not in errors, errors[-2000:]
+    state = load_state(out)
+    done = state["step"]
+    assert done >= 1 and [m["step"] for m in metrics(out)] == list(range(1, done + 1))
+    second = launch("--resume", out, "--steps", max(3, done + 1))
+    assert second.returncode == 0, second.stderr[-2000:]
+    if flags == SMALL:
+        assert same_numbers(metrics(out), metrics(whole_run[0]))
+    else:
+        [kept] = state["rollouts"]
+        stopped = {group["trajectories"][0]["task"]["id"] for group in kept["groups"] if all(t["status"] != "running" for t in group["trajectories"])}
+        trained = {row["id"] for row in map(json.loads, (out / "trajectories.jsonl").read_text().splitlines()) if row["step"] == done + 1}
+        assert stopped and stopped <= trained
+
+
+def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run(tmp_path):
+    (tmp_path / "huge.py").write_text("def huge(trajectory):\n    return 1e300 if trajectory.key[-1] % 2 else -1e300\n")
+    done = launch(*SMALL, "--steps", 9, "--reward", f"{tmp_path}/huge.py:huge", "--out", tmp_path / "r")
+    assert done.returncode != 0 and done.stdout.count("the step was skipped") == 3 and "lower --learning_rate" in done.stderr
+    base, kept = load_file(ROOT / "data/nano/model.safetensors"), load_file(tmp_path / "r/checkpoint/model.safetensors")
+    assert all(torch.equal(base[name], kept[name]) for name in base)
+
+
 def test_a_reward_that_fails_is_one_line(tmp_path):
     (tmp_path / "bad.py").write_text("def bad(trajectory):\n    return 1 / 0\n")
     done = subprocess.run([sys.executable, "train.py", *SMALL, "--steps", "1", "--out", str(tmp_path / "r"), "--reward", f"{tmp_path}/bad.py:bad"],

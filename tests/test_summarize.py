@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn
-from test_train import gradient
+from test_train import gradient_of
 
 from context import MANAGERS, summarize
 from data.tasks import make_tasks
@@ -19,7 +19,7 @@ from data.validate import Funnel
 from data.world import load_world
 from reward import Reward, step_rewards
 from rollout import RolloutArgs, Trajectory, Turn, finish_turn, load_policy, next_prompt, rollout, take_results, trajectory_key
-from train import Policy, TrainArgs, logprob_gap, rows_of, update
+from train import Policy, TrainArgs, logprob_gap, rows_of
 from workers import Group, group_from
 
 ARGS = dict(slots=4, max_new_tokens=6, max_context=400, max_turns=99, observation_tokens=100, context="summarize")
@@ -89,7 +89,7 @@ def test_each_token_is_trained_once_under_the_context_that_produced_it(tiny, cha
             by_hand = by_hand - rewards[n] * torch.log_softmax(logits, -1).gather(-1, torch.tensor(turn.action_ids)[:, None]).sum() / 100
     by_hand.backward()
     rows = [row for t in trajectories for row in rows_of(t, step_rewards(Reward(1.0, 1.0, True), len(t.turns), 0.9), 0)]
-    split = gradient(tiny, rows, TrainArgs(max_grad_norm=1e9))
+    split = gradient_of(tiny, rows, TrainArgs(max_grad_norm=1e9))
     if temperature == 1.0:
         assert all(torch.allclose(p.grad, split[name], atol=1e-4) for name, p in tiny.named_parameters())
 
@@ -183,9 +183,7 @@ def test_a_fourth_manager_in_a_few_lines(tiny, chat, make_engine, monkeypatch):
     (trajectory,), _ = play(make_engine(tiny, args), chat, args)
     assert trajectory.status == "answered" and len(trajectory.segments) == 18  # the first three turns share one
     assert logprob_gap(Policy(tiny, 1.0), [trajectory], 4096, "cpu") < 1e-4
-    policy, before = Policy(tiny, 1.0), [p.clone() for p in tiny.parameters()]
-    norm = update(policy, torch.optim.SGD(policy.parameters(), lr=0.1), Accelerator(cpu=True), rows_of(trajectory, [1.0] * 20, 0), 100.0, TrainArgs())
-    assert norm > 0 and any(not torch.equal(a, b) for a, b in zip(before, tiny.parameters()))
+    assert any(g.abs().max() > 0 for g in gradient_of(tiny, rows_of(trajectory, [1.0] * 20, 0), TrainArgs()).values())
 
 
 def test_the_shipped_base_for_walks_goes_on_where_none_is_stopped(deep_dir, chat, make_engine, toolbox):
