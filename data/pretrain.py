@@ -791,7 +791,7 @@ def main():
             hit = (predicted == targets).float().mean().item()
             average[f"{name} copied"] = 0.9 * average.get(f"{name} copied", hit) + 0.1 * hit
         progress.set_postfix({k: f"{v:.3f}" for k, v in average.items()} | {"M tokens": f"{tokens / 1e6:.1f}"})
-        if step % 200 == 199 or step == total - 1:
+        if step % 200 == 199 and step < total - 1:
             report(model, held_out, held_out_walks, chat, step, tokens, time.time() - start, average)
             model.save_pretrained(out)
     model.save_pretrained(out)
@@ -809,9 +809,12 @@ def report(model, held_out, walks, chat, step: int, tokens: int, seconds: float,
         text = chat.tokenizer.convert_ids_to_tokens(targets.tolist())
         return loss.item(), list(zip([""] + text, text, (predicted == targets).tolist(), (targets == chat.end_id).tolist()))
 
+    def share(hits: list[bool]) -> str:
+        return f"{np.mean(hits):.1%} of {len(hits)}" if hits else "0"
+
     losses, tokens_seen = zip(*[tokens_of(row) for row in held_out])
     facts = [hit for row in tokens_seen for before, _, hit, _ in row if before == "ĠisĠ"]
-    line = f"held-out loss {np.mean(losses):.3f} | fact copied {np.mean(facts):.1%} of {len(facts)}"
+    line = f"held-out loss {np.mean(losses):.3f} | fact copied {share(facts)}"
     if walks:
         losses, tokens_seen = zip(*[tokens_of(row) for row in walks])
         urls = [hit for row in tokens_seen for before, _, hit, _ in row if before == "/"]
@@ -824,8 +827,8 @@ def report(model, held_out, walks, chat, step: int, tokens: int, seconds: float,
                 if ends:
                     (notes if kind == "notes" else turns).append(whole)
                     whole, kind = True, "notes"
-        line += (f" | walks: loss {np.mean(losses):.3f}, next page {np.mean(urls):.1%} of {len(urls)}, names {np.mean(names):.1%} of {len(names)}, "
-                 f"whole turns {np.mean(turns):.1%} of {len(turns)}, whole notes {np.mean(notes):.1%} of {len(notes)}")
+        line += (f" | walks: loss {np.mean(losses):.3f}, next page {share(urls)}, names {share(names)}, "
+                 f"whole turns {share(turns)}, whole notes {share(notes)}")
     tqdm.write(f"step {step} {seconds / 60:.1f} min {tokens / 1e6:.1f}M tokens | {line} | {({k: round(v, 3) for k, v in average.items()})}", file=sys.stdout)
     sys.stdout.flush()
 

@@ -131,27 +131,29 @@ def draw_partial() -> None:
 
 
 def draw_deep() -> None:
-    """Three context managers on walks of thirty pages: training Pass@1 and turns over steps, held-out Pass@1 before and after."""
+    """Context managers on walks of thirty pages: training Pass@1 and turns over steps, held-out Pass@1 before and after."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for number, (manager, colour) in enumerate((("none", "tab:gray"), ("elide", "tab:orange"), ("summarize", "tab:blue"))):
-        metrics = [lines_of(run, "metrics") for run in runs(f"deep-{manager}-seed")]
+    kinds = [("none", "--context none", "tab:gray"), ("elide", "--context elide", "tab:orange"),
+             ("stubs", "--context elide, its own base", "tab:red"), ("summarize", "--context summarize", "tab:blue")]
+    for number, (kind, label, colour) in enumerate(kinds):
+        trained = runs(f"deep-{kind}-seed")
+        metrics = [lines_of(run, "metrics") for run in trained]
         for axis, key in ((axes[0], "pass_rate"), (axes[1], "turns")):
             curves = np.array([[m[key] for m in run] for run in metrics])  # (seeds, steps)
             axis.plot([m["step"] for m in metrics[0]], curves.T, color=colour, alpha=0.25, linewidth=1)
-            axis.plot([m["step"] for m in metrics[0]], curves.mean(0), color=colour, label=f"--context {manager}")
-        for k, run in enumerate([f"deep-base-{manager}", *runs(f"deep-{manager}-seed")]):
-            test = test_of(run)
+            axis.plot([m["step"] for m in metrics[0]], curves.mean(0), color=colour, label=label)
+        for k, test in enumerate(map(test_of, [f"deep-base-{kind}", *trained])):
             low, high = test["pass@1_ci"]
             axes[2].bar(number + 0.2 * k, test["pass@1"], 0.18, color=colour, alpha=0.35 if k == 0 else 0.9)
             axes[2].errorbar(number + 0.2 * k, test["pass@1"], yerr=[[test["pass@1"] - low], [high - test["pass@1"]]], color="black", capsize=2, linewidth=1)
-    axes[2].set_xticks([0.3, 1.3, 2.3], ["none", "elide", "summarize"])
-    for axis, title in zip(axes, ("Pass@1 on training tasks", "turns a trajectory", "held-out Pass@1: base (pale), seeds 0, 1, 2")):
+    axes[2].set_xticks([0.3, 1.3, 2.3, 3.3], ["none", "elide", "elide,\nits own base", "summarize"])
+    for axis, title in zip(axes, ("Pass@1 on training tasks", "turns a trajectory", "held-out Pass@1: base (pale), 12 steps, seeds 0, 1, 2")):
         axis.set_title(title, fontsize=11)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].set_xlabel("step")
     axes[1].set_xlabel("step")
-    axes[0].legend(fontsize=8, loc="upper left")
+    axes[0].legend(fontsize=7, loc="upper left")
     figure.savefig(DOCS / "deep.png", dpi=110)
     plt.close(figure)
 

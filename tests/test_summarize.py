@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import ROOT
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn
 from test_train import gradient_of
