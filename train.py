@@ -385,7 +385,7 @@ def main():
         return result
 
     before = after = pool = None
-    done, skipped = first_step, 0
+    done, skipped, changing = first_step, 0, False
     try:
         if args.rollout == "async":
             pool = start_workers()
@@ -429,13 +429,14 @@ def main():
             denominator = args.tasks_per_step * args.samples * args.nominal_tokens
             norm = gradient(policy, accelerator, rows, denominator, args)
             with signals_later():  # weights, their number and the groups that are behind us change together: Ctrl-C saves a state before or after
+                changing = True
                 if norm is not None:
                     optimizer.step()
                 optimizer.zero_grad()
                 engine.new_weights(step + 1)
                 if pool:
                     pool.publish(model, step + 1)
-                done = step + 1
+                done, changing = step + 1, False
             train_s = time.perf_counter() - clock
             skipped = skipped + 1 if norm is None else 0
             if norm is None and is_main:
@@ -499,7 +500,7 @@ def main():
         for number in (signal.SIGINT, signal.SIGTERM):  # the launcher passes on a second one: let the save end
             signal.signal(number, signal.SIG_IGN)
         try:
-            if is_main and done > first_step and (ranks == 1 or not pool):  # other ranks' parked work cannot be asked for now
+            if is_main and not changing and done > first_step and (ranks == 1 or not pool):  # other ranks' parked work cannot be asked for now
                 save(out, done, accelerator.unwrap_model(policy), optimizer, chat, [pool.state(ask=False) if pool else None])
         except OSError as error:
             print(f"train.py: the last steps could not be saved: {error}", file=sys.stderr)
@@ -512,13 +513,13 @@ def main():
     finally:
         if pool:
             pool.close()
+        # DDP must go before its process group: with the group's last reference, DDP's destructor would wait for gloo's threads with
+        # the interpreter lock in hand, and one of them may want that lock to free the last collective's tensors (pytorch issue 56297).
+        policy = None
+        accelerator.free_memory()
         if args.log_with:
             accelerator.end_training()
         if torch.distributed.is_initialized():
-            # DDP must go before its process group: with the group's last reference, DDP's destructor would wait for gloo's threads with
-            # the interpreter lock in hand, and one of them may want that lock to free the last collective's tensors (pytorch issue 56297).
-            policy = None
-            accelerator.free_memory()
             torch.distributed.destroy_process_group()
 
 
