@@ -147,7 +147,7 @@ def draw_deep() -> None:
             axes[2].bar(number + 0.2 * k, test["pass@1"], 0.18, color=colour, alpha=0.35 if k == 0 else 0.9)
             axes[2].errorbar(number + 0.2 * k, test["pass@1"], yerr=[[test["pass@1"] - low], [high - test["pass@1"]]], color="black", capsize=2, linewidth=1)
     axes[2].set_xticks([0.3, 1.3, 2.3, 3.3], ["none", "elide", "elide,\nits own base", "summarize"])
-    for axis, title in zip(axes, ("Pass@1 on training tasks", "turns a trajectory", "held-out Pass@1: base (pale), 12 steps, seeds 0, 1, 2")):
+    for axis, title in zip(axes, ("Pass@1 on training tasks", "turns a trajectory", "held-out Pass@1: base (pale), seeds 0, 1, 2")):
         axis.set_title(title, fontsize=11)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
