@@ -55,6 +55,12 @@ def same_numbers(a, b):
     return [{k: v for k, v in m.items() if k not in timing} for m in a] == [{k: v for k, v in m.items() if k not in timing} for m in b]
 
 
+def same_weights(a, b):
+    """Whether two model folders hold the same bits."""
+    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
@@ -72,8 +78,7 @@ def test_a_run_leaves_what_the_readme_promises(whole_run):
         assert all(key in m for m in rows)
     gaps = [float(line.split()[-1]) for line in printed.splitlines() if "trainer - sampler" in line]
     assert len(gaps) == 3 and max(gaps) < 1e-4
-    base, trained = load_file(ROOT / "data/nano/model.safetensors"), load_file(out / "checkpoint/model.safetensors")
-    assert any(not torch.equal(base[name], trained[name]) for name in base)
+    assert not same_weights(ROOT / "data/nano", out / "checkpoint")
 
 
 def test_resume_is_bitwise_equal(whole_run, tmp_path):
@@ -84,8 +89,7 @@ def test_resume_is_bitwise_equal(whole_run, tmp_path):
     second = launch("--resume", tmp_path / "r", "--steps", 3)
     assert second.returncode == 0 and "damaged" in second.stderr, second.stderr[-2000:]
     assert same_numbers(metrics(out), metrics(tmp_path / "r"))
-    a, b = load_file(out / "checkpoint/model.safetensors"), load_file(tmp_path / "r/checkpoint/model.safetensors")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same_weights(out / "checkpoint", tmp_path / "r/checkpoint")
 
 
 def test_two_ranks_equal_one(whole_run, tmp_path):
@@ -192,35 +196,25 @@ STOPS_ITSELF = """
 import os, pathlib, signal, sys
 import torch
 from reward import reward
-here = pathlib.Path(__file__).parent
+train, here = sys.modules["__main__"], pathlib.Path(__file__).parent
+real = TARGET
 
-def stopping(real):
-    def stop_once(*arguments, **named):
-        if (here / "s/metrics.jsonl").exists() and not (here / "stopped").exists():  # in the second step
-            (here / "stopped").touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, **named)
-    return stop_once
+def stop_once(*arguments, **named):
+    if (here / "s/metrics.jsonl").exists() and not (here / "stopped").exists():  # in the second step
+        (here / "stopped").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*arguments, **named)
 
-def in_gradient(trajectory):
-    train = sys.modules["__main__"]
-    if train.collate.__name__ == "collate":
-        train.collate = stopping(train.collate)
-    return reward(trajectory)
-
-def in_step(trajectory):
-    if torch.optim.AdamW.step.__name__ != "stop_once":
-        torch.optim.AdamW.step = stopping(torch.optim.AdamW.step)
-    return reward(trajectory)
+TARGET = stop_once
 """
 
 
-@pytest.mark.parametrize("mode, where", [("async", "in_gradient"), ("sync", "in_step")])
+@pytest.mark.parametrize("mode, where", [("async", "train.collate"), ("sync", "torch.optim.AdamW.step")])
 def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, whole_run, mode, where):
     """Saved is the state before that update, with the groups that it was being made of, or the one after it; --resume goes on from there."""
-    (tmp_path / "stop.py").write_text(STOPS_ITSELF)
+    (tmp_path / "stop.py").write_text(STOPS_ITSELF.replace("TARGET", where))
     out = tmp_path / "s"
-    flags = [*(SMALL if mode == "sync" else ASYNC), "--save_every", 1000, "--steps", 20, "--reward", f"{tmp_path}/stop.py:{where}", "--out", out]
+    flags = [*(SMALL if mode == "sync" else ASYNC), "--save_every", 1000, "--steps", 20, "--reward", f"{tmp_path}/stop.py:reward", "--out", out]
     first = start_train(str(tmp_path), *flags)
     try:
         _, errors = first.communicate(timeout=200)
@@ -228,12 +222,11 @@ def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, whole_run, mode, whe
         first.kill()
     assert (tmp_path / "stopped").exists() and first.returncode != 0 and f"--resume {out}" in errors and "Traceback" not in errors, errors[-2000:]
     state = load_state(out)
-    assert state["step"] == (1 if where == "in_gradient" else 2)
+    assert state["step"] == (1 if where == "train.collate" else 2)  # the step itself is ended first
     second = launch("--resume", out, "--steps", 3)
     assert second.returncode == 0, second.stderr[-2000:]
     if mode == "sync":
-        a, b = load_file(whole_run[0] / "checkpoint/model.safetensors"), load_file(out / "checkpoint/model.safetensors")
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert same_weights(whole_run[0] / "checkpoint", out / "checkpoint")
     else:
         [kept] = state["rollouts"]
         whole = {group["trajectories"][0]["task"]["id"] for group in kept["groups"] if all(t["status"] != "running" for t in group["trajectories"])}
@@ -245,8 +238,7 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run(tmp_path
     (tmp_path / "huge.py").write_text("def huge(trajectory):\n    return 1e300 if trajectory.key[-1] % 2 else -1e300\n")
     done = launch(*SMALL, "--steps", 9, "--reward", f"{tmp_path}/huge.py:huge", "--out", tmp_path / "r")
     assert done.returncode != 0 and done.stdout.count("the step was skipped") == 3 and "lower --learning_rate" in done.stderr
-    base, kept = load_file(ROOT / "data/nano/model.safetensors"), load_file(tmp_path / "r/checkpoint/model.safetensors")
-    assert all(torch.equal(base[name], kept[name]) for name in base)
+    assert same_weights(ROOT / "data/nano", tmp_path / "r/checkpoint")
 
 
 def test_a_reward_that_fails_is_one_line(tmp_path):
