@@ -26,13 +26,18 @@ SYSTEM_PROMPT = (
     "Answer the question. Think inside <think></think>, then call tools or give the answer.\n"
     "Tools: {signatures}.\n"
     'Call: <tool_call>{{"name": "search", "arguments": {{"queries": ["..."]}}}}</tool_call>\n'
-    "End: <answer>...</answer>")
+    "End: <answer>...</answer>"
+)
 ELIDED = "old result removed"
-NOTES_REQUEST = "Write down what to keep: earlier turns will be removed. The last result comes after that."
+NOTES_REQUEST = (
+    "Write down what to keep: earlier turns will be removed. The last result comes after that."
+)
 
 # Used when a tokenizer brings no chat template of its own (base models): ChatML, as Qwen and SmolLM2 write it.
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Segment:
     ids, turn_of, logprobs all have length T. `turn_of[t]` is the index of the turn that sampled token t, or -1 for a token
     the policy did not sample (prompt, observation): those carry no loss. `logprobs[t]` is the sampler's log-prob, 0 elsewhere.
     """
+
     ids: list[int]
     turn_of: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -74,12 +80,17 @@ class Chat:
         sentinels = ["SYSTEMTEXT", "QUESTIONTEXT", "ACTIONTEXT", "RESULTTEXT"]
         roles = ["system", "user", "assistant", "user"]
         rendered = tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in zip(roles, sentinels)], tokenize=False,
-            add_generation_prompt=True, chat_template=tokenizer.chat_template or CHATML)
+            [{"role": role, "content": text} for role, text in zip(roles, sentinels)],
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=tokenizer.chat_template or CHATML,
+        )
         pieces = []
         for sentinel in sentinels:
             if sentinel not in rendered:
-                raise ValueError("this chat template drops or rewrites a message (it needs system, user and assistant roles)")
+                raise ValueError(
+                    "this chat template drops or rewrites a message (it needs system, user and assistant roles)"
+                )
             piece, rendered = rendered.split(sentinel, 1)
             pieces.append(piece)
         before_system, before_question, before_action, before_result = pieces
@@ -90,8 +101,12 @@ class Chat:
             end_of_turn = "<|im_end|>"
         self.end_id = tokenizer.convert_tokens_to_ids(end_of_turn)
         if self.end_id is None or end_of_turn not in before_result:
-            raise ValueError("cannot find the token that ends an assistant's turn in this chat template")
-        before_result = before_result[before_result.index(end_of_turn) + len(end_of_turn):]  # the policy samples it itself
+            raise ValueError(
+                "cannot find the token that ends an assistant's turn in this chat template"
+            )
+        before_result = before_result[
+            before_result.index(end_of_turn) + len(end_of_turn) :
+        ]  # the policy samples it itself
         system = SYSTEM_PROMPT.format(signatures="; ".join(signatures))
         self.before_question = self.trusted(before_system + system + before_question)
         self.before_action = self.trusted(before_action)
@@ -99,7 +114,9 @@ class Chat:
         self.before_next_action = self.trusted(before_next_action)
         self.open_response = self.trusted("<tool_response>")
         self.close_response = self.trusted("</tool_response>")
-        self.request_notes = self.before_result + self.trusted(NOTES_REQUEST) + self.before_next_action
+        self.request_notes = (
+            self.before_result + self.trusted(NOTES_REQUEST) + self.before_next_action
+        )
         self.before_notes = self.trusted("\nNotes: ")
 
     def trusted(self, text: str) -> list[int]:
@@ -109,7 +126,11 @@ class Chat:
     def untrusted(self, text: str) -> list[int]:
         """Encode text from outside: no id of the result is a control token, whatever the text says."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
-        return [i for i in self.plain.encode(text, add_special_tokens=False).ids if i not in self.control_ids]
+        return [
+            i
+            for i in self.plain.encode(text, add_special_tokens=False).ids
+            if i not in self.control_ids
+        ]
 
     def head(self, question: str) -> list[int]:
         """The first prompt: system prompt with tool declarations, question, and the tag that opens the policy's turn."""
@@ -135,7 +156,9 @@ class Chat:
         pieces it is text that the policy quotes (from a page, say) and gets a zero-width space, so that the parser does not
         see it. A tokenizer without such a token spells its tags, and then they count.
         """
-        text = lambda part: self.tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = lambda part: self.tokenizer.decode(
+            part, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         whole = text(ids)
         if all(whole.count(tag) == ids.count(id) for tag, id in self.tags if tag in whole):
             return whole
@@ -157,7 +180,11 @@ def elide_turns(trajectory, chat: Chat, old_turns: int) -> list[int]:
     stub = chat.observation([ELIDED], 64)
     ids = list(trajectory.head_ids)
     for number, turn in enumerate(trajectory.turns):
-        ids += turn.action_ids + (stub if number < old_turns and len(turn.observation_ids) > len(stub) else turn.observation_ids)
+        ids += turn.action_ids + (
+            stub
+            if number < old_turns and len(turn.observation_ids) > len(stub)
+            else turn.observation_ids
+        )
     return ids
 
 
@@ -193,14 +220,24 @@ def summarize(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
     A notes turn is not read for calls or answers, whatever it says (`finish_turn`; nano-rlm's rule, too): a policy that has its answer
     gives it a turn later, and nothing that it writes can be an action or, fed back without control tokens, the end of the question's turn.
     """
-    turns, notes_turns = trajectory.turns, trajectory.memory.setdefault("notes_turns", [])  # the last one may still be unwritten
+    turns, notes_turns = (
+        trajectory.turns,
+        trajectory.memory.setdefault("notes_turns", []),
+    )  # the last one may still be unwritten
     ids, later = list(trajectory.head_ids), turns
     if written := [n for n in notes_turns if n < len(turns)]:
-        before, notes, later = turns[written[-1] - 1], turns[written[-1]], turns[written[-1] + 1:]
-        ids = ids[:-len(chat.before_action)] + chat.before_notes + [i for i in notes.action_ids if i not in chat.control_ids] + chat.before_action
+        before, notes, later = turns[written[-1] - 1], turns[written[-1]], turns[written[-1] + 1 :]
+        ids = (
+            ids[: -len(chat.before_action)]
+            + chat.before_notes
+            + [i for i in notes.action_ids if i not in chat.control_ids]
+            + chat.before_action
+        )
         result = before.observation_ids
         if (over := len(ids) + len(before.action_ids) + len(result) - budget_tokens) > 0:
-            result = chat.observation(before.results, max(16, len(result) - over - 32 * len(before.results)))
+            result = chat.observation(
+                before.results, max(16, len(result) - over - 32 * len(before.results))
+            )
         ids += before.action_ids + result
     for turn in later[:-1]:
         ids += turn.action_ids + turn.observation_ids
@@ -220,8 +257,8 @@ MANAGERS = {"none": none, "elide": elide, "summarize": summarize}
 
 def extend_segments(segments: list[Segment], prompt_ids: list[int]) -> None:
     """The prefix rule: extend the last segment if the new prompt is a pure extension of it, else open a new one."""
-    if segments and prompt_ids[:len(segments[-1].ids)] == segments[-1].ids:
-        segments[-1].append(prompt_ids[len(segments[-1].ids):])
+    if segments and prompt_ids[: len(segments[-1].ids)] == segments[-1].ids:
+        segments[-1].append(prompt_ids[len(segments[-1].ids) :])
     else:
         segments.append(Segment([]))
         segments[-1].append(prompt_ids)

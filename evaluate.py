@@ -39,29 +39,79 @@ from context import SYSTEM_PROMPT, Chat
 from data.index import random_pages
 from data.tasks import Task, load_tasks
 from reward import correct
-from rollout import RolloutArgs, Trajectory, Turn, check_rollout_args, engine_for, keep_memory, load_policy, open_toolbox, parse_flags, rollout, take_results, trajectory_key
+from rollout import (
+    RolloutArgs,
+    Trajectory,
+    Turn,
+    check_rollout_args,
+    engine_for,
+    keep_memory,
+    load_policy,
+    open_toolbox,
+    parse_flags,
+    rollout,
+    take_results,
+    trajectory_key,
+)
 from tools import SIGNATURES, FormatError, Toolbox, parse_action, run_calls
 
 
 @dataclass
 class EvaluateArgs:
-    model: str = field(default="nano", metadata={"help": "nano, a checkpoint folder, a .gguf file or a hub name"})
-    tasks: str = field(default="data/test.jsonl", metadata={"help": "task file; each line needs question and answer. Or a public benchmark's own .csv, .tsv, .parquet: BrowseComp, SimpleQA, FRAMES, xbench-DeepSearch, HLE, GAIA"})
-    samples: int = field(default=4, metadata={"help": "attempts at each task; pass@k needs at least k"})
+    model: str = field(
+        default="nano", metadata={"help": "nano, a checkpoint folder, a .gguf file or a hub name"}
+    )
+    tasks: str = field(
+        default="data/test.jsonl",
+        metadata={
+            "help": "task file; each line needs question and answer. Or a public benchmark's own .csv, .tsv, .parquet: BrowseComp, SimpleQA, FRAMES, xbench-DeepSearch, HLE, GAIA"
+        },
+    )
+    samples: int = field(
+        default=4, metadata={"help": "attempts at each task; pass@k needs at least k"}
+    )
     limit: int = field(default=0, metadata={"help": "use only the first so many tasks (0: all)"})
     json: str = field(default="", metadata={"help": "file to write the figures to"})
-    trajectories: str = field(default="", metadata={"help": "file to write every trajectory to, one JSON line each"})
+    trajectories: str = field(
+        default="", metadata={"help": "file to write every trajectory to, one JSON line each"}
+    )
     seed: int = field(default=0, metadata={"help": "decides the sampling and the bootstrap"})
-    api: str = field(default="", metadata={"help": "evaluate a served model instead: base URL such as http://127.0.0.1:8000/v1"})
+    api: str = field(
+        default="",
+        metadata={
+            "help": "evaluate a served model instead: base URL such as http://127.0.0.1:8000/v1"
+        },
+    )
     api_model: str = field(default="", metadata={"help": "name of the model behind --api"})
-    judge: str = field(default="", metadata={"help": "base URL of an OpenAI-style endpoint that judges answers which are not equal to the truth as texts"})
+    judge: str = field(
+        default="",
+        metadata={
+            "help": "base URL of an OpenAI-style endpoint that judges answers which are not equal to the truth as texts"
+        },
+    )
     judge_model: str = field(default="", metadata={"help": "name of the model behind --judge"})
-    without: list[str] = field(default_factory=list, metadata={"help": "tools to take away (search, browse, python): each call of one is answered with an error, which is no fault of format"})
-    retriever: str = field(default="bm25", metadata={"help": "bm25; random: search shows pages drawn at random from the index; empty: search never finds anything"})
-    baseline: str = field(default="", metadata={"help": "instead of an agent: closed_book (the model must answer at once), top_snippet (copy the top hit's first fact), snippet_reader (the top hit's sentence nearest to the question)"})
+    without: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "tools to take away (search, browse, python): each call of one is answered with an error, which is no fault of format"
+        },
+    )
+    retriever: str = field(
+        default="bm25",
+        metadata={
+            "help": "bm25; random: search shows pages drawn at random from the index; empty: search never finds anything"
+        },
+    )
+    baseline: str = field(
+        default="",
+        metadata={
+            "help": "instead of an agent: closed_book (the model must answer at once), top_snippet (copy the top hit's first fact), snippet_reader (the top hit's sentence nearest to the question)"
+        },
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that at least one of k of the n samples is right, c of which are: the unbiased estimator
@@ -75,7 +125,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def bootstrap_interval(values: list[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(
+    values: list[float], seed: int = 0, resamples: int = 2000
+) -> tuple[float, float]:
     """95% percentile interval of the mean over questions: questions are resampled, not samples, since samples of one
     question are not independent. With all values equal (none solved, say) the Wilson interval is given instead."""
     values = np.asarray(values, dtype=float)
@@ -91,25 +143,35 @@ def bootstrap_interval(values: list[float], seed: int = 0, resamples: int = 2000
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """95% interval of a share observed in n trials (Wilson 1927); sound at 0 and 1, where the bootstrap is not."""
     z = 1.96
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle, half = (
+        share + z * z / (2 * n),
+        z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)),
+    )
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def gaia_correct(answer: str, truth: str) -> float:
     """GAIA's rule: a number without $ % and commas; a list item by item; else text without spaces, case and punctuation."""
+
     def same(answer: str, truth: str, keep: str = "") -> bool:
         try:
             number = float(truth)
         except ValueError:
-            return [c for c in answer.casefold() if c.isalnum() or c in keep] == [c for c in truth.casefold() if c.isalnum() or c in keep]
+            return [c for c in answer.casefold() if c.isalnum() or c in keep] == [
+                c for c in truth.casefold() if c.isalnum() or c in keep
+            ]
         try:
             return float(re.sub(r"[$%,]", "", answer)) == number
         except ValueError:
             return False
+
     items, wanted = re.split(r"[,;]", answer), re.split(r"[,;]", truth)
     if len(wanted) == 1:
         return float(same(answer, truth))
-    return float(len(items) == len(wanted) and all(same(a, t, keep=string.punctuation) for a, t in zip(items, wanted)))
+    return float(
+        len(items) == len(wanted)
+        and all(same(a, t, keep=string.punctuation) for a, t in zip(items, wanted))
+    )
 
 
 def score(trajectory: Trajectory) -> float:
@@ -119,7 +181,10 @@ def score(trajectory: Trajectory) -> float:
     task = trajectory.task
     if task.answer_type == "gaia":
         return gaia_correct(trajectory.answer or "", task.answer)
-    return max(correct(trajectory.answer, task.answer, task.answer_type), float(trajectory.memory.get("verdict") == "yes"))
+    return max(
+        correct(trajectory.answer, task.answer, task.answer_type),
+        float(trajectory.memory.get("verdict") == "yes"),
+    )
 
 
 def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> dict:
@@ -142,27 +207,52 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
     calls = Counter(call["name"] for t in trajectories for turn in t.turns for call in turn.calls)
     families = sorted({t.task.family for t in trajectories})
     result = figures(groups)
-    result["pass@k"] = {str(k): float(np.mean([pass_at_k(len(group), int(sum(scores(group))), k) for group in groups]))
-                        for k in sorted({1, 2, 4, 8, 16, n}) if k <= n}
+    result["pass@k"] = {
+        str(k): float(
+            np.mean([pass_at_k(len(group), int(sum(scores(group))), k) for group in groups])
+        )
+        for k in sorted({1, 2, 4, 8, 16, n})
+        if k <= n
+    }
     result["avg@k"] = {str(n): float(np.mean([np.mean(scores(group)[:n]) for group in groups]))}
     result |= {
         "samples": n,
-        "n_error": sum(t.status == "tool_fault" for t in trajectories),  # the environment's or the server's failure: counted as wrong
+        "n_error": sum(
+            t.status == "tool_fault" for t in trajectories
+        ),  # the environment's or the server's failure: counted as wrong
         "n_judged": sum(t.memory.get("verdict") in ("yes", "no") for t in trajectories),
         "n_judge_error": sum(t.memory.get("verdict") == "unparsed" for t in trajectories),
         "steps_mean": float(np.mean([len(t.turns) for t in trajectories])),
         "steps_mean_correct": float(np.mean([len(t.turns) for t in hits])) if hits else None,
-        "notes_mean": float(np.mean([sum(n < len(t.turns) for n in t.memory.get("notes_turns", [])) for t in trajectories])),  # of the steps
+        "notes_mean": float(
+            np.mean(
+                [
+                    sum(n < len(t.turns) for n in t.memory.get("notes_turns", []))
+                    for t in trajectories
+                ]
+            )
+        ),  # of the steps
         "urls_mean": float(np.mean([len(t.urls) for t in trajectories])),
         "format_error_rate": float(np.mean([t.status == "format_error" for t in trajectories])),
         "status": dict(Counter(t.status for t in trajectories)),
         "format_errors": dict(Counter(t.error for t in trajectories if t.error)),
         "tool_calls": {name: count / len(trajectories) for name, count in sorted(calls.items())},
-        "by_family": {family: figures([g for g in groups if g[0].task.family == family]) for family in families},
-        "by_hops": {f"{family} {hops}": figures([g for g in groups if (g[0].task.family, g[0].task.hops) == (family, hops)])
-                    for family, hops in sorted({(t.task.family, t.task.hops) for t in trajectories})},
-        "by_template": {template: figures([g for g in groups if g[0].task.meta.get("template", "own") == template])
-                        for template in sorted({t.task.meta.get("template", "own") for t in trajectories})},
+        "by_family": {
+            family: figures([g for g in groups if g[0].task.family == family])
+            for family in families
+        },
+        "by_hops": {
+            f"{family} {hops}": figures(
+                [g for g in groups if (g[0].task.family, g[0].task.hops) == (family, hops)]
+            )
+            for family, hops in sorted({(t.task.family, t.task.hops) for t in trajectories})
+        },
+        "by_template": {
+            template: figures(
+                [g for g in groups if g[0].task.meta.get("template", "own") == template]
+            )
+            for template in sorted({t.task.meta.get("template", "own") for t in trajectories})
+        },
         "settings": settings,
     }
     return result
@@ -171,15 +261,28 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
 def format_table(result: dict) -> str:
     """The figures as a text table: overall, then by family, hops and template."""
     lines = [f"{'':14s} {'tasks':>6s} {'Pass@1':>8s}   95% interval"]
-    rows = [("all", result)] + [(name, row) for part in ("by_family", "by_hops", "by_template") for name, row in result[part].items()]
+    rows = [("all", result)] + [
+        (name, row)
+        for part in ("by_family", "by_hops", "by_template")
+        for name, row in result[part].items()
+    ]
     for name, row in rows:
-        lines.append(f"{name:14s} {row['n']:6d} {row['pass@1']:8.1%}   {row['pass@1_ci'][0]:.1%} to {row['pass@1_ci'][1]:.1%}")
+        lines.append(
+            f"{name:14s} {row['n']:6d} {row['pass@1']:8.1%}   {row['pass@1_ci'][0]:.1%} to {row['pass@1_ci'][1]:.1%}"
+        )
     at_k = ", ".join(f"pass@{k} {value:.1%}" for k, value in result["pass@k"].items())
-    used = ", ".join(f"{name} {value:.2f}" for name, value in result["tool_calls"].items()) or "none"
-    lines.append(f"{at_k}; steps {result['steps_mean']:.2f}; URLs {result['urls_mean']:.1f}; "
-                 f"format errors {result['format_error_rate']:.1%}; calls a trajectory: {used}")
-    for key, what in (("n_error", "trajectories failed through no fault of the policy and count as wrong"), ("n_judged", "answers were judged"),
-                      ("n_judge_error", "answers got no readable verdict and count as wrong")):
+    used = (
+        ", ".join(f"{name} {value:.2f}" for name, value in result["tool_calls"].items()) or "none"
+    )
+    lines.append(
+        f"{at_k}; steps {result['steps_mean']:.2f}; URLs {result['urls_mean']:.1f}; "
+        f"format errors {result['format_error_rate']:.1%}; calls a trajectory: {used}"
+    )
+    for key, what in (
+        ("n_error", "trajectories failed through no fault of the policy and count as wrong"),
+        ("n_judged", "answers were judged"),
+        ("n_judge_error", "answers got no readable verdict and count as wrong"),
+    ):
         if result[key]:
             lines.append(f"{result[key]} {what}")
     return "\n".join(lines)
@@ -187,13 +290,17 @@ def format_table(result: dict) -> str:
 
 # --------------------------------------------------------------------------------------------------- public benchmarks
 
+
 def decode_rows(rows: list[dict], columns: tuple[str, str], path: Path) -> tuple[str, list[dict]]:
     """Undo a benchmark's protection against crawlers: base64, then XOR with a key made from the row's canary.
 
     BrowseComp's key is the canary's SHA-256, xbench's the canary itself. The one that gives printable text in every row is
     right; anything else is refused rather than guessed. The decoded text stays in memory.
     """
-    keys = {"browsecomp": lambda canary: hashlib.sha256(canary.encode()).digest(), "xbench": lambda canary: canary.encode()}
+    keys = {
+        "browsecomp": lambda canary: hashlib.sha256(canary.encode()).digest(),
+        "xbench": lambda canary: canary.encode(),
+    }
     fitting = []
     for name, key_of in keys.items():
         try:
@@ -202,15 +309,22 @@ def decode_rows(rows: list[dict], columns: tuple[str, str], path: Path) -> tuple
                 key, row = key_of(row["canary"]), dict(row)
                 for column in columns:
                     data = base64.b64decode(row[column], validate=True)
-                    row[column] = bytes(byte ^ key[i % len(key)] for i, byte in enumerate(data)).decode("utf-8")
-                    if any(unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and c not in "\r\n\t" for c in row[column]):
+                    row[column] = bytes(
+                        byte ^ key[i % len(key)] for i, byte in enumerate(data)
+                    ).decode("utf-8")
+                    if any(
+                        unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs") and c not in "\r\n\t"
+                        for c in row[column]
+                    ):
                         raise ValueError("not text")
                 decoded.append(row)
             fitting.append((name, decoded))
         except (ValueError, ZeroDivisionError, AttributeError, TypeError):
             continue
     if len(fitting) != 1:
-        raise ValueError(f"{path}: the questions are encoded, and {'no' if not fitting else 'more than one'} known key makes text of every row")
+        raise ValueError(
+            f"{path}: the questions are encoded, and {'no' if not fitting else 'more than one'} known key makes text of every row"
+        )
     return fitting[0]
 
 
@@ -237,16 +351,38 @@ def load_benchmark(path: Path | str) -> list[Task]:
     if {"problem", "answer", "canary"} <= header or {"prompt", "answer", "canary"} <= header:
         question, answer = "problem" if "problem" in header else "prompt", "answer"
         name, rows = decode_rows(rows, (question, answer), path)
-    elif {"question", "answer", "answer_type", "image", "canary"} <= header:  # its text is plain; the canary only marks it
-        name, question, answer, rows = "hle", "question", "answer", [row for row in rows if not row["image"]]  # text only
+    elif {
+        "question",
+        "answer",
+        "answer_type",
+        "image",
+        "canary",
+    } <= header:  # its text is plain; the canary only marks it
+        name, question, answer, rows = (
+            "hle",
+            "question",
+            "answer",
+            [row for row in rows if not row["image"]],
+        )  # text only
     elif {"Prompt", "Answer", "reasoning_types"} <= header:
         name, question, answer = "frames", "Prompt", "Answer"
-    elif {"Question", "Final answer", "task_id"} <= header:  # questions with a file to read need a tool that we lack
-        name, question, answer, rows = "gaia", "Question", "Final answer", [row for row in rows if not row.get("file_name")]
+    elif {
+        "Question",
+        "Final answer",
+        "task_id",
+    } <= header:  # questions with a file to read need a tool that we lack
+        name, question, answer, rows = (
+            "gaia",
+            "Question",
+            "Final answer",
+            [row for row in rows if not row.get("file_name")],
+        )
     elif {"problem", "answer", "metadata"} <= header:
         name, question, answer = "simpleqa", "problem", "answer"
     else:
-        raise ValueError(f"{path}: no known benchmark has the columns {', '.join(sorted(map(str, header))) or '(none)'}; a file of your own is JSON lines")
+        raise ValueError(
+            f"{path}: no known benchmark has the columns {', '.join(sorted(map(str, header))) or '(none)'}; a file of your own is JSON lines"
+        )
     tasks, seen = [], set()
     for number, row in enumerate(rows, start=1):
         if not row[question] or not row[answer] or (name == "gaia" and row[answer] == "?"):
@@ -259,7 +395,17 @@ def load_benchmark(path: Path | str) -> list[Task]:
         if name == "simpleqa":
             meta["topic"] = ast.literal_eval(row["metadata"]).get("topic", "")
         family = f"{name}-{row['Level']}" if row.get("Level") else name
-        tasks.append(Task(task_id, row[question].strip(), row[answer].strip(), "gaia" if name == "gaia" else "name", family, "public", meta=meta))
+        tasks.append(
+            Task(
+                task_id,
+                row[question].strip(),
+                row[answer].strip(),
+                "gaia" if name == "gaia" else "name",
+                family,
+                "public",
+                meta=meta,
+            )
+        )
     return tasks
 
 
@@ -273,12 +419,19 @@ Write one line of reasoning, then a last line that says exactly `correct: yes` o
 
 
 def parse_verdict(reply: str) -> str:
-    """"yes", "no", or "unparsed" where no line, or lines that contradict each other, say `correct: …`.
+    """ "yes", "no", or "unparsed" where no line, or lines that contradict each other, say `correct: …`.
 
     Only whole lines count: published graders read "incorrect: yes" in the reasoning as a verdict, missed "**Correct:** yes",
     compared "correct: yes" with "yes", or counted a judge that failed as "no".
     """
-    verdicts = {v.casefold() for v in re.findall(r"^[ \t*_#>`-]*correct[ \t*_`]*[:：][ \t*_`]*(yes|no)[ \t*_`.]*$", reply, re.IGNORECASE | re.MULTILINE)}
+    verdicts = {
+        v.casefold()
+        for v in re.findall(
+            r"^[ \t*_#>`-]*correct[ \t*_`]*[:：][ \t*_`]*(yes|no)[ \t*_`.]*$",
+            reply,
+            re.IGNORECASE | re.MULTILINE,
+        )
+    }
     return verdicts.pop() if len(verdicts) == 1 else "unparsed"
 
 
@@ -290,8 +443,14 @@ def ask(url: str, body: dict, attempts: int = 3) -> str:
     """
     for attempt in range(attempts):
         try:
-            reply = requests.post(f"{url.rstrip('/')}/chat/completions", timeout=600, json=body,
-                                  headers={"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"} if os.environ.get("OPENAI_API_KEY") else {})
+            reply = requests.post(
+                f"{url.rstrip('/')}/chat/completions",
+                timeout=600,
+                json=body,
+                headers={"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
+                if os.environ.get("OPENAI_API_KEY")
+                else {},
+            )
             if reply.status_code < 500 and reply.status_code != 429 or attempt == attempts - 1:
                 break
         except (requests.ConnectionError, requests.Timeout):
@@ -309,11 +468,27 @@ def judge(trajectory: Trajectory, url: str, model: str) -> None:
     """Ask a judge about an answer that is not equal to the truth as text; the verdict goes to trajectory.memory."""
     if trajectory.status != "answered" or not trajectory.answer or score(trajectory):
         return
-    texts = {"question": trajectory.task.question, "truth": trajectory.task.answer, "answer": trajectory.answer[:4000]}
-    prompt = JUDGE_PROMPT.format(**{key: json.dumps(text, ensure_ascii=False) for key, text in texts.items()})
+    texts = {
+        "question": trajectory.task.question,
+        "truth": trajectory.task.answer,
+        "answer": trajectory.answer[:4000],
+    }
+    prompt = JUDGE_PROMPT.format(
+        **{key: json.dumps(text, ensure_ascii=False) for key, text in texts.items()}
+    )
     for _ in range(3):
         try:
-            verdict = parse_verdict(ask(url, {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 1024}))
+            verdict = parse_verdict(
+                ask(
+                    url,
+                    {
+                        "model": model,
+                        "messages": [{"role": "user", "content": prompt}],
+                        "temperature": 0,
+                        "max_tokens": 1024,
+                    },
+                )
+            )
         except (requests.RequestException, ValueError):
             verdict = "unparsed"
         trajectory.memory["verdict"] = verdict
@@ -323,25 +498,42 @@ def judge(trajectory: Trajectory, url: str, model: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ policies
 
+
 def make_trajectories(tasks: list[Task], samples: int, seed: int, step: int) -> list[Trajectory]:
-    return [Trajectory(task, trajectory_key(seed, step, task, attempt)) for task in tasks for attempt in range(samples)]
+    return [
+        Trajectory(task, trajectory_key(seed, step, task, attempt))
+        for task in tasks
+        for attempt in range(samples)
+    ]
 
 
-def api_rollout(trajectory: Trajectory, url: str, model: str, toolbox: Toolbox, args: RolloutArgs) -> Trajectory:
+def api_rollout(
+    trajectory: Trajectory, url: str, model: str, toolbox: Toolbox, args: RolloutArgs
+) -> Trajectory:
     """The agent loop for a model behind an OpenAI-style endpoint: the same prompt, tools and limits, as text messages.
 
     A request that fails for good ends the trajectory as `tool_fault`, with the reason in `error`: it counts as wrong, and
     is counted.
     """
-    messages = [{"role": "system", "content": SYSTEM_PROMPT.format(signatures="; ".join(SIGNATURES))},
-                {"role": "user", "content": trajectory.task.question}]
+    messages = [
+        {"role": "system", "content": SYSTEM_PROMPT.format(signatures="; ".join(SIGNATURES))},
+        {"role": "user", "content": trajectory.task.question},
+    ]
     tools = toolbox.tools_for(trajectory)
     while trajectory.status == "running":
         if len(trajectory.turns) == args.max_turns:
             trajectory.status = "over_turns"
             break
         try:
-            text = ask(url, {"model": model, "messages": messages, "temperature": args.temperature, "max_tokens": args.max_new_tokens})
+            text = ask(
+                url,
+                {
+                    "model": model,
+                    "messages": messages,
+                    "temperature": args.temperature,
+                    "max_tokens": args.max_new_tokens,
+                },
+            )
         except (requests.RequestException, ValueError) as error:
             trajectory.status, trajectory.error = "tool_fault", f"server: {error}"[:200]
             break
@@ -386,6 +578,7 @@ def weaken(toolbox: Toolbox, without: list[str], retriever: str, seed: int) -> N
         elif retriever == "empty":
             search.find = lambda queries: [[] for _ in queries]
         return {name: TakenAway(tool) if name in without else tool for name, tool in tools.items()}
+
     toolbox.tools_for = weaker_tools_for
 
 
@@ -395,10 +588,19 @@ def closed_book(trajectory: Trajectory, model, chat: Chat) -> None:
     prompt, stop = len(ids), chat.trusted("</answer>")[0]
     with torch.no_grad():
         while len(ids) < prompt + 12:
-            ids.append(int(model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].argmax()))
+            ids.append(
+                int(
+                    model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+                    .logits[0, -1]
+                    .argmax()
+                )
+            )
             if ids[-1] == stop:
                 break
-    trajectory.status, trajectory.answer = "answered", chat.decode(ids[prompt:]).split("<")[0].strip()
+    trajectory.status, trajectory.answer = (
+        "answered",
+        chat.decode(ids[prompt:]).split("<")[0].strip(),
+    )
 
 
 def read_snippet(trajectory: Trajectory, toolbox: Toolbox, nearest: bool) -> None:
@@ -428,22 +630,34 @@ def main():
         for file in filter(None, (args.json, args.trajectories)):
             open(file, "a").close()  # better to fail now than after the evaluation
         public = Path(args.tasks).suffix in (".csv", ".tsv", ".parquet")
-        tasks = (load_benchmark if public else load_tasks)(args.tasks)[:args.limit or None]
+        tasks = (load_benchmark if public else load_tasks)(args.tasks)[: args.limit or None]
         check_rollout_args(rollout_args)
         if args.samples < 1 or args.limit < 0 or args.seed < 0:
             raise ValueError("--samples must be at least 1, --limit and --seed at least 0")
         if bool(args.judge) != bool(args.judge_model):
             raise ValueError("--judge URL and --judge_model NAME go together")
         if args.baseline not in ("", "closed_book", "top_snippet", "snippet_reader"):
-            raise ValueError(f"--baseline {args.baseline}: choose closed_book, top_snippet or snippet_reader")
+            raise ValueError(
+                f"--baseline {args.baseline}: choose closed_book, top_snippet or snippet_reader"
+            )
         if args.api and not args.api_model:
             raise ValueError("--api needs --api_model NAME")
         if args.api and rollout_args.context != "none":
-            raise ValueError(f"--context {rollout_args.context} edits token ids, which --api does not have: a served model sees the whole transcript")
+            raise ValueError(
+                f"--context {rollout_args.context} edits token ids, which --api does not have: a served model sees the whole transcript"
+            )
         if unknown := set(args.without) - {"search", "browse", "python"}:
-            raise ValueError(f"--without {' '.join(sorted(unknown))}: there are search, browse and python")
-        if args.retriever not in ("bm25", "random", "empty") or args.retriever == "random" and rollout_args.search != "embedded":
-            raise ValueError(f"--retriever {args.retriever}: choose bm25, random (of the embedded index) or empty")
+            raise ValueError(
+                f"--without {' '.join(sorted(unknown))}: there are search, browse and python"
+            )
+        if (
+            args.retriever not in ("bm25", "random", "empty")
+            or args.retriever == "random"
+            and rollout_args.search != "embedded"
+        ):
+            raise ValueError(
+                f"--retriever {args.retriever}: choose bm25, random (of the embedded index) or empty"
+            )
         for url in filter(None, (args.api, args.judge)):
             try:
                 requests.get(f"{url.rstrip('/')}/models", timeout=10)  # any answer will do
@@ -462,7 +676,9 @@ def main():
 
     trajectories = make_trajectories(tasks, 1 if args.baseline else args.samples, args.seed, 0)
     started = time.time()
-    with tqdm(total=len(trajectories), desc="evaluate", unit="trajectory", mininterval=1) as progress:
+    with tqdm(
+        total=len(trajectories), desc="evaluate", unit="trajectory", mininterval=1
+    ) as progress:
         if args.baseline:
             for trajectory in trajectories:
                 if args.baseline == "closed_book":
@@ -472,7 +688,10 @@ def main():
                 progress.update()
         elif args.api:
             with ThreadPoolExecutor(16) as pool:
-                futures = [pool.submit(api_rollout, t, args.api, args.api_model, toolbox, rollout_args) for t in trajectories]
+                futures = [
+                    pool.submit(api_rollout, t, args.api, args.api_model, toolbox, rollout_args)
+                    for t in trajectories
+                ]
                 try:
                     for future in futures:
                         future.result()
@@ -481,24 +700,68 @@ def main():
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
         else:
-            rollout(engine, chat, trajectories, toolbox, rollout_args, on_finish=lambda _: progress.update())
+            rollout(
+                engine,
+                chat,
+                trajectories,
+                toolbox,
+                rollout_args,
+                on_finish=lambda _: progress.update(),
+            )
 
     if args.judge:
         with ThreadPoolExecutor(8) as pool:
-            list(tqdm(pool.map(lambda t: judge(t, args.judge, args.judge_model), trajectories), total=len(trajectories), desc="judge", unit="answer"))
+            list(
+                tqdm(
+                    pool.map(lambda t: judge(t, args.judge, args.judge_model), trajectories),
+                    total=len(trajectories),
+                    desc="judge",
+                    unit="answer",
+                )
+            )
     if args.api and all(t.status == "tool_fault" for t in trajectories):
         sys.exit(f"evaluate.py: the server at {args.api} failed each time: {trajectories[0].error}")
-    settings = asdict(args) | asdict(rollout_args) | {"seconds": round(time.time() - started, 1), "torch": torch.__version__,
-                                                         "tasks_sha256": hashlib.sha256(Path(args.tasks).read_bytes()).hexdigest()[:16]}
+    settings = (
+        asdict(args)
+        | asdict(rollout_args)
+        | {
+            "seconds": round(time.time() - started, 1),
+            "torch": torch.__version__,
+            "tasks_sha256": hashlib.sha256(Path(args.tasks).read_bytes()).hexdigest()[:16],
+        }
+    )
     result = summarise(trajectories, settings, args.seed)
     print(format_table(result))
     if args.trajectories:
         with open(args.trajectories, "w", encoding="utf-8") as file:
             for t in trajectories:
-                text = "" if args.api or args.baseline else "\n\n".join(chat.decode(segment.ids) for segment in t.segments)
+                text = (
+                    ""
+                    if args.api or args.baseline
+                    else "\n\n".join(chat.decode(segment.ids) for segment in t.segments)
+                )
                 # The authors of public benchmarks ask that their questions are not written down in plain text.
-                texts = {"canary": t.task.meta.get("canary")} if public else {"question": t.task.question, "truth": t.task.answer}
-                file.write(json.dumps({"id": t.task.id} | texts | {"answer": t.answer, "score": score(t), "verdict": t.memory.get("verdict"), "status": t.status, "error": t.error, "turns": len(t.turns), "text": "" if public else text}) + "\n")
+                texts = (
+                    {"canary": t.task.meta.get("canary")}
+                    if public
+                    else {"question": t.task.question, "truth": t.task.answer}
+                )
+                file.write(
+                    json.dumps(
+                        {"id": t.task.id}
+                        | texts
+                        | {
+                            "answer": t.answer,
+                            "score": score(t),
+                            "verdict": t.memory.get("verdict"),
+                            "status": t.status,
+                            "error": t.error,
+                            "turns": len(t.turns),
+                            "text": "" if public else text,
+                        }
+                    )
+                    + "\n"
+                )
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
 

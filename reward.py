@@ -18,8 +18,23 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 MAX_ANSWER_CHARS = 200
-MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december"]
-MONTH = r"(" + "|".join(f"{name[:3]}(?:{name[3:]})?" for name in MONTHS) + r")\.?"  # the name or its first three letters
+MONTHS = [
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+]
+MONTH = (
+    r"(" + "|".join(f"{name[:3]}(?:{name[3:]})?" for name in MONTHS) + r")\.?"
+)  # the name or its first three letters
 # The policy's own mistakes. `tool_fault` is not among them: the environment failed, the trajectory is left out.
 FORMAT_FAILURES = ("format_error", "over_context", "over_turns")
 
@@ -27,6 +42,7 @@ FORMAT_FAILURES = ("format_error", "over_context", "over_turns")
 @dataclass
 class Reward:
     """total: what training sees. correct: 0 or 1. format_ok: no format failure. parts: anything worth logging."""
+
     total: float
     correct: float
     format_ok: bool
@@ -34,6 +50,7 @@ class Reward:
 
 
 # --------------------------------------------------------------------------------------------------------- correctness
+
 
 def fold(text: str) -> str:
     """One form for look-alike characters and cases. A raised digit becomes "^2" first: NFKC alone would turn 10² into 102."""
@@ -50,8 +67,10 @@ def normalize(text: str) -> str:
 
 def parse_number(text: str) -> tuple[Decimal, str] | None:
     """(value, unit) of a text that is one number with an optional unit ("12 km", "$5", "5 m^2"), else None."""
-    match = re.fullmatch(r"([-+]?)([$€£¥]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d{1,3})?)\s*([^\d\s^.,][^\d^]{0,20}(?:\^[-\d]{1,3})?)?",
-                         fold(text).rstrip(". "))
+    match = re.fullmatch(
+        r"([-+]?)([$€£¥]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d{1,3})?)\s*([^\d\s^.,][^\d^]{0,20}(?:\^[-\d]{1,3})?)?",
+        fold(text).rstrip(". "),
+    )
     if match is None:
         return None
     sign, currency, digits, unit = match.groups()
@@ -67,7 +86,9 @@ def parse_date(text: str) -> tuple[int, ...] | None:
     if iso := re.fullmatch(r"(\d{3,4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?", text):
         date = tuple(int(part) for part in iso.groups() if part)
     else:
-        words = re.fullmatch(rf"(?:(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?)?{MONTH},?\s+(\d{{3,4}})", text)
+        words = re.fullmatch(
+            rf"(?:(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?)?{MONTH},?\s+(\d{{3,4}})", text
+        )
         american = re.fullmatch(rf"{MONTH}\s+(\d{{1,2}})(?:st|nd|rd|th)?,?\s+(\d{{3,4}})", text)
         if words:
             day, name, year = words.groups()
@@ -75,8 +96,14 @@ def parse_date(text: str) -> tuple[int, ...] | None:
             name, day, year = american.groups()
         else:
             return None
-        date = (int(year), 1 + [month[:3] for month in MONTHS].index(name[:3])) + ((int(day),) if day else ())
-    return date if all(low <= part <= high for part, low, high in zip(date, (1, 1, 1), (9999, 12, 31))) else None
+        date = (int(year), 1 + [month[:3] for month in MONTHS].index(name[:3])) + (
+            (int(day),) if day else ()
+        )
+    return (
+        date
+        if all(low <= part <= high for part, low, high in zip(date, (1, 1, 1), (9999, 12, 31)))
+        else None
+    )
 
 
 def correct(prediction: str | None, answer: str | list[str], answer_type: str) -> float:
@@ -100,20 +127,26 @@ def correct(prediction: str | None, answer: str | list[str], answer_type: str) -
         truths = truths if isinstance(answer, list) else re.split(r"[,;\n]", answer)
         wanted = sorted(normalize(item) for item in truths)
         # An item may itself hold a comma or an "and" ("Paris, Texas"), so the separators are tried from strict to loose.
-        splits = (re.split(separator, prediction) for separator in (r"[;\n]", r"[,;\n]", r"[;\n]|,?\s+and\s+", r"[,;\n]|\band\b"))
+        splits = (
+            re.split(separator, prediction)
+            for separator in (r"[;\n]", r"[,;\n]", r"[;\n]|,?\s+and\s+", r"[,;\n]|\band\b")
+        )
         return float(any(sorted(filter(None, map(normalize, items))) == wanted for items in splits))
     parse = {"number": parse_number, "date": parse_date}.get(answer_type)
     if parse and any(parse(truth) is not None for truth in truths):
         guess = parse(prediction)
         return float(guess is not None and any(guess == parse(truth) for truth in truths))
     # A name, or a "number" such as "about twenty" that cannot be read as one: text against text.
-    if re.search(r"[,;|\n/]", prediction) and not any(re.search(r"[,;|\n/]", truth) for truth in truths):
+    if re.search(r"[,;|\n/]", prediction) and not any(
+        re.search(r"[,;|\n/]", truth) for truth in truths
+    ):
         return 0.0  # several guesses
     guess = normalize(prediction)
     return float(bool(guess) and any(guess == normalize(truth) for truth in truths))
 
 
 # -------------------------------------------------------------------------------------------------------------- reward
+
 
 # HACK HERE: a function from a finished trajectory to a Reward or a float.
 def reward(trajectory, format_penalty: float = 0.5) -> Reward:
@@ -141,13 +174,17 @@ def load_reward(spec: str):
         return reward
     path, _, name = spec.rpartition(":")
     if not path or not Path(path).is_file():
-        raise ValueError(f"--reward {spec}: give file.py:function; there is no file {path or spec!r}")
+        raise ValueError(
+            f"--reward {spec}: give file.py:function; there is no file {path or spec!r}"
+        )
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"--reward {spec}: {path} does not run ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"--reward {spec}: {path} does not run ({type(error).__name__}: {error})"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--reward {spec}: no function {name!r} in {path}")
@@ -156,16 +193,24 @@ def load_reward(spec: str):
         value = function(trajectory)
         total = value.total if isinstance(value, Reward) else value
         if not isinstance(total, (int, float)) or not math.isfinite(total):
-            raise ValueError(f"--reward {spec} gave {total!r} for task {trajectory.task.id}: a finite number or a Reward is needed")
+            raise ValueError(
+                f"--reward {spec} gave {total!r} for task {trajectory.task.id}: a finite number or a Reward is needed"
+            )
         if isinstance(value, Reward):
             return value
         ok = trajectory.status not in FORMAT_FAILURES
-        hit = correct(trajectory.answer, trajectory.task.answer, trajectory.task.answer_type) if trajectory.status == "answered" else 0.0
+        hit = (
+            correct(trajectory.answer, trajectory.task.answer, trajectory.task.answer_type)
+            if trajectory.status == "answered"
+            else 0.0
+        )
         return Reward(float(value), hit, ok, {"custom": float(value)})
+
     return wrapped
 
 
 # ---------------------------------------------------------------------------------------------------- credit to steps
+
 
 def gamma_decay(r: float, T: int, gamma: float) -> list[float]:
     """r * gamma**(T - i) for i = 1..T: of two correct trajectories the shorter one gives its early steps more.
@@ -201,8 +246,12 @@ def advantages(group: list[list[float]]) -> list[list[float]]:
     result = []
     for k, steps in enumerate(group):
         others = [other for j, other in enumerate(group) if j != k]
-        result.append([value - sum(other[min(i, len(other) - 1)] for other in others) / len(others)
-                       for i, value in enumerate(steps)])
+        result.append(
+            [
+                value - sum(other[min(i, len(other) - 1)] for other in others) / len(others)
+                for i, value in enumerate(steps)
+            ]
+        )
     return result
 
 
@@ -222,7 +271,10 @@ def control_negatives(group: list[Reward], ratio: float) -> list[bool]:
         ratio: negatives kept for each trajectory with a positive reward; infinity keeps all.
     """
     mean = sum(outcome.total for outcome in group) / max(1, len(group))
-    negatives = sorted((k for k, outcome in enumerate(group) if outcome.total < mean), key=lambda k: group[k].format_ok)
+    negatives = sorted(
+        (k for k, outcome in enumerate(group) if outcome.total < mean),
+        key=lambda k: group[k].format_ok,
+    )
     allowed = max(1, ratio * sum(outcome.total > 0 for outcome in group))
     dropped = {k for rank, k in enumerate(negatives) if rank >= allowed}
     return [k not in dropped for k in range(len(group))]

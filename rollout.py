@@ -41,7 +41,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+)
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -61,46 +67,124 @@ MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environ
 @dataclass
 class RolloutArgs:
     """Flags that training and evaluation share: both go through `rollout`."""
-    temperature: float = field(default=1.0, metadata={"help": "softmax temperature of sampling; training uses the same; 0 is greedy (evaluation only)"})
-    max_turns: int = field(default=8, metadata={"help": "model steps before a trajectory ends as over_turns"})
-    max_new_tokens: int = field(default=96, metadata={"help": "tokens in one turn; a turn that does not end by then is a format error"})
-    max_context: int = field(default=1024, metadata={"help": "window in tokens; a prompt that leaves no room for a turn ends as over_context"})
-    context: str = field(default="none", metadata={"help": f"context manager: {', '.join(MANAGERS)}"})
-    context_budget: int = field(default=0, metadata={"help": "prompt tokens that make the context manager act (0: three quarters of the window)"})
-    observation_tokens: int = field(default=192, metadata={"help": "tokens of tool results that one turn may add"})
+
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "softmax temperature of sampling; training uses the same; 0 is greedy (evaluation only)"
+        },
+    )
+    max_turns: int = field(
+        default=8, metadata={"help": "model steps before a trajectory ends as over_turns"}
+    )
+    max_new_tokens: int = field(
+        default=96,
+        metadata={"help": "tokens in one turn; a turn that does not end by then is a format error"},
+    )
+    max_context: int = field(
+        default=1024,
+        metadata={
+            "help": "window in tokens; a prompt that leaves no room for a turn ends as over_context"
+        },
+    )
+    context: str = field(
+        default="none", metadata={"help": f"context manager: {', '.join(MANAGERS)}"}
+    )
+    context_budget: int = field(
+        default=0,
+        metadata={
+            "help": "prompt tokens that make the context manager act (0: three quarters of the window)"
+        },
+    )
+    observation_tokens: int = field(
+        default=192, metadata={"help": "tokens of tool results that one turn may add"}
+    )
     slots: int = field(default=64, metadata={"help": "trajectories in flight at once"})
-    kv_tokens: int = field(default=0, metadata={"help": "KV memory in tokens, max_context for each row: fewer rows than slots evict trajectories that wait for tools (0: a row a slot)"})
+    kv_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "KV memory in tokens, max_context for each row: fewer rows than slots evict trajectories that wait for tools (0: a row a slot)"
+        },
+    )
     search_results: int = field(default=2, metadata={"help": "results a query"})
-    page_chars: int = field(default=400, metadata={"help": "characters of a page that one browse call shows"})
-    corpus: str = field(default="", metadata={"help": "index of your own (data/index.py) for tasks that name no world"})
-    live: bool = field(default=False, metadata={"help": "let browse open public addresses of the real web"})
-    search: str = field(default="embedded", metadata={"help": "embedded, searxng, brave, serper or tavily (keys: BRAVE_API_KEY, SERPER_API_KEY, TAVILY_API_KEY); all but embedded imply --live"})
-    search_url: str = field(default="", metadata={"help": "address of the search service: needed for searxng"})
-    unsafe_python: bool = field(default=False, metadata={"help": "run the python tool without its sandbox, where the machine has none"})
-    tool_steps: int = field(default=8, metadata={"help": "tool results and new trajectories join at each so-many-th engine step: together, and at the same step whenever the seed is the same"})
-    tool_timeout_s: float = field(default=60.0, metadata={"help": "seconds after which a turn's tool calls are given up; the policy sees an error, the trajectory is not punished"})
-    trajectory_timeout_s: float = field(default=3600.0, metadata={"help": "seconds of decoding and tools after which a trajectory ends as tool_fault"})
+    page_chars: int = field(
+        default=400, metadata={"help": "characters of a page that one browse call shows"}
+    )
+    corpus: str = field(
+        default="",
+        metadata={"help": "index of your own (data/index.py) for tasks that name no world"},
+    )
+    live: bool = field(
+        default=False, metadata={"help": "let browse open public addresses of the real web"}
+    )
+    search: str = field(
+        default="embedded",
+        metadata={
+            "help": "embedded, searxng, brave, serper or tavily (keys: BRAVE_API_KEY, SERPER_API_KEY, TAVILY_API_KEY); all but embedded imply --live"
+        },
+    )
+    search_url: str = field(
+        default="", metadata={"help": "address of the search service: needed for searxng"}
+    )
+    unsafe_python: bool = field(
+        default=False,
+        metadata={"help": "run the python tool without its sandbox, where the machine has none"},
+    )
+    tool_steps: int = field(
+        default=8,
+        metadata={
+            "help": "tool results and new trajectories join at each so-many-th engine step: together, and at the same step whenever the seed is the same"
+        },
+    )
+    tool_timeout_s: float = field(
+        default=60.0,
+        metadata={
+            "help": "seconds after which a turn's tool calls are given up; the policy sees an error, the trajectory is not punished"
+        },
+    )
+    trajectory_timeout_s: float = field(
+        default=3600.0,
+        metadata={
+            "help": "seconds of decoding and tools after which a trajectory ends as tool_fault"
+        },
+    )
 
 
 def check_rollout_args(args: RolloutArgs) -> None:
     """Raises ValueError with one clear line for a flag that cannot work."""
-    for name in ("max_turns", "max_new_tokens", "max_context", "observation_tokens", "slots", "search_results", "page_chars", "tool_steps"):
+    for name in (
+        "max_turns",
+        "max_new_tokens",
+        "max_context",
+        "observation_tokens",
+        "slots",
+        "search_results",
+        "page_chars",
+        "tool_steps",
+    ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.temperature < float("inf") or args.context_budget < 0:
         raise ValueError("--temperature and --context_budget must be at least 0")
     if args.context not in MANAGERS:
         raise ValueError(f"--context {args.context}: choose {', '.join(MANAGERS)}")
-    most = args.max_context - 2 * args.max_new_tokens - 64  # behind a prompt within its budget: an action, the request for notes, the notes
+    most = (
+        args.max_context - 2 * args.max_new_tokens - 64
+    )  # behind a prompt within its budget: an action, the request for notes, the notes
     if args.context == "summarize" and (args.context_budget or args.max_context * 3 // 4) > most:
-        raise ValueError(f"--context summarize needs room for an action and notes behind the prompt: --context_budget {most} or less, or a larger --max_context")
+        raise ValueError(
+            f"--context summarize needs room for an action and notes behind the prompt: --context_budget {most} or less, or a larger --max_context"
+        )
     if args.max_new_tokens >= args.max_context:
-        raise ValueError(f"--max_context {args.max_context} leaves no room for a prompt: it must be larger than --max_new_tokens {args.max_new_tokens}")
+        raise ValueError(
+            f"--max_context {args.max_context} leaves no room for a prompt: it must be larger than --max_new_tokens {args.max_new_tokens}"
+        )
 
 
 @dataclass
 class Turn:
     """One model step."""
+
     action_ids: list[int]  # as sampled, the end-of-turn token included
     logprobs: list[float]  # of action_ids under the distribution sampled from
     version: int  # policy version that sampled them
@@ -116,8 +200,11 @@ class Turn:
 @dataclass
 class Trajectory:
     """One attempt at one task. Plain data: it can be pickled at any turn boundary and continued elsewhere."""
+
     task: Task
-    key: tuple[int, ...]  # (run seed, version, task, index in the group, …): decides its random draws, whoever runs it
+    key: tuple[
+        int, ...
+    ]  # (run seed, version, task, index in the group, …): decides its random draws, whoever runs it
     head_ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
@@ -147,13 +234,21 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
             if path.exists() and not (path / "config.json").is_file():
                 raise OSError("the folder has no config.json: give a checkpoint folder")
             source, extra = str(path) if path.exists() else name, {}
-            if not path.exists() and (name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1):
+            if not path.exists() and (
+                name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+            ):
                 raise OSError("no such folder")  # it cannot be a hub name either
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", **extra)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", **extra
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(f"cannot load the model {name!r}: {str(error).strip().splitlines()[0][:200]}") from None
-    if getattr(model, "hf_quantizer", None):  # a .gguf file's weights are plain numbers once loaded, and can be saved as such
+        raise ValueError(
+            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0][:200]}"
+        ) from None
+    if getattr(
+        model, "hf_quantizer", None
+    ):  # a .gguf file's weights are plain numbers once loaded, and can be saved as such
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model.to(device).eval(), tokenizer
@@ -186,6 +281,7 @@ def keep_memory() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- engine
 
+
 class SlotCache(Cache):
     """Keys and values of all rows, preallocated: one (rows, heads, length, size) tensor each a layer.
 
@@ -200,7 +296,9 @@ class SlotCache(Cache):
         self.rows = self.rows_tensor = self.positions = self.length = None
 
     def update(self, keys, values, layer_idx, *_, **__):
-        keys = keys.to(values.dtype)  # under autocast rotary embedding makes float32 of them, and attention bfloat16 again
+        keys = keys.to(
+            values.dtype
+        )  # under autocast rotary embedding makes float32 of them, and attention bfloat16 again
         if layer_idx == len(self.keys):  # the first pass shows the shape
             for stored, new in ((self.keys, keys), (self.values, values)):
                 stored.append(new.new_zeros(self.count, new.shape[1], self.columns, new.shape[3]))
@@ -208,7 +306,9 @@ class SlotCache(Cache):
         index = self.rows_tensor[:, None]  # (B, 1)
         all_keys[index, :, self.positions] = keys.transpose(1, 2)  # (B, T, heads, size)
         all_values[index, :, self.positions] = values.transpose(1, 2)
-        return all_keys[self.rows, :, :self.length], all_values[self.rows, :, :self.length]  # a view if `rows` is a slice
+        return all_keys[self.rows, :, : self.length], all_values[
+            self.rows, :, : self.length
+        ]  # a view if `rows` is a slice
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are always given
@@ -232,20 +332,35 @@ def slot_attention(module, query, key, value, attention_mask, dropout=0.0, scali
     time, each few only up to their own longest context (`bounds`, see `Engine.forward`).
     """
     if attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, None, dropout=dropout, scaling=scaling, **kwargs
+        )
     B, H, T, D = query.shape
     G = key.shape[1]  # key heads; each serves H / G query heads
     folded = query.reshape(B, G, H // G * T, D)
-    mask = attention_mask if G == H else attention_mask[:, :, None].expand(B, 1, H // G, T, -1).reshape(B, 1, H // G * T, -1)
-    parts = [F.scaled_dot_product_attention(folded[a:b], key[a:b, :, :length], value[a:b, :, :length],
-                                            attn_mask=mask[a:b, ..., :length], scale=scaling)
-             for a, b, length in getattr(attention_mask, "bounds", [(0, B, key.shape[2])])]
+    mask = (
+        attention_mask
+        if G == H
+        else attention_mask[:, :, None].expand(B, 1, H // G, T, -1).reshape(B, 1, H // G * T, -1)
+    )
+    parts = [
+        F.scaled_dot_product_attention(
+            folded[a:b],
+            key[a:b, :, :length],
+            value[a:b, :, :length],
+            attn_mask=mask[a:b, ..., :length],
+            scale=scaling,
+        )
+        for a, b, length in getattr(attention_mask, "bounds", [(0, B, key.shape[2])])
+    ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.reshape(B, H, T, -1).transpose(1, 2).contiguous(), None  # (B, T, H, D)
 
 
 AttentionInterface.register("slots", slot_attention)
-AttentionMaskInterface.register("slots", sdpa_mask)  # for passes that are not the engine's: as for "sdpa"
+AttentionMaskInterface.register(
+    "slots", sdpa_mask
+)  # for passes that are not the engine's: as for "sdpa"
 
 
 class DecodeStep(torch.nn.Module):
@@ -261,19 +376,31 @@ class DecodeStep(torch.nn.Module):
 
     def forward(self, ids, positions, mask, targets, *tensors):
         cache = SlotCache(0, 0)
-        cache.keys, cache.values = tensors[:len(tensors) // 2], tensors[len(tensors) // 2:]
+        cache.keys, cache.values = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         cache.rows, cache.rows_tensor = slice(0, ids.shape[0]), torch.arange(ids.shape[0])
         cache.positions, cache.length = targets, mask.shape[-1]
-        return self.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
 
 
 @dataclass(eq=False)
 class Slot:
     """A trajectory in flight, as the engine sees it."""
+
     trajectory: Trajectory
-    cached: list[int] = field(default_factory=list)  # ids whose keys and values are in its row of the cache
+    cached: list[int] = field(
+        default_factory=list
+    )  # ids whose keys and values are in its row of the cache
     row: int | None = None  # of the cache; None: it has none (new, or evicted)
-    pending: list[int] = field(default_factory=list)  # ids to run before the next token can be sampled
+    pending: list[int] = field(
+        default_factory=list
+    )  # ids to run before the next token can be sampled
     ids: list[int] = field(default_factory=list)  # sampled in this turn
     logprobs: list[float] = field(default_factory=list)
     uniforms: np.ndarray | None = None  # random draws of this turn, one a token
@@ -299,8 +426,17 @@ class Engine:
         ValueError: the model's layers are not plain full attention over the cache.
     """
 
-    def __init__(self, model, end_id: int, slots: int, max_context: int, max_new_tokens: int, temperature: float,
-                 shared_prefix: list[int], kv_tokens: int = 0):
+    def __init__(
+        self,
+        model,
+        end_id: int,
+        slots: int,
+        max_context: int,
+        max_new_tokens: int,
+        temperature: float,
+        shared_prefix: list[int],
+        kv_tokens: int = 0,
+    ):
         check_full_attention(model, max_context)
         if model._supports_attention_backend:  # else its own attention is as right, only slower
             model.set_attn_implementation("slots")
@@ -310,11 +446,23 @@ class Engine:
         self.slots: list[Slot | None] = [None] * slots
         count = min(slots, max(1, kv_tokens // max_context)) if kv_tokens else slots
         self.cache = SlotCache(count + 1, max_context)  # the last row holds the shared prefix
-        self.users: list[Slot | None] = [None] * count  # of each row; one that is no longer in `slots` has left
+        self.users: list[Slot | None] = [
+            None
+        ] * count  # of each row; one that is no longer in `slots` has left
         self.queue: list[Slot] = []  # turns that have no row yet
         self.shared_prefix, self.prefix_ready, self.version = shared_prefix, False, 0
-        self.traced, self.checked = None, set()  # DecodeStep's trace (False: it cannot be traced), batch sizes at which it was right
-        self.stats = {"decode_s": 0.0, "prefill_s": 0.0, "idle_s": 0.0, "sampled": 0, "prefilled": 0, "evicted": 0}
+        self.traced, self.checked = (
+            None,
+            set(),
+        )  # DecodeStep's trace (False: it cannot be traced), batch sizes at which it was right
+        self.stats = {
+            "decode_s": 0.0,
+            "prefill_s": 0.0,
+            "idle_s": 0.0,
+            "sampled": 0,
+            "prefilled": 0,
+            "evicted": 0,
+        }
 
     def new_weights(self, version: int) -> None:
         """The model's weights have changed: every cached key and value is void. Call it between turns."""
@@ -328,8 +476,16 @@ class Engine:
 
     def start_turn(self, slot: Slot, prompt: list[int]) -> None:
         """Queue a prompt of a slot that is in `slots`; `step` gives it a row of the cache and runs it."""
-        slot.pending, slot.ids, slot.logprobs, slot.turn_done, slot.started = prompt, [], [], False, time.perf_counter()
-        slot.uniforms = np.random.default_rng([*slot.trajectory.key, len(slot.trajectory.turns)]).random(self.max_new_tokens)
+        slot.pending, slot.ids, slot.logprobs, slot.turn_done, slot.started = (
+            prompt,
+            [],
+            [],
+            False,
+            time.perf_counter(),
+        )
+        slot.uniforms = np.random.default_rng(
+            [*slot.trajectory.key, len(slot.trajectory.turns)]
+        ).random(self.max_new_tokens)
         self.queue.append(slot)
 
     def admit(self) -> None:
@@ -342,18 +498,26 @@ class Engine:
             if slot not in live:
                 continue
             if slot.row is None:
-                idle = [row for row, user in enumerate(self.users) if user not in live or user.turn_done]
+                idle = [
+                    row for row, user in enumerate(self.users) if user not in live or user.turn_done
+                ]
                 if not idle:
                     waiting.append(slot)
                     continue
-                slot.row = min(idle, key=lambda row: len(self.users[row].cached) if self.users[row] in live else -1)
+                slot.row = min(
+                    idle,
+                    key=lambda row: len(self.users[row].cached) if self.users[row] in live else -1,
+                )
                 evicted, self.users[slot.row] = self.users[slot.row], slot
                 if evicted in live:
                     evicted.row, evicted.cached = None, []
                     self.stats["evicted"] += 1
                 slot.cached = []
             prompt = slot.pending
-            common, shared = common_prefix(slot.cached, prompt), common_prefix(self.shared_prefix, prompt)
+            common, shared = (
+                common_prefix(slot.cached, prompt),
+                common_prefix(self.shared_prefix, prompt),
+            )
             if shared > common:
                 self.cache.copy(len(self.users), slot.row, shared)
                 common = shared
@@ -377,29 +541,56 @@ class Engine:
         ids, positions = np.zeros((B, T), dtype=np.int64), np.zeros((B, T), dtype=np.int64)
         targets = np.full((B, T), self.cache.columns - 1)
         for b, (chunk, start) in enumerate(zip(chunks, starts)):
-            ids[b, T - len(chunk):] = chunk
-            positions[b, T - len(chunk):] = targets[b, T - len(chunk):] = np.arange(start, start + len(chunk))
+            ids[b, T - len(chunk) :] = chunk
+            positions[b, T - len(chunk) :] = targets[b, T - len(chunk) :] = np.arange(
+                start, start + len(chunk)
+            )
         lengths = positions[:, -1] + 1
         length = int(lengths.max())
         positions = torch.from_numpy(positions).to(self.device)
         cache = self.cache
         cache.rows = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
-        cache.rows_tensor = torch.arange(rows.start, rows.stop, device=self.device) if isinstance(rows, slice) else cache.rows
+        cache.rows_tensor = (
+            torch.arange(rows.start, rows.stop, device=self.device)
+            if isinstance(rows, slice)
+            else cache.rows
+        )
         cache.positions, cache.length = torch.from_numpy(targets).to(self.device), length
         # (B, 1, T, length), 0 where a token sees and -inf where not: made once, and not from a bool mask in each layer
         mask = torch.zeros(B, 1, T, length, device=self.device).masked_fill_(
-            torch.arange(length, device=self.device) > positions[:, None, :, None], -torch.inf)
+            torch.arange(length, device=self.device) > positions[:, None, :, None], -torch.inf
+        )
         ids = torch.from_numpy(ids).to(self.device)
-        if self.device.type == "cpu" and T == 1 and rows == slice(0, B) and B <= TRACED_ROWS and cache.keys and self.traced is not False:
+        if (
+            self.device.type == "cpu"
+            and T == 1
+            and rows == slice(0, B)
+            and B <= TRACED_ROWS
+            and cache.keys
+            and self.traced is not False
+        ):
             return self.replay(ids, positions, mask, cache)[:, -1].float()
-        if self.device.type == "cpu" and T == 1:  # memory is what decoding costs on a CPU, kernel launches on a GPU
-            mask.bounds = [(first, min(B, first + 8), int(lengths[first:first + 8].max())) for first in range(0, B, 8)]
+        if (
+            self.device.type == "cpu" and T == 1
+        ):  # memory is what decoding costs on a CPU, kernel launches on a GPU
+            mask.bounds = [
+                (first, min(B, first + 8), int(lengths[first : first + 8].max()))
+                for first in range(0, B, 8)
+            ]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.model(input_ids=ids, position_ids=positions, attention_mask=mask,
-                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = self.model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
         return logits[:, -1].float()
 
-    def replay(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+    def replay(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: SlotCache
+    ) -> torch.Tensor:
         """The traced decoding pass. At each batch size the first pass with new weights also runs eagerly: should the two
         differ (a model whose Python decides something by size), the trace is given up and the eager result counts."""
         inputs = (ids, positions, mask, cache.positions, *cache.keys, *cache.values)
@@ -407,14 +598,18 @@ class Engine:
             level = logging.get_verbosity()
             logging.set_verbosity_error()  # tracing looks at every attribute of the model, and some complain of being unset
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about Python values that become constants: that is what the check is for
+                warnings.simplefilter(
+                    "ignore"
+                )  # about Python values that become constants: that is what the check is for
                 try:
                     self.traced = torch.jit.trace(DecodeStep(self.model), inputs, check_trace=False)
                 except RuntimeError:
                     self.traced = False
             logging.set_verbosity(level)
         if self.traced is not False and len(ids) in self.checked:
-            with torch.jit.optimized_execution(False):  # no specialising to shapes: they change every step
+            with torch.jit.optimized_execution(
+                False
+            ):  # no specialising to shapes: they change every step
                 return self.traced(*inputs)
         eager = DecodeStep(self.model)(*inputs)
         if self.traced is not False:
@@ -432,22 +627,38 @@ class Engine:
         clock = time.perf_counter()
         self.admit()
         busy = [slot for slot in self.slots if slot and not slot.turn_done and slot.row is not None]
-        pending = sorted((slot for slot in busy if slot.pending), key=lambda slot: len(slot.pending))
+        pending = sorted(
+            (slot for slot in busy if slot.pending), key=lambda slot: len(slot.pending)
+        )
         decoding = [slot for slot in busy if not slot.pending]
         ended = []
         while pending:  # prompts of like length run together, long ones in pieces between which the others go on decoding
             count, padding = 1, 0
-            while count < len(pending) and (count + 1) * len(pending[count].pending) <= PREFILL_TOKENS and (
-                    padding + count * (len(pending[count].pending) - len(pending[count - 1].pending)) <= PADDING_TOKENS):
+            while (
+                count < len(pending)
+                and (count + 1) * len(pending[count].pending) <= PREFILL_TOKENS
+                and (
+                    padding
+                    + count * (len(pending[count].pending) - len(pending[count - 1].pending))
+                    <= PADDING_TOKENS
+                )
+            ):
                 padding += count * (len(pending[count].pending) - len(pending[count - 1].pending))
                 count += 1
             batch, pending = sorted(pending[:count], key=lambda slot: slot.row), pending[count:]
-            pieces, rows = [slot.pending[:PREFILL_TOKENS] for slot in batch], [slot.row for slot in batch]
+            pieces, rows = (
+                [slot.pending[:PREFILL_TOKENS] for slot in batch],
+                [slot.row for slot in batch],
+            )
             side_by_side = rows[-1] - rows[0] < len(rows)  # then they can be read without a copy
-            logits = self.forward(pieces, [len(slot.cached) for slot in batch], slice(rows[0], rows[-1] + 1) if side_by_side else rows)
+            logits = self.forward(
+                pieces,
+                [len(slot.cached) for slot in batch],
+                slice(rows[0], rows[-1] + 1) if side_by_side else rows,
+            )
             for slot, piece in zip(batch, pieces):
                 self.stats["prefilled"] += len(piece)
-                slot.cached, slot.pending = slot.cached + piece, slot.pending[len(piece):]
+                slot.cached, slot.pending = slot.cached + piece, slot.pending[len(piece) :]
             whole = [b for b, slot in enumerate(batch) if not slot.pending]
             if whole:
                 ended += self.sample(logits[whole], [batch[b] for b in whole])
@@ -455,8 +666,12 @@ class Engine:
         if decoding:
             clock = time.perf_counter()
             self.move_to_front(decoding)
-            decoding = self.users[:len(decoding)]
-            logits = self.forward([[slot.ids[-1]] for slot in decoding], [len(slot.cached) for slot in decoding], slice(0, len(decoding)))
+            decoding = self.users[: len(decoding)]
+            logits = self.forward(
+                [[slot.ids[-1]] for slot in decoding],
+                [len(slot.cached) for slot in decoding],
+                slice(0, len(decoding)),
+            )
             for slot in decoding:
                 slot.cached.append(slot.ids[-1])
             ended += self.sample(logits, decoding)
@@ -468,7 +683,7 @@ class Engine:
         rows = sorted(slot.row for slot in decoding)
         gaps = sorted(set(range(len(rows))) - set(rows))
         live = set(filter(None, self.slots))
-        for gap, row in zip(gaps, rows[len(rows) - len(gaps):]):
+        for gap, row in zip(gaps, rows[len(rows) - len(gaps) :]):
             there, slot = self.users[gap], self.users[row]
             if there in live:
                 self.cache.swap(gap, row, max(len(there.cached), len(slot.cached)))
@@ -486,8 +701,14 @@ class Engine:
             tokens = logits.argmax(-1, keepdim=True)
         else:
             cumulative = logprobs.exp().cumsum(-1)
-            u = torch.tensor([slot.uniforms[len(slot.ids)] for slot in slots], dtype=torch.float32, device=logits.device)[:, None]
-            tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+            u = torch.tensor(
+                [slot.uniforms[len(slot.ids)] for slot in slots],
+                dtype=torch.float32,
+                device=logits.device,
+            )[:, None]
+            tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(
+                max=logits.shape[-1] - 1
+            )
         chosen = logprobs.gather(-1, tokens)[:, 0].tolist()
         ended = []
         for slot, token, logprob in zip(slots, tokens[:, 0].tolist(), chosen):
@@ -502,30 +723,58 @@ class Engine:
 
 def engine_for(model, chat: Chat, args: RolloutArgs) -> Engine:
     """The engine that plays with this model, chat template and these limits."""
-    return Engine(model, chat.end_id, args.slots, args.max_context, args.max_new_tokens, args.temperature, chat.before_question, args.kv_tokens)
+    return Engine(
+        model,
+        chat.end_id,
+        args.slots,
+        args.max_context,
+        args.max_new_tokens,
+        args.temperature,
+        chat.before_question,
+        args.kv_tokens,
+    )
 
 
 def open_toolbox(args: RolloutArgs) -> Toolbox:
     """The tools that these flags ask for; raises as `Toolbox` does."""
-    return Toolbox(args.corpus, args.live, args.search_results, args.page_chars, args.search, args.search_url, args.unsafe_python)
+    return Toolbox(
+        args.corpus,
+        args.live,
+        args.search_results,
+        args.page_chars,
+        args.search,
+        args.search_url,
+        args.unsafe_python,
+    )
 
 
 def check_full_attention(model, max_context: int) -> None:
     """Raises ValueError for a model whose layers see less, or other, than the whole context: its numbers would be wrong."""
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    window = (
+        getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True)
+        else None
+    )
+    kinds = set(
+        getattr(config, "layer_types", None)
+        or ["sliding_attention" if window else "full_attention"]
+    )
     why = ""
     if "sliding_attention" in kinds and window and window < max_context:
         why = f"it has a sliding window of {window} tokens; --max_context {window} or less would do"
     elif kinds - {"full_attention", "sliding_attention"}:
-        why = f"it has layers of {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
+        why = (
+            f"it has layers of {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
+        )
     elif getattr(config, "attn_logit_softcapping", None):
         why = "it caps attention scores"
     elif "position_ids" not in inspect.signature(model.forward).parameters:
         why = "its positions cannot be given"
     if why:
-        raise ValueError(f"the engine needs full attention in every layer, and {model.config.model_type} differs: {why}")
+        raise ValueError(
+            f"the engine needs full attention in every layer, and {model.config.model_type} differs: {why}"
+        )
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -538,6 +787,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- agent loop
 
+
 def trajectory_key(seed: int, step: int, task: Task, attempt: int) -> tuple[int, ...]:
     return seed, step, zlib.crc32(task.id.encode()), attempt
 
@@ -548,7 +798,9 @@ def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[i
     prompt = MANAGERS[args.context](trajectory, chat, budget)
     if len(trajectory.turns) >= args.max_turns:
         trajectory.status = "over_turns"
-    elif sum(turn.generate_s + turn.tool_s for turn in trajectory.turns) > args.trajectory_timeout_s:
+    elif (
+        sum(turn.generate_s + turn.tool_s for turn in trajectory.turns) > args.trajectory_timeout_s
+    ):
         trajectory.status = "tool_fault"  # left out, not punished: slowness is the environment's
     elif len(prompt) + args.max_new_tokens > args.max_context:
         trajectory.status = "over_context"
@@ -558,7 +810,14 @@ def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[i
     return None
 
 
-def finish_turn(trajectory: Trajectory, ids: list[int], logprobs: list[float], version: int, chat: Chat, tools: dict) -> list | None:
+def finish_turn(
+    trajectory: Trajectory,
+    ids: list[int],
+    logprobs: list[float],
+    version: int,
+    chat: Chat,
+    tools: dict,
+) -> list | None:
     """Record what was sampled and read the action; returns the tool calls to run (none after notes), or None if the trajectory has ended."""
     is_notes = len(trajectory.turns) in trajectory.memory.get("notes_turns", [])
     trajectory.segments[-1].append(ids, len(trajectory.turns), logprobs)
@@ -580,7 +839,9 @@ def finish_turn(trajectory: Trajectory, ids: list[int], logprobs: list[float], v
     return calls
 
 
-def take_results(trajectory: Trajectory, results: list[tuple[str, bool]], chat: Chat, args: RolloutArgs) -> None:
+def take_results(
+    trajectory: Trajectory, results: list[tuple[str, bool]], chat: Chat, args: RolloutArgs
+) -> None:
     """Append tool results to the last turn as its observation."""
     turn = trajectory.turns[-1]
     turn.results = [text for text, _ in results]
@@ -589,7 +850,9 @@ def take_results(trajectory: Trajectory, results: list[tuple[str, bool]], chat: 
     for call, text in zip(turn.calls, turn.results):
         opened = [call["arguments"]["url"]] if call["name"] == "browse" else []
         trajectory.urls += [url for url in opened + urls_in(text) if url not in trajectory.urls]
-    called = [t for t in trajectory.turns if t.results]  # a turn of notes between them calls nothing
+    called = [
+        t for t in trajectory.turns if t.results
+    ]  # a turn of notes between them calls nothing
     if len(called) >= MAX_FAULTY_TURNS and all(t.faults for t in called[-MAX_FAULTY_TURNS:]):
         trajectory.status = "tool_fault"
 
@@ -650,8 +913,17 @@ def run_turn(calls: list[ToolCall], tools: dict, replay: list[ToolCall]) -> list
     return run_calls(calls, tools)
 
 
-def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, finish, holding=lambda: False, lockstep: bool = False,
-         act=finish_turn) -> None:
+def play(
+    engine: Engine,
+    chat: Chat,
+    toolbox: Toolbox,
+    args: RolloutArgs,
+    take,
+    finish,
+    holding=lambda: False,
+    lockstep: bool = False,
+    act=finish_turn,
+) -> None:
     """The agent loop: plays trajectories until `take` has no more and all have ended.
 
     Tool results and new trajectories join at every `args.tool_steps`-th engine step, so prompts are computed in large batches.
@@ -667,18 +939,26 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
             Otherwise results join as they come.
         act: reads a finished turn, see `finish_turn`.
     """
-    waiting: list[tuple[Slot, int, float, concurrent.futures.Future]] = []  # (slot, step of the call, time of it, results)
+    waiting: list[
+        tuple[Slot, int, float, concurrent.futures.Future]
+    ] = []  # (slot, step of the call, time of it, results)
     ready: list[Slot] = []  # at a turn boundary
-    replays: dict[Slot, list[ToolCall]] = {}  # python calls of trajectories that were begun elsewhere
+    replays: dict[
+        Slot, list[ToolCall]
+    ] = {}  # python calls of trajectories that were begun elsewhere
     threads = ToolThreads(len(engine.slots))
     step, more = 0, True
 
     def start(row: int, trajectory: Trajectory) -> None:
         trajectory.head_ids = trajectory.head_ids or chat.head(trajectory.task.question)
         slot = engine.slots[row] = Slot(trajectory)
-        cut_off = [turn for turn in trajectory.turns[-1:] if turn.calls and not turn.results]  # parked before its tools had answered
-        past = trajectory.turns[:len(trajectory.turns) - len(cut_off)]
-        replays[slot] = [ToolCall(**call) for turn in past for call in turn.calls if call["name"] == "python"]
+        cut_off = [
+            turn for turn in trajectory.turns[-1:] if turn.calls and not turn.results
+        ]  # parked before its tools had answered
+        past = trajectory.turns[: len(trajectory.turns) - len(cut_off)]
+        replays[slot] = [
+            ToolCall(**call) for turn in past for call in turn.calls if call["name"] == "python"
+        ]
         for turn in cut_off:
             run_tools(slot, [ToolCall(**call) for call in turn.calls])
         if not cut_off:
@@ -686,7 +966,14 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
 
     def run_tools(slot: Slot, calls: list[ToolCall]) -> None:
         replay = replays.pop(slot, []) if any(call.name == "python" for call in calls) else []
-        waiting.append((slot, step, time.perf_counter(), threads.submit(run_turn, calls, toolbox.tools_for(slot.trajectory), replay)))
+        waiting.append(
+            (
+                slot,
+                step,
+                time.perf_counter(),
+                threads.submit(run_turn, calls, toolbox.tools_for(slot.trajectory), replay),
+            )
+        )
 
     def end(slot: Slot) -> None:
         engine.slots[engine.slots.index(slot)] = None
@@ -711,7 +998,9 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
                         continue
                     if lockstep and not future.done():
                         clock = time.perf_counter()
-                        concurrent.futures.wait([future], timeout=max(0.0, since + args.tool_timeout_s - clock))
+                        concurrent.futures.wait(
+                            [future], timeout=max(0.0, since + args.tool_timeout_s - clock)
+                        )
                         engine.stats["idle_s"] += time.perf_counter() - clock
                     waited = time.perf_counter() - since
                     if not future.done() and waited < args.tool_timeout_s:
@@ -719,7 +1008,9 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
                     waiting.remove(call)
                     threads.give_up(future)
                     trajectory = slot.trajectory
-                    late = [(f"error: no answer within {args.tool_timeout_s:g} s", True)] * len(trajectory.turns[-1].calls)
+                    late = [(f"error: no answer within {args.tool_timeout_s:g} s", True)] * len(
+                        trajectory.turns[-1].calls
+                    )
                     take_results(trajectory, future.result() if future.done() else late, chat, args)
                     trajectory.turns[-1].tool_s = waited
                     if trajectory.status == "running":
@@ -734,7 +1025,9 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
                         else:
                             engine.start_turn(slot, prompt)
                     ready.clear()
-            if all(slot is None or slot.turn_done for slot in engine.slots):  # nothing to decode: go straight to the next join
+            if all(
+                slot is None or slot.turn_done for slot in engine.slots
+            ):  # nothing to decode: go straight to the next join
                 step = -(-step // args.tool_steps) * args.tool_steps
                 if not lockstep:
                     clock = time.perf_counter()
@@ -746,8 +1039,18 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
             step += 1
             for slot in ended:
                 trajectory = slot.trajectory
-                calls = act(trajectory, slot.ids, slot.logprobs, engine.version, chat, toolbox.tools_for(trajectory))
-                trajectory.turns[-1].began, trajectory.turns[-1].generate_s = slot.started, time.perf_counter() - slot.started
+                calls = act(
+                    trajectory,
+                    slot.ids,
+                    slot.logprobs,
+                    engine.version,
+                    chat,
+                    toolbox.tools_for(trajectory),
+                )
+                trajectory.turns[-1].began, trajectory.turns[-1].generate_s = (
+                    slot.started,
+                    time.perf_counter() - slot.started,
+                )
                 if calls is None:
                     end(slot)
                 elif calls:
@@ -760,7 +1063,15 @@ def play(engine: Engine, chat: Chat, toolbox: Toolbox, args: RolloutArgs, take, 
         threads.close()
 
 
-def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox: Toolbox, args: RolloutArgs, on_finish=None, act=finish_turn) -> list[Trajectory]:
+def rollout(
+    engine: Engine,
+    chat: Chat,
+    trajectories: list[Trajectory],
+    toolbox: Toolbox,
+    args: RolloutArgs,
+    on_finish=None,
+    act=finish_turn,
+) -> list[Trajectory]:
     """Play all trajectories to their end in this process, in lockstep (sync mode), and return them in the order given.
 
     Args:
@@ -770,6 +1081,14 @@ def rollout(engine: Engine, chat: Chat, trajectories: list[Trajectory], toolbox:
         on_finish: called with each finished trajectory, for a progress bar.
     """
     left = list(reversed(trajectories))
-    play(engine, chat, toolbox, args, lockstep=True, act=act, finish=on_finish or (lambda trajectory: None),
-         take=lambda n: [left.pop() for _ in range(min(n, len(left)))] if left else None)
+    play(
+        engine,
+        chat,
+        toolbox,
+        args,
+        lockstep=True,
+        act=act,
+        finish=on_finish or (lambda trajectory: None),
+        take=lambda n: [left.pop() for _ in range(min(n, len(left)))] if left else None,
+    )
     return trajectories

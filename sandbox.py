@@ -36,9 +36,23 @@ import sys
 import sysconfig
 import traceback
 
-READABLE = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/localtime", "/etc/ld.so.cache",
-            "/dev/urandom", "/dev/zero", "/proc/cpuinfo", "/proc/meminfo"]
-FOLDER_BYTES = 64 << 20  # tools.Python ends a session that writes more; one file may have a quarter of it
+READABLE = [
+    "/usr/lib",
+    "/usr/lib64",
+    "/lib",
+    "/lib64",
+    "/usr/local/lib",
+    "/usr/share/zoneinfo",
+    "/etc/localtime",
+    "/etc/ld.so.cache",
+    "/dev/urandom",
+    "/dev/zero",
+    "/proc/cpuinfo",
+    "/proc/meminfo",
+]
+FOLDER_BYTES = (
+    64 << 20
+)  # tools.Python ends a session that writes more; one file may have a quarter of it
 
 # Each system call denied with EPERM: its name, its number on x86-64, its number on aarch64 ("-": not there). From 424 on both
 # have the same numbers, and none of those is needed: ENOSYS, and libc falls back to the older call.
@@ -60,11 +74,27 @@ sync 162 81, syncfs 306 267, acct 163 89, quotactl 179 60, swapon 167 224, swapo
 setdomainname 171 162, init_module 175 105, finit_module 313 273, delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294,
 settimeofday 164 170, clock_settime 227 112, adjtimex 159 171, clock_adjtime 305 266, syslog 103 116, vhangup 153 58, iopl 172 -, ioperm 173 -,
 modify_ldt 154 -, lookup_dcookie 212 18, migrate_pages 256 238, move_pages 279 239"""
-MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # AUDIT_ARCH of the kernel, column in DENIED
+MACHINES = {
+    "x86_64": (0xC000003E, 0),
+    "aarch64": (0xC00000B7, 1),
+}  # AUDIT_ARCH of the kernel, column in DENIED
 # Calls that are allowed with some arguments only.
-CLONE, KILL, TGKILL, PRLIMIT, PRCTL, SOCKETPAIR = (56, 220), (62, 129), (234, 131), (302, 261), (157, 167), (53, 199)
+CLONE, KILL, TGKILL, PRLIMIT, PRCTL, SOCKETPAIR = (
+    (56, 220),
+    (62, 129),
+    (234, 131),
+    (302, 261),
+    (157, 167),
+    (53, 199),
+)
 CLONE_THREAD, CLONE_NEW_NAMESPACE = 0x10000, 0x7E020000
-PRCTL_ALLOWED = (15, 16, 23, 39, 0x53564D41)  # thread names, reading of flags, names of memory areas. Not PR_SET_PDEATHSIG
+PRCTL_ALLOWED = (
+    15,
+    16,
+    23,
+    39,
+    0x53564D41,
+)  # thread names, reading of flags, names of memory areas. Not PR_SET_PDEATHSIG
 
 
 def libc():
@@ -97,12 +127,24 @@ def set_limits(memory: int) -> None:
     """Limits of this process. CPU time counts over the whole session, so it is only the last resort: calls have a wall-clock limit."""
     threads = 1024
     if sys.platform == "linux":
-        check(libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")  # end when the thread that started us ends
+        check(
+            libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG"
+        )  # end when the thread that started us ends
         # The kernel counts the threads of a *user* here, so an ordinary user's desktop counts too (the whole machine bounds it).
-        threads = 64 if os.geteuid() == 0 else int(open("/proc/loadavg").read().split()[3].split("/")[1]) + 256
+        threads = (
+            64
+            if os.geteuid() == 0
+            else int(open("/proc/loadavg").read().split()[3].split("/")[1]) + 256
+        )
     os.umask(0o077)
-    for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, 600), (resource.RLIMIT_NPROC, threads),
-                         (resource.RLIMIT_FSIZE, FOLDER_BYTES // 4), (resource.RLIMIT_NOFILE, 64)):
+    for limit, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, 600),
+        (resource.RLIMIT_NPROC, threads),
+        (resource.RLIMIT_FSIZE, FOLDER_BYTES // 4),
+        (resource.RLIMIT_NOFILE, 64),
+    ):
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         try:
@@ -131,7 +173,9 @@ def drop_privileges() -> str:
         except OSError:  # a container without that uid: the rest holds for root as well, who keeps no other capability
             os.chown(".", os.geteuid(), os.getegid())
             who = "uid 0 with its rights dropped (no other uid here)"
-        check(libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")  # the change of uid has cleared it
+        check(
+            libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG"
+        )  # the change of uid has cleared it
     header, caps = struct.pack("<Ii", 0x20080522, 0), (ctypes.c_uint32 * 6)()
     check(libc().capget(header, caps), "capget")
     kept = caps[1] & (1 << 2)  # CAP_DAC_READ_SEARCH, if it is permitted
@@ -144,12 +188,31 @@ def restrict_files() -> int:
     call = libc().syscall
     version = check(call(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)), "Landlock")
     EXECUTE, WRITE, READ, READ_DIR = 1, 2, 4, 8
-    handled = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15  # + refer, truncate, ioctl of devices
-    rules = struct.pack("<QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)  # files, TCP, abstract sockets and signals
-    ruleset = check(call(444, rules, ctypes.c_size_t(8 if version < 4 else 16 if version < 6 else 24), ctypes.c_uint32(0)), "Landlock")
-    libraries = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {f"{sys.base_prefix}/lib"}
-    in_folder = handled & (WRITE | READ | READ_DIR | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 13 | 1 << 14)  # + remove, make files and folders
-    rights = {path: READ | READ_DIR | EXECUTE for path in [*READABLE, *libraries, *sys.path]} | {"/dev/null": READ | WRITE, ".": in_folder}
+    handled = (
+        (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
+    )  # + refer, truncate, ioctl of devices
+    rules = struct.pack(
+        "<QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0
+    )  # files, TCP, abstract sockets and signals
+    ruleset = check(
+        call(
+            444,
+            rules,
+            ctypes.c_size_t(8 if version < 4 else 16 if version < 6 else 24),
+            ctypes.c_uint32(0),
+        ),
+        "Landlock",
+    )
+    libraries = {
+        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    } | {f"{sys.base_prefix}/lib"}
+    in_folder = handled & (
+        WRITE | READ | READ_DIR | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 13 | 1 << 14
+    )  # + remove, make files and folders
+    rights = {path: READ | READ_DIR | EXECUTE for path in [*READABLE, *libraries, *sys.path]} | {
+        "/dev/null": READ | WRITE,
+        ".": in_folder,
+    }
     for path, right in rights.items():
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -173,28 +236,58 @@ def seccomp_filter(machine: str, pid: int) -> bytes:
         pid: of this process, the only one that it may signal.
     """
     arch, column = MACHINES[machine]
-    NUMBER, ARCH, ARGUMENT = 0, 4, (16, 24)  # offsets in struct seccomp_data (low half of an argument)
+    NUMBER, ARCH, ARGUMENT = (
+        0,
+        4,
+        (16, 24),
+    )  # offsets in struct seccomp_data (low half of an argument)
     ALLOW, KILL_PROCESS, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
     code = []
-    emit = lambda op, value, if_true=0, if_false=0: code.append(struct.pack("<HBBI", op, if_true, if_false, value))
+    emit = lambda op, value, if_true=0, if_false=0: code.append(
+        struct.pack("<HBBI", op, if_true, if_false, value)
+    )
     load, answer = lambda offset: emit(0x20, offset), lambda verdict: emit(0x06, verdict)
-    equal, at_least, any_bit = (lambda value, t, f, op=op: emit(op, value, t, f) for op in (0x15, 0x35, 0x45))
+    equal, at_least, any_bit = (
+        lambda value, t, f, op=op: emit(op, value, t, f) for op in (0x15, 0x35, 0x45)
+    )
 
     load(ARCH), equal(arch, 1, 0), answer(KILL_PROCESS)  # a 32-bit call has other numbers
-    load(NUMBER), at_least(FIRST_NEW_CALL, 0, 1), answer(ENOSYS)  # x32's numbers are above it as well
+    (
+        load(NUMBER),
+        at_least(FIRST_NEW_CALL, 0, 1),
+        answer(ENOSYS),
+    )  # x32's numbers are above it as well
     for entry in DENIED.split(","):
         number = entry.split()[1 + column]
         if number != "-":
             equal(int(number), 0, 1), answer(EPERM)
     # Of clone only threads: without fork and exec there is no fork bomb and no process that could stay behind.
-    equal(CLONE[column], 0, 5), load(ARGUMENT[0]), any_bit(CLONE_NEW_NAMESPACE, 2, 0), any_bit(CLONE_THREAD, 0, 1), answer(ALLOW), answer(EPERM)
-    for call, allowed in ((KILL, [pid]), (TGKILL, [pid]), (PRLIMIT, [0, pid]), (PRCTL, PRCTL_ALLOWED)):
+    (
+        equal(CLONE[column], 0, 5),
+        load(ARGUMENT[0]),
+        any_bit(CLONE_NEW_NAMESPACE, 2, 0),
+        any_bit(CLONE_THREAD, 0, 1),
+        answer(ALLOW),
+        answer(EPERM),
+    )
+    for call, allowed in (
+        (KILL, [pid]),
+        (TGKILL, [pid]),
+        (PRLIMIT, [0, pid]),
+        (PRCTL, PRCTL_ALLOWED),
+    ):
         equal(call[column], 0, len(allowed) + 3), load(ARGUMENT[0])
         for left, value in zip(range(len(allowed), 0, -1), allowed):
             equal(value, left, 0)
         answer(EPERM), answer(ALLOW)
     # asyncio wants a socket pair; a pair of datagram sockets could send to any socket of the file system.
-    equal(SOCKETPAIR[column], 0, 4), load(ARGUMENT[1]), emit(0x54, 0xF), equal(1, 1, 0), answer(EPERM)
+    (
+        equal(SOCKETPAIR[column], 0, 4),
+        load(ARGUMENT[1]),
+        emit(0x54, 0xF),
+        equal(1, 1, 0),
+        answer(EPERM),
+    )
     answer(ALLOW)
     return b"".join(code)
 
@@ -202,7 +295,10 @@ def seccomp_filter(machine: str, pid: int) -> bytes:
 def restrict_system_calls() -> None:
     code = seccomp_filter(os.uname().machine, os.getpid())
     program = ctypes.create_string_buffer(code, len(code))
-    check(libc().prctl(22, 2, struct.pack("@HP", len(code) // 8, ctypes.addressof(program)), 0, 0), "seccomp")
+    check(
+        libc().prctl(22, 2, struct.pack("@HP", len(code) // 8, ctypes.addressof(program)), 0, 0),
+        "seccomp",
+    )
 
 
 def run(code: str, space: dict) -> None:
@@ -231,13 +327,18 @@ def main():
             restrict_system_calls()
             isolation = f"Landlock ABI {version} + seccomp, {who}"
     except Exception as error:  # never run code with half of the protection
-        os.write(settings["done"], f"the sandbox cannot be set up: {error}".replace("\n", " ").encode() + b"\n")
+        os.write(
+            settings["done"],
+            f"the sandbox cannot be set up: {error}".replace("\n", " ").encode() + b"\n",
+        )
         return
     os.write(settings["done"], f"ready: {isolation}\n".encode())
     space = {"__name__": "__main__"}
     for line in os.fdopen(settings["code"], "rb"):
         # A new object for each piece: the code may have closed or replaced the old one.
-        sys.stdout = sys.stderr = output = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", errors="replace")
+        sys.stdout = sys.stderr = output = io.TextIOWrapper(
+            io.FileIO(1, "w", closefd=False), encoding="utf-8", errors="replace"
+        )
         run(json.loads(line), space)
         output.flush()
         os.write(settings["done"], b"done\n")

@@ -48,7 +48,9 @@ import sandbox
 from sandbox import FOLDER_BYTES
 from web import MAX_PAGE_BYTES, Browse, DiskCache, Pace, ToolFault, read_limited, retry_after
 
-CACHE = Path(__file__).resolve().parent / "runs" / "cache"  # pages and search results of the real web
+CACHE = (
+    Path(__file__).resolve().parent / "runs" / "cache"
+)  # pages and search results of the real web
 MAX_CALLS = 8  # in one turn
 RETRY_S = 0.5  # before a second request to a search service; then twice as long each time
 SANDBOX = Path(__file__).with_name("sandbox.py")
@@ -64,6 +66,7 @@ class FormatError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
+
 
 @dataclass
 class ToolCall:
@@ -119,7 +122,9 @@ def parse_action(text: str, tools: dict) -> tuple[list[ToolCall], str | None]:
     calls = parse_tool_calls(visible)
     outside_calls = re.sub(r"<tool_call>.*?</tool_call>", "", visible, flags=re.DOTALL)
     answers = re.findall(r"<answer>(.*?)</answer>", outside_calls, flags=re.DOTALL)
-    if outside_calls.count("<answer>") != len(answers) or outside_calls.count("</answer>") != len(answers):
+    if outside_calls.count("<answer>") != len(answers) or outside_calls.count("</answer>") != len(
+        answers
+    ):
         raise FormatError("unclosed_tag", "an <answer> tag has no partner")
     if len(answers) > 1:
         raise FormatError("two_answers", "more than one answer")
@@ -144,21 +149,27 @@ def run_calls(calls: list[ToolCall], tools: dict) -> list[tuple[str, bool]]:
     Returns:
         One (text, is_fault) a call, in call order. A fault is the environment's; no exception escapes.
     """
+
     def run(call: ToolCall) -> tuple[str, bool]:
         try:
             return str(tools[call.name](**call.arguments)), False
         except ToolFault as fault:
             return f"error: {fault}", True
-        except Exception as error:  # a bug in a tool must not end the run, and is not the policy's fault
+        except (
+            Exception
+        ) as error:  # a bug in a tool must not end the run, and is not the policy's fault
             return f"error: the tool failed ({type(error).__name__})", True
 
-    if len(calls) == 1 or any(call.name == "python" for call in calls):  # a session runs its code in order
+    if len(calls) == 1 or any(
+        call.name == "python" for call in calls
+    ):  # a session runs its code in order
         return [run(call) for call in calls]
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(run, calls))
 
 
 # -------------------------------------------------------------------------------------------------------------- search
+
 
 class Search:
     """The embedded search engine: BM25 over an index file (data/index.py).
@@ -167,24 +178,39 @@ class Search:
         db: path of the index.
         k: results a query.
     """
+
     name, signature = "search", "search(queries: list of str)"
 
     def __init__(self, db: Path | str, k: int = 2):
         from data.index import open_index, search_index
+
         self.db, self.k, self.open, self.look_up = db, k, open_index, search_index
-        self.idle = [open_index(db)]  # connections that no thread uses now; a missing index is reported here
+        self.idle = [
+            open_index(db)
+        ]  # connections that no thread uses now; a missing index is reported here
 
     def check(self, arguments: dict) -> str | None:
         queries = arguments.get("queries")
-        if set(arguments) != {"queries"} or not isinstance(queries, list) or not 1 <= len(queries) <= 8:
+        if (
+            set(arguments) != {"queries"}
+            or not isinstance(queries, list)
+            or not 1 <= len(queries) <= 8
+        ):
             return "search takes 'queries', a list of 1 to 8 strings"
-        return None if all(isinstance(query, str) for query in queries) else "search takes 'queries', a list of strings"
+        return (
+            None
+            if all(isinstance(query, str) for query in queries)
+            else "search takes 'queries', a list of strings"
+        )
 
     def __call__(self, queries: list[str]) -> str:
         queries = [queries] if isinstance(queries, str) else queries
         blocks = []
         for query, hits in zip(queries, self.find(queries)):
-            lines = [f"[{n}] {hit['title']} {hit['url']}\n{hit['snippet']}" for n, hit in enumerate(hits, start=1)]
+            lines = [
+                f"[{n}] {hit['title']} {hit['url']}\n{hit['snippet']}"
+                for n, hit in enumerate(hits, start=1)
+            ]
             heading = [f"{query}:"] if len(queries) > 1 else []
             blocks.append("\n".join(heading + (lines or ["no results"])))
         return "\n".join(blocks)
@@ -210,24 +236,57 @@ class Search:
 @dataclass
 class Provider:
     """How a web search service is asked and answers."""
+
     url: str  # "" if everybody has their own
     key_name: str  # environment variable with the API key; "" if it needs none
-    request: Callable[[str, int, str], dict]  # (query, k, key) -> keyword arguments of requests.request
+    request: Callable[
+        [str, int, str], dict
+    ]  # (query, k, key) -> keyword arguments of requests.request
     hits: Callable[[dict], list]  # reply -> its list of hits
     fields: tuple[str, str, str]  # names of title, url and snippet in a hit
 
 
 PROVIDERS = {
-    "searxng": Provider("", "", lambda q, k, key: {"method": "GET", "params": {"q": q, "format": "json"}}, lambda r: r["results"], ("title", "url", "content")),
-    "brave": Provider("https://api.search.brave.com/res/v1/web/search", "BRAVE_API_KEY",
-                      lambda q, k, key: {"method": "GET", "params": {"q": q[:400], "count": k}, "headers": {"X-Subscription-Token": key, "Accept": "application/json"}},
-                      lambda r: (r.get("web") or {"results": []})["results"], ("title", "url", "description")),
-    "serper": Provider("https://google.serper.dev/search", "SERPER_API_KEY",
-                       lambda q, k, key: {"method": "POST", "json": {"q": q, "num": k}, "headers": {"X-API-KEY": key}},
-                       lambda r: r["organic"], ("title", "link", "snippet")),
-    "tavily": Provider("https://api.tavily.com/search", "TAVILY_API_KEY",
-                       lambda q, k, key: {"method": "POST", "json": {"query": q, "max_results": k}, "headers": {"Authorization": f"Bearer {key}"}},
-                       lambda r: r["results"], ("title", "url", "content")),
+    "searxng": Provider(
+        "",
+        "",
+        lambda q, k, key: {"method": "GET", "params": {"q": q, "format": "json"}},
+        lambda r: r["results"],
+        ("title", "url", "content"),
+    ),
+    "brave": Provider(
+        "https://api.search.brave.com/res/v1/web/search",
+        "BRAVE_API_KEY",
+        lambda q, k, key: {
+            "method": "GET",
+            "params": {"q": q[:400], "count": k},
+            "headers": {"X-Subscription-Token": key, "Accept": "application/json"},
+        },
+        lambda r: (r.get("web") or {"results": []})["results"],
+        ("title", "url", "description"),
+    ),
+    "serper": Provider(
+        "https://google.serper.dev/search",
+        "SERPER_API_KEY",
+        lambda q, k, key: {
+            "method": "POST",
+            "json": {"q": q, "num": k},
+            "headers": {"X-API-KEY": key},
+        },
+        lambda r: r["organic"],
+        ("title", "link", "snippet"),
+    ),
+    "tavily": Provider(
+        "https://api.tavily.com/search",
+        "TAVILY_API_KEY",
+        lambda q, k, key: {
+            "method": "POST",
+            "json": {"query": q, "max_results": k},
+            "headers": {"Authorization": f"Bearer {key}"},
+        },
+        lambda r: r["results"],
+        ("title", "url", "content"),
+    ),
 }
 
 
@@ -246,19 +305,41 @@ class WebSearch(Search):
         ValueError: unknown provider, no key in the environment, no URL.
     """
 
-    def __init__(self, provider: str, url: str = "", k: int = 5, cache: "DiskCache | None" = None, timeout_s: float = 20.0, gap_s: float = 0.2):
+    def __init__(
+        self,
+        provider: str,
+        url: str = "",
+        k: int = 5,
+        cache: "DiskCache | None" = None,
+        timeout_s: float = 20.0,
+        gap_s: float = 0.2,
+    ):
         if provider not in PROVIDERS:
-            raise ValueError(f"no search provider {provider!r}: choose embedded, {', '.join(PROVIDERS)}")
-        self.provider, self.label, self.k, self.cache, self.timeout_s = PROVIDERS[provider], provider, k, cache, timeout_s
+            raise ValueError(
+                f"no search provider {provider!r}: choose embedded, {', '.join(PROVIDERS)}"
+            )
+        self.provider, self.label, self.k, self.cache, self.timeout_s = (
+            PROVIDERS[provider],
+            provider,
+            k,
+            cache,
+            timeout_s,
+        )
         self.url, self.pace = url or self.provider.url, Pace(gap_s)
         if provider == "searxng" and self.url and not self.url.rstrip("/").endswith("/search"):
             self.url = self.url.rstrip("/") + "/search"
         self.host = urlsplit(self.url).hostname
         if urlsplit(self.url).scheme not in ("http", "https") or not self.host:
-            raise ValueError(f"search by {provider} needs the address of a server: --search_url http://HOST:PORT")
-        self.key = os.environ.get(self.provider.key_name, "").strip() if self.provider.key_name else ""
+            raise ValueError(
+                f"search by {provider} needs the address of a server: --search_url http://HOST:PORT"
+            )
+        self.key = (
+            os.environ.get(self.provider.key_name, "").strip() if self.provider.key_name else ""
+        )
         if self.provider.key_name and not self.key:
-            raise ValueError(f"search by {provider} needs an API key in the environment variable {self.provider.key_name}")
+            raise ValueError(
+                f"search by {provider} needs an API key in the environment variable {self.provider.key_name}"
+            )
 
     def probe(self) -> None:
         """Find out now, at no cost, whether the service can be reached.
@@ -270,11 +351,15 @@ class WebSearch(Search):
             port = urlsplit(self.url).port or (443 if self.url.startswith("https") else 80)
             socket.create_connection((self.host, port), timeout=5).close()
         except OSError as error:
-            raise ValueError(f"search by {self.label}: cannot reach {self.host} ({error.strerror or error})") from None
+            raise ValueError(
+                f"search by {self.label}: cannot reach {self.host} ({error.strerror or error})"
+            ) from None
 
     def find(self, queries: list[str]) -> list[list[dict]]:
         with concurrent.futures.ThreadPoolExecutor(len(queries)) as pool:
-            return list(pool.map(self.ask, queries))  # side by side; results in the order of the queries
+            return list(
+                pool.map(self.ask, queries)
+            )  # side by side; results in the order of the queries
 
     def ask(self, query: str) -> list[dict]:
         """One query, from the cache or with up to four requests.
@@ -293,13 +378,31 @@ class WebSearch(Search):
                 with requests.Session() as session:
                     session.trust_env = False  # ~/.netrc would replace our header
                     left = max(0.1, deadline - time.monotonic())
-                    with session.request(url=self.url, timeout=left, allow_redirects=False, stream=True, **self.provider.request(query, self.k, self.key)) as reply:
+                    with session.request(
+                        url=self.url,
+                        timeout=left,
+                        allow_redirects=False,
+                        stream=True,
+                        **self.provider.request(query, self.k, self.key),
+                    ) as reply:
                         if reply.status_code in (401, 402, 403):
-                            key = f" (is {self.provider.key_name} right?)" if self.provider.key_name else ' (is "json" among the formats in its settings.yml?)'
-                            raise ToolFault(f"search by {self.label}: {self.host} refused, HTTP {reply.status_code}{key}")
+                            key = (
+                                f" (is {self.provider.key_name} right?)"
+                                if self.provider.key_name
+                                else ' (is "json" among the formats in its settings.yml?)'
+                            )
+                            raise ToolFault(
+                                f"search by {self.label}: {self.host} refused, HTTP {reply.status_code}{key}"
+                            )
                         if reply.status_code == 200:
-                            body = b"".join(read_limited(reply.iter_content(65536), MAX_PAGE_BYTES, deadline))
-                            hits = [self.hit(hit) for hit in self.provider.hits(json.loads(body))[:self.k] if isinstance(hit, dict)]
+                            body = b"".join(
+                                read_limited(reply.iter_content(65536), MAX_PAGE_BYTES, deadline)
+                            )
+                            hits = [
+                                self.hit(hit)
+                                for hit in self.provider.hits(json.loads(body))[: self.k]
+                                if isinstance(hit, dict)
+                            ]
                             if self.cache:
                                 self.cache.put(cache_key, json.dumps(hits))
                             return hits
@@ -319,11 +422,18 @@ class WebSearch(Search):
     def hit(self, hit: dict) -> dict:
         """A hit in our words: plain text on one line each."""
         title, url, snippet = (hit.get(field) or "" for field in self.provider.fields)
-        clean = lambda text, limit: " ".join(html.unescape(re.sub(r"</?\w+[^<>]{0,100}>", "", str(text))).split())[:limit]
-        return {"title": clean(title, 200), "url": "".join(str(url).split())[:2000], "snippet": clean(snippet, 500)}
+        clean = lambda text, limit: " ".join(
+            html.unescape(re.sub(r"</?\w+[^<>]{0,100}>", "", str(text))).split()
+        )[:limit]
+        return {
+            "title": clean(title, 200),
+            "url": "".join(str(url).split())[:2000],
+            "snippet": clean(snippet, 500),
+        }
 
 
 # -------------------------------------------------------------------------------------------------------------- python
+
 
 class Python:
     """A stateful Python session in a sandbox (sandbox.py says what it stops and what not); one for each trajectory.
@@ -334,10 +444,22 @@ class Python:
         output_chars: what the policy sees of the output, in characters.
         unsafe: run without the sandbox, with limits on time, memory and output only: for code that you would run yourself.
     """
+
     name, signature = "python", "python(code)"
 
-    def __init__(self, timeout_s: float = 5.0, memory_mb: int = 1024, output_chars: int = 2000, unsafe: bool = False):
-        self.timeout_s, self.memory_mb, self.output_chars, self.unsafe = timeout_s, memory_mb, output_chars, unsafe
+    def __init__(
+        self,
+        timeout_s: float = 5.0,
+        memory_mb: int = 1024,
+        output_chars: int = 2000,
+        unsafe: bool = False,
+    ):
+        self.timeout_s, self.memory_mb, self.output_chars, self.unsafe = (
+            timeout_s,
+            memory_mb,
+            output_chars,
+            unsafe,
+        )
         self.process, self.folder, self.code_fd, self.done_fd, self.poll = None, None, -1, -1, None
         self.isolation = ""  # what confines the child, in its own words
 
@@ -353,17 +475,42 @@ class Python:
         """
         code_read, code_write = os.pipe()
         done_read, done_write = os.pipe()
-        self.code_fd, self.done_fd, self.folder = code_write, done_read, tempfile.mkdtemp(prefix="nano-python-")
-        settings = {"memory": self.memory_mb << 20, "packages": sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")}),
-                    "unsafe": self.unsafe, "code": code_read, "done": done_write}
+        self.code_fd, self.done_fd, self.folder = (
+            code_write,
+            done_read,
+            tempfile.mkdtemp(prefix="nano-python-"),
+        )
+        settings = {
+            "memory": self.memory_mb << 20,
+            "packages": sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")}),
+            "unsafe": self.unsafe,
+            "code": code_read,
+            "done": done_write,
+        }
         command = [sys.executable, "-I", "-S", str(SANDBOX), json.dumps(settings)]
-        environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": self.folder, "TMPDIR": self.folder,
-                       "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "LANG": "C.UTF-8",
+            "HOME": self.folder,
+            "TMPDIR": self.folder,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "2",
+        }
         try:
             # In a thread of its own that never ends: the child dies with the *thread* that started it (PR_SET_PDEATHSIG).
             self.process = STARTER.submit(
-                subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-                pass_fds=[code_read, done_write], start_new_session=True, cwd=self.folder, env=environment).result(timeout=30)
+                subprocess.Popen,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
+                pass_fds=[code_read, done_write],
+                start_new_session=True,
+                cwd=self.folder,
+                env=environment,
+            ).result(timeout=30)
         except (OSError, RuntimeError, TimeoutError) as error:
             self.close()
             raise ToolFault(f"python cannot be started ({error})") from None
@@ -376,9 +523,16 @@ class Python:
         self.poll = select.poll()  # select.select() cannot do file descriptors above 1023
         self.poll.register(self.done_fd, select.POLLIN)
         ready = self.poll.poll(30_000)
-        words = os.read(self.done_fd, 1000).decode().strip() if ready else "it did not start within 30 s"
+        words = (
+            os.read(self.done_fd, 1000).decode().strip()
+            if ready
+            else "it did not start within 30 s"
+        )
         if not words.startswith("ready: "):
-            words = words or self.process.stdout.read(1000).decode(errors="replace").strip().split("\n")[-1]
+            words = (
+                words
+                or self.process.stdout.read(1000).decode(errors="replace").strip().split("\n")[-1]
+            )
             self.close()
             raise ToolFault(f"python cannot be started ({words})")
         self.isolation = words.removeprefix("ready: ")
@@ -402,7 +556,7 @@ class Python:
             self.close()
         output = output.strip()
         if len(output) > self.output_chars:
-            output = f"{output[:self.output_chars]} … ({len(output)} characters)"
+            output = f"{output[: self.output_chars]} … ({len(output)} characters)"
         return "\n".join(filter(None, (output, problem))) or "(no output)"
 
     def run(self, code: str) -> tuple[str, str]:
@@ -427,7 +581,7 @@ class Python:
                     return "", f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}"
             for fd, _ in self.poll.poll(1000 * (min(look, start + self.timeout_s) - now) + 1):
                 if fd == self.code_fd:
-                    unsent = unsent[os.write(fd, unsent):]
+                    unsent = unsent[os.write(fd, unsent) :]
                     if not unsent:
                         self.poll.unregister(fd)
                 elif fd == self.done_fd:
@@ -437,11 +591,17 @@ class Python:
                 else:
                     self.read_output(output, 1 << 16)
             if len(output) > MAX_OUTPUT_BYTES:
-                return output.decode("utf-8", "replace"), f"more than {MAX_OUTPUT_BYTES} bytes of output; {lost}"
+                return output.decode(
+                    "utf-8", "replace"
+                ), f"more than {MAX_OUTPUT_BYTES} bytes of output; {lost}"
         self.read_output(output, MAX_OUTPUT_BYTES)
-        os.killpg(self.process.pid, signal.SIGSTOP)  # a thread that was left running waits until the next call
+        os.killpg(
+            self.process.pid, signal.SIGSTOP
+        )  # a thread that was left running waits until the next call
         full = folder_bytes(self.folder) > FOLDER_BYTES
-        return output.decode("utf-8", "replace").replace("\0", "\ufffd"), f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}" if full else ""
+        return output.decode("utf-8", "replace").replace(
+            "\0", "\ufffd"
+        ), f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}" if full else ""
 
     def read_output(self, output: bytearray, limit: int) -> None:
         """Append what is in the pipe now, up to about `limit` bytes."""
@@ -509,6 +669,7 @@ def close_sessions() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- toolbox
 
+
 def urls_in(text: str) -> list[str]:
     """The addresses that stand in a tool result."""
     return list(dict.fromkeys(re.findall(r"https?://[^\s<>\"']+", text)))
@@ -529,14 +690,29 @@ class Toolbox:
         ValueError: the provider lacks its key or cannot be reached, or this machine has no sandbox; one line that says what to do.
     """
 
-    def __init__(self, corpus: str = "", live: bool = False, search_results: int = 2, page_chars: int = 400, search: str = "embedded",
-                 search_url: str = "", unsafe_python: bool = False):
-        self.corpus, self.live, self.search_results, self.page_chars = corpus, live or search != "embedded", search_results, page_chars
+    def __init__(
+        self,
+        corpus: str = "",
+        live: bool = False,
+        search_results: int = 2,
+        page_chars: int = 400,
+        search: str = "embedded",
+        search_url: str = "",
+        unsafe_python: bool = False,
+    ):
+        self.corpus, self.live, self.search_results, self.page_chars = (
+            corpus,
+            live or search != "embedded",
+            search_results,
+            page_chars,
+        )
         self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file; "" is the web alone
         self.sessions: dict[tuple, Python] = {}  # by trajectory key
         self.unsafe_python = unsafe_python
         if not unsafe_python and (lacks := sandbox.missing()):
-            raise ValueError(f"no sandbox for the python tool on this machine: {lacks}. --unsafe_python runs the model's code without one")
+            raise ValueError(
+                f"no sandbox for the python tool on this machine: {lacks}. --unsafe_python runs the model's code without one"
+            )
         self.cache = DiskCache(CACHE) if self.live else None
         self.web_search = None
         if search != "embedded":
@@ -564,11 +740,15 @@ class Toolbox:
     def open(self, db: Path | str) -> tuple[Search, Browse]:
         """Search and browse over one index, whose pages are served on loopback from the first use on."""
         from data.serve import start_server
+
         if str(db) not in self.shared:
             server = start_server(db)
             hosts = {server.host: "127.0.0.1:%d" % server.server_address[1]}
             search = self.web_search or Search(db, self.search_results)
-            self.shared[str(db)] = search, Browse(hosts, self.live, self.page_chars, cache=self.cache)
+            self.shared[str(db)] = (
+                search,
+                Browse(hosts, self.live, self.page_chars, cache=self.cache),
+            )
         return self.shared[str(db)]
 
     def prepare(self, tasks) -> None:
@@ -582,11 +762,14 @@ class Toolbox:
 
     def index_of(self, task) -> tuple[Search, Browse]:
         from data.tasks import world_folder
+
         world = task.meta.get("world")
         if world:
             return self.open(world_folder(world) / "pages.db")
         if not self.corpus and not self.web_search:
-            raise ValueError(f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes one)")
+            raise ValueError(
+                f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes one)"
+            )
         return self.open(self.corpus) if self.corpus else self.shared[""]
 
     def tools_for(self, trajectory) -> dict:

@@ -74,7 +74,11 @@ class DiskCache:
     def get(self, key: str) -> str | None:
         path = self.path(key)
         try:
-            return path.read_text(encoding="utf-8") if time.time() - path.stat().st_mtime < self.seconds else None
+            return (
+                path.read_text(encoding="utf-8")
+                if time.time() - path.stat().st_mtime < self.seconds
+                else None
+            )
         except (OSError, ValueError):
             return None
 
@@ -105,14 +109,37 @@ def read_limited(chunks: Iterable[bytes], limit: int, deadline: float) -> Iterat
 
 BLOCK_TAG = re.compile(r"(?ai)(<!--|-->|</?(?:script|style|title)(?![a-z0-9-])[^<>]{0,2000}>)")
 BLOCK_END = {"script": "/script", "style": "/style", "title": "/title", "!--": "-->"}
-QUOTED_TAG = re.compile(r"""<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])(?:[^<>"']|"[^"<]{0,4000}"|'[^'<]{0,4000}')+>""")
+QUOTED_TAG = re.compile(
+    r"""<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])(?:[^<>"']|"[^"<]{0,4000}"|'[^'<]{0,4000}')+>"""
+)
 BARE_TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)>")
 # A script that visible_html left, or other raw text, whose end is hard to find; a number of a character that is none
-ONLY_HTML_PARSER = re.compile(r"(?ai)<(?:script|style|title|textarea|iframe|noembed|noframes|noscript|plaintext|xmp)>|"
-                              r"&#(?!(?:[0-9]+|x[0-9a-f]+)[^0-9a-f])")
-UNSEEN_TAGS = {"a", "b", "em", "i", "img", "strong", "u", "html", "meta", "span", "nav", "main", "section", "article"}  # by html2text, as we use it
-MARKDOWN = re.compile(r"[\\+-]|\d\.")  # html2text puts a backslash into some texts with these, and into no other
-LINK = re.compile(r"""(?i)<a\s(?:[^<>]{0,500}?\s)?href\s{0,9}=\s{0,9}("[^"<>]{0,4000}"|'[^'<>]{0,4000}'|[^\s"'<>]{1,4000})[^<>]{0,4000}>""")
+ONLY_HTML_PARSER = re.compile(
+    r"(?ai)<(?:script|style|title|textarea|iframe|noembed|noframes|noscript|plaintext|xmp)>|"
+    r"&#(?!(?:[0-9]+|x[0-9a-f]+)[^0-9a-f])"
+)
+UNSEEN_TAGS = {
+    "a",
+    "b",
+    "em",
+    "i",
+    "img",
+    "strong",
+    "u",
+    "html",
+    "meta",
+    "span",
+    "nav",
+    "main",
+    "section",
+    "article",
+}  # by html2text, as we use it
+MARKDOWN = re.compile(
+    r"[\\+-]|\d\."
+)  # html2text puts a backslash into some texts with these, and into no other
+LINK = re.compile(
+    r"""(?i)<a\s(?:[^<>]{0,500}?\s)?href\s{0,9}=\s{0,9}("[^"<>]{0,4000}"|'[^'<>]{0,4000}'|[^\s"'<>]{1,4000})[^<>]{0,4000}>"""
+)
 
 
 def visible_html(page: str) -> str:
@@ -133,7 +160,11 @@ def visible_html(page: str) -> str:
         elif name == BLOCK_END[inside]:
             inside = ""
     page = QUOTED_TAG.sub(r"<\1>", "".join(kept))
-    page = re.sub(r"<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])[^<>]+>", r"<\1>", re.sub(r"<[!?][^<>]*>", "", page))
+    page = re.sub(
+        r"<(/?[a-zA-Z][a-zA-Z0-9]*)(?![a-zA-Z0-9])[^<>]+>",
+        r"<\1>",
+        re.sub(r"<[!?][^<>]*>", "", page),
+    )
     return re.sub(r"<(?!/?[a-zA-Z][a-zA-Z0-9]*>)", "&lt;", page)
 
 
@@ -141,7 +172,11 @@ def html_to_text(page: str) -> str:
     """HTML as compact plain text: one line a paragraph, `a | b` for a table row, no links, no pictures, no scripts."""
     # Where a page marks its main part, the menus around it are left out, and so are the paragraph signs beside headings.
     if main := re.search(r"""(?i)<main\b|<[a-z]+\b[^<>]*\srole=["']?main\b""", page):
-        page = re.split(r"(?i)</main>|<footer\b|<div class=\"(?:sphinxsidebar|related|footer)\"", page[main.start():], maxsplit=1)[0]
+        page = re.split(
+            r"(?i)</main>|<footer\b|<div class=\"(?:sphinxsidebar|related|footer)\"",
+            page[main.start() :],
+            maxsplit=1,
+        )[0]
     page = re.sub(r"""(?i)<a\s[^<>]*class=["']?headerlink\b[^<>]*>[^<]*</a>""", "", page)
     page = re.sub(r"\s{50,}", lambda run: "\n" if "\n" in run.group() else " ", visible_html(page))
     converter = html2text.HTML2Text(bodywidth=0)
@@ -157,7 +192,10 @@ def html_to_text(page: str) -> str:
 
     converter.out = write
     try:
-        at, step = 0, len(page) + 1 if len(page) < 65536 else 16384  # some steps of html2text are quadratic in a stretch of text
+        at, step = (
+            0,
+            len(page) + 1 if len(page) < 65536 else 16384,
+        )  # some steps of html2text are quadratic in a stretch of text
         # Bare tags and text are all that is left, so html2text gets them one by one without html.parser, which takes several times
         # as long to find them; it is left to read character references, and pages that have what only it knows how to read.
         whole = ONLY_HTML_PARSER.search(page)
@@ -169,7 +207,9 @@ def html_to_text(page: str) -> str:
                     to = end if to == start else to  # the tag ends a reference without a semicolon
                     converter.feed(page[at:to])
                 else:  # entity_char: there is nothing to escape, do not look for it
-                    converter.handle_data(page[at:to], entity_char=not MARKDOWN.search(page, at, to))
+                    converter.handle_data(
+                        page[at:to], entity_char=not MARKDOWN.search(page, at, to)
+                    )
                 at = to
             if time.monotonic() > deadline:
                 raise OverflowError
@@ -183,7 +223,9 @@ def html_to_text(page: str) -> str:
                     converter.handle_tag(name, {}, start=not tag[1])
                 at = end
         text = converter.finish()
-    except Exception:  # too much, or a bug of html2text on a hostile page: fall back to dropping the tags
+    except (
+        Exception
+    ):  # too much, or a bug of html2text on a hostile page: fall back to dropping the tags
         text = html.unescape(re.sub(r"<[^<>]*>", " ", re.sub(r"[0-9]{20,}", "", page)))
     lines = (line.strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line and not re.fullmatch(r"[-| :]+", line))
@@ -193,7 +235,9 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
     """The links of a page in order, each once: (address, label)."""
     found = {}
     for link in LINK.finditer(page):
-        label = re.split(r"(?i)</a\s{0,9}>|<a\s", page[link.end():link.end() + 2000], maxsplit=1)[0]
+        label = re.split(r"(?i)</a\s{0,9}>|<a\s", page[link.end() : link.end() + 2000], maxsplit=1)[
+            0
+        ]
         try:
             address = urljoin(url, html.unescape(link.group(1).strip("\"'")).strip())
         except ValueError:  # no address at all: http://[
@@ -206,17 +250,30 @@ def split_pages(text: str, page_chars: int) -> list[str]:
     """Cut text into pieces of at most `page_chars` characters, at line ends or sentence ends where there are any."""
     pages, start = [], 0
     while len(text) - start > page_chars:
-        cut = max(text.rfind("\n", start, start + page_chars), text.rfind(". ", start, start + page_chars) + 1) - start
+        cut = (
+            max(
+                text.rfind("\n", start, start + page_chars),
+                text.rfind(". ", start, start + page_chars) + 1,
+            )
+            - start
+        )
         cut = cut if cut > page_chars // 2 else page_chars
-        pages.append(text[start:start + cut].strip())
+        pages.append(text[start : start + cut].strip())
         start += cut
         while start < len(text) and text[start].isspace():
             start += 1
     return pages + [text[start:]]
 
 
-def view_page(page: str, url: str, page_number: int = 1, find: str | None = None, links: bool = False, page_chars: int = 400,
-              text: str | None = None) -> str:
+def view_page(
+    page: str,
+    url: str,
+    page_number: int = 1,
+    find: str | None = None,
+    links: bool = False,
+    page_chars: int = 400,
+    text: str | None = None,
+) -> str:
     """What the policy sees of a page: one piece of its text, the passages with a word, or its links.
 
     Args:
@@ -229,7 +286,13 @@ def view_page(page: str, url: str, page_number: int = 1, find: str | None = None
         text: html_to_text(page), if it is there already.
     """
     if links:
-        text = "\n".join(f"[{n}] {label} {href}" for n, (href, label) in enumerate(links_of(page, url), start=1)) or "no links"
+        text = (
+            "\n".join(
+                f"[{n}] {label} {href}"
+                for n, (href, label) in enumerate(links_of(page, url), start=1)
+            )
+            or "no links"
+        )
     elif text is None:
         text = html_to_text(page)
     pieces = split_pages(text, page_chars)
@@ -247,6 +310,7 @@ def view_page(page: str, url: str, page_number: int = 1, find: str | None = None
 
 # -------------------------------------------------------------------------------------------------------------- browse
 
+
 class Refused(ValueError):
     """This address cannot be read, and the policy can know why: its own choice, not a fault."""
 
@@ -261,6 +325,7 @@ class Unavailable(OSError):
 
 class WithDeadline:
     """A socket whose reads all end at one moment: a time-out for each read lets a server drip bytes for ever."""
+
     deadline = float("inf")
 
     def recv_into(self, *args, **kwargs):
@@ -293,7 +358,14 @@ def is_public(address: str) -> bool:
             return False
     elif ip in ipaddress.ip_network("192.0.0.0/24") or ip in ipaddress.ip_network("192.88.99.0/24"):
         return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback or ip.is_link_local or ip.is_private)
+    return ip.is_global and not (
+        ip.is_multicast
+        or ip.is_reserved
+        or ip.is_unspecified
+        or ip.is_loopback
+        or ip.is_link_local
+        or ip.is_private
+    )
 
 
 def connect(host: str, port: int, deadline: float, public: bool) -> PlainSocket:
@@ -306,7 +378,9 @@ def connect(host: str, port: int, deadline: float, public: bool) -> PlainSocket:
     Raises:
         Refused: an address is not public. OSError: no connection.
     """
-    lookup = RESOLVER.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)  # getaddrinfo knows no time-out
+    lookup = RESOLVER.submit(
+        socket.getaddrinfo, host, port, type=socket.SOCK_STREAM
+    )  # getaddrinfo knows no time-out
     found = lookup.result(timeout=max(0.001, deadline - time.monotonic()))
     if public and not all(is_public(sockaddr[0]) for *_, sockaddr in found):
         raise Refused("this address is not public")
@@ -353,16 +427,28 @@ def decompress(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
 
 def decode_page(body: bytes, content_type: str) -> str:
     """Text of a page: by its byte order mark, the header, its own <meta>, or UTF-8 if it is that, else windows-1252."""
-    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+    for mark, name in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
         if body.startswith(mark):
             return body.decode(name, "replace")
     header = re.search(r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})", content_type, re.IGNORECASE)
-    meta = re.search(rb"<meta[^<>]{0,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})", body[:4096], re.IGNORECASE)
-    for name in filter(None, (header and header.group(1), meta and meta.group(1).decode("ascii", "ignore"))):
+    meta = re.search(
+        rb"<meta[^<>]{0,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})", body[:4096], re.IGNORECASE
+    )
+    for name in filter(
+        None, (header and header.group(1), meta and meta.group(1).decode("ascii", "ignore"))
+    ):
         try:
             codec = codecs.lookup(name).name
-            if codec not in ("punycode", "idna", "undefined") and "escape" not in codec:  # slow or odd ones that no page is written in
-                return body.decode("cp1252" if codec in ("iso8859-1", "ascii") else codec, "replace")
+            if (
+                codec not in ("punycode", "idna", "undefined") and "escape" not in codec
+            ):  # slow or odd ones that no page is written in
+                return body.decode(
+                    "cp1252" if codec in ("iso8859-1", "ascii") else codec, "replace"
+                )
         except (LookupError, ValueError):  # unknown, or no encoding of text (base64, zip)
             continue
     try:
@@ -383,13 +469,34 @@ class Browse:
         cache: where pages of the real web are kept.
         gap_s: seconds between two requests to one host of the real web.
     """
+
     name, signature = "browse", "browse(url, page or find or links)"
 
-    def __init__(self, hosts: dict[str, str] | None = None, live: bool = False, page_chars: int = 400, timeout_s: float = 10.0,
-                 cache: DiskCache | None = None, gap_s: float = 1.0):
-        self.hosts, self.live, self.page_chars, self.timeout_s, self.cache, self.pace = hosts or {}, live, page_chars, timeout_s, cache, Pace(gap_s)
-        self.pages, self.size, self.lock = collections.OrderedDict(), 0, threading.Lock()  # url -> [HTML, its text or None]
-        self.idle: dict[str, list[http.client.HTTPConnection]] = collections.defaultdict(list)  # open connections to `hosts`
+    def __init__(
+        self,
+        hosts: dict[str, str] | None = None,
+        live: bool = False,
+        page_chars: int = 400,
+        timeout_s: float = 10.0,
+        cache: DiskCache | None = None,
+        gap_s: float = 1.0,
+    ):
+        self.hosts, self.live, self.page_chars, self.timeout_s, self.cache, self.pace = (
+            hosts or {},
+            live,
+            page_chars,
+            timeout_s,
+            cache,
+            Pace(gap_s),
+        )
+        self.pages, self.size, self.lock = (
+            collections.OrderedDict(),
+            0,
+            threading.Lock(),
+        )  # url -> [HTML, its text or None]
+        self.idle: dict[str, list[http.client.HTTPConnection]] = collections.defaultdict(
+            list
+        )  # open connections to `hosts`
         self.robots: dict[str, urllib.robotparser.RobotFileParser] = {}
 
     def check(self, arguments: dict) -> str | None:
@@ -402,7 +509,9 @@ class Browse:
                 return f"browse: {key!r} must be of type {kinds[key].__name__}"
         return None if arguments.get("page", 1) >= 1 else "browse: 'page' counts from 1"
 
-    def __call__(self, url: str, page: int = 1, find: str | None = None, links: bool = False) -> str:
+    def __call__(
+        self, url: str, page: int = 1, find: str | None = None, links: bool = False
+    ) -> str:
         with self.lock:
             kept = self.pages.get(url)
         if kept is None:
@@ -437,13 +546,17 @@ class Browse:
                 return page
             except Refused:
                 raise
-            except ValueError as error:  # from urlsplit, requests, idna, or a certificate that is not the site's
+            except (
+                ValueError
+            ) as error:  # from urlsplit, requests, idna, or a certificate that is not the site's
                 raise Refused(f"{error}: {url}") from None
             except (OSError, http.client.HTTPException) as error:
                 self.idle.clear()  # a server closes connections that were idle for long: all of them, so a retry needs a new one
                 wait = getattr(error, "wait_s", 0.1 * 2**attempt)
                 if attempt == 2 or time.monotonic() + wait > deadline:
-                    raise ToolFault(f"{url} cannot be reached ({error if isinstance(error, Unavailable) else type(error).__name__})") from None
+                    raise ToolFault(
+                        f"{url} cannot be reached ({error if isinstance(error, Unavailable) else type(error).__name__})"
+                    ) from None
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
@@ -452,8 +565,15 @@ class Browse:
         target, from_web = url, False
         for _ in range(6):
             parts = urlsplit(target)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-                raise Refused(f"only http and https addresses without a user name can be opened: {url}")
+            if (
+                parts.scheme not in ("http", "https")
+                or not parts.hostname
+                or parts.username
+                or parts.password
+            ):
+                raise Refused(
+                    f"only http and https addresses without a user name can be opened: {url}"
+                )
             embedded = parts.hostname in self.hosts
             if not embedded and not self.live:
                 raise Refused(f"no such site: {url}")
@@ -462,7 +582,10 @@ class Browse:
                 self.ask_robots(target, url, deadline)
             status, headers, body = self.get(target, deadline)
             if status in (301, 302, 303, 307, 308) and headers.get("location"):
-                target = urljoin(target, headers["location"].encode("latin-1", "replace").decode("utf-8", "replace"))
+                target = urljoin(
+                    target,
+                    headers["location"].encode("latin-1", "replace").decode("utf-8", "replace"),
+                )
                 continue
             if status >= 500 or status == 429:
                 raise Unavailable(f"HTTP {status}", retry_after(headers.get("retry-after"), 0.1))
@@ -472,7 +595,15 @@ class Browse:
             kind = content_type.split(";")[0].strip()
             if kind == "application/pdf" or body.startswith(b"%PDF-"):
                 raise Refused(f"{url} is a PDF, which cannot be read here")
-            if not (kind.startswith("text/") or kind in ("application/xhtml+xml", "application/json", "application/xml")) or b"\0" in body[:512].strip(b"\xff\xfe\0") and "utf-16" not in content_type and body[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            if (
+                not (
+                    kind.startswith("text/")
+                    or kind in ("application/xhtml+xml", "application/json", "application/xml")
+                )
+                or b"\0" in body[:512].strip(b"\xff\xfe\0")
+                and "utf-16" not in content_type
+                and body[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            ):
                 raise Refused(f"{url} is not a text page ({kind[:60]})")
             text = decode_page(body, content_type)
             is_html = "html" in kind or "xml" in kind
@@ -481,7 +612,9 @@ class Browse:
 
     def get(self, url: str, deadline: float) -> tuple[int, Message, bytes]:
         """One request: (status, headers, body). Bodies end at MAX_PAGE_BYTES, and at the deadline if something came until then."""
-        parts = urlsplit(requests.Request("GET", url).prepare().url)  # percent-encodes and checks the address
+        parts = urlsplit(
+            requests.Request("GET", url).prepare().url
+        )  # percent-encodes and checks the address
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         embedded = self.hosts.get(urlsplit(url).hostname)
         try:
@@ -497,19 +630,36 @@ class Browse:
             connection.sock = connect(parts.hostname, port, deadline, public=True)
             if parts.scheme == "https":
                 connection.sock.settimeout(max(0.001, deadline - time.monotonic()))
-                connection.sock = tls_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
+                connection.sock = tls_context().wrap_socket(
+                    connection.sock, server_hostname=parts.hostname
+                )
         whole = False
         try:
             connection.sock.deadline = deadline
             host = parts.hostname if embedded else parts.netloc
-            connection.request("GET", path, headers={"Host": host, "User-Agent": USER_AGENT, "Accept": "text/html,text/*;q=0.9,*/*;q=0.5", "Accept-Encoding": "gzip"})
+            connection.request(
+                "GET",
+                path,
+                headers={
+                    "Host": host,
+                    "User-Agent": USER_AGENT,
+                    "Accept": "text/html,text/*;q=0.9,*/*;q=0.5",
+                    "Accept-Encoding": "gzip",
+                },
+            )
             reply = connection.getresponse()
             body = bytearray()
             try:
                 chunks = iter(lambda: reply.read1(65536), b"")
-                for chunk in read_limited(decompress(chunks, reply.headers.get("content-encoding", "").strip().lower()), MAX_PAGE_BYTES, deadline):
+                for chunk in read_limited(
+                    decompress(chunks, reply.headers.get("content-encoding", "").strip().lower()),
+                    MAX_PAGE_BYTES,
+                    deadline,
+                ):
                     body += chunk
-                whole = len(body) < MAX_PAGE_BYTES and time.monotonic() < deadline and not reply.length
+                whole = (
+                    len(body) < MAX_PAGE_BYTES and time.monotonic() < deadline and not reply.length
+                )
             except (OSError, http.client.HTTPException):
                 if not body:
                     raise
@@ -539,12 +689,23 @@ class Browse:
                 if status not in (301, 302, 303, 307, 308) or not headers.get("location"):
                     break
                 robots_url = urljoin(robots_url, headers["location"])
-                if urlsplit(robots_url).scheme not in ("http", "https") or urlsplit(robots_url).hostname in self.hosts:
+                if (
+                    urlsplit(robots_url).scheme not in ("http", "https")
+                    or urlsplit(robots_url).hostname in self.hosts
+                ):
                     break
             if status >= 500 or status == 429:
-                raise Unavailable(f"robots.txt: HTTP {status}", retry_after(headers.get("retry-after"), 0.1))
-            parser.parse(body[:500_000].decode("utf-8", "replace").splitlines() if status == 200 else [])
+                raise Unavailable(
+                    f"robots.txt: HTTP {status}", retry_after(headers.get("retry-after"), 0.1)
+                )
+            parser.parse(
+                body[:500_000].decode("utf-8", "replace").splitlines() if status == 200 else []
+            )
             self.robots[site] = parser
         if not self.robots[site].can_fetch(USER_AGENT, target):
             raise Refused(f"robots.txt of this site forbids {url}")
-        self.pace.wait(urlsplit(site).netloc, deadline, min(5.0, float(self.robots[site].crawl_delay(USER_AGENT) or 0)))
+        self.pace.wait(
+            urlsplit(site).netloc,
+            deadline,
+            min(5.0, float(self.robots[site].crawl_delay(USER_AGENT) or 0)),
+        )

@@ -32,7 +32,17 @@ import transformers
 
 from context import Chat, Segment
 from data.tasks import Task
-from rollout import RolloutArgs, Trajectory, Turn, engine_for, finish_turn, keep_memory, load_policy, open_toolbox, play
+from rollout import (
+    RolloutArgs,
+    Trajectory,
+    Turn,
+    engine_for,
+    finish_turn,
+    keep_memory,
+    load_policy,
+    open_toolbox,
+    play,
+)
 from tools import SIGNATURES
 
 SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
@@ -47,6 +57,7 @@ class WorkerError(RuntimeError):
 @dataclass
 class Group:
     """The attempts at one task whose rewards are compared with each other."""
+
     number: int  # place in the stream of tasks
     born: int  # version of the weights when it was begun
     trajectories: list[Trajectory]
@@ -58,25 +69,49 @@ class Group:
 def make_group(task: Task, number: int, version: int, samples: int, seed: int) -> Group:
     """A fresh group. Its random draws come from (run seed, version, task, index in the group, number, attempt), whoever plays it; a
     trajectory that was lost with its worker goes on as the next attempt."""
-    return Group(number, version, [Trajectory(task, (seed, version, zlib.crc32(task.id.encode()), index, number, 0)) for index in range(samples)])
+    return Group(
+        number,
+        version,
+        [
+            Trajectory(task, (seed, version, zlib.crc32(task.id.encode()), index, number, 0))
+            for index in range(samples)
+        ],
+    )
 
 
 def group_from(plain: dict) -> Group:
     """The inverse of `dataclasses.asdict` for a Group."""
+
     def trajectory(fields: dict) -> Trajectory:
-        return Trajectory(**fields | {"task": Task(**fields["task"]), "key": tuple(fields["key"]), "turns": [Turn(**turn) for turn in fields["turns"]],
-                                      "segments": [Segment(**segment) for segment in fields["segments"]]})
-    return Group(plain["number"], plain["born"], [trajectory(fields) for fields in plain["trajectories"]])
+        return Trajectory(
+            **fields
+            | {
+                "task": Task(**fields["task"]),
+                "key": tuple(fields["key"]),
+                "turns": [Turn(**turn) for turn in fields["turns"]],
+                "segments": [Segment(**segment) for segment in fields["segments"]],
+            }
+        )
+
+    return Group(
+        plain["number"], plain["born"], [trajectory(fields) for fields in plain["trajectories"]]
+    )
 
 
 # ------------------------------------------------------------------------------------------------- what processes share
+
 
 class Channel:
     """Whole messages over one end of a duplex pipe. Nothing blocks: what does not fit into the pipe waits in `outgoing`, and a
     message of which half has come waits in `incoming`, so neither a full pipe nor a peer that died in mid-sentence stops us."""
 
     def __init__(self, connection):
-        self.connection, self.incoming, self.outgoing, self.closed = connection, bytearray(), bytearray(), False
+        self.connection, self.incoming, self.outgoing, self.closed = (
+            connection,
+            bytearray(),
+            bytearray(),
+            False,
+        )
         os.set_blocking(connection.fileno(), False)
 
     def fileno(self) -> int:
@@ -90,10 +125,12 @@ class Channel:
     def flush(self) -> None:
         try:
             while self.outgoing:
-                del self.outgoing[:os.write(self.fileno(), self.outgoing[:1 << 16])]
+                del self.outgoing[: os.write(self.fileno(), self.outgoing[: 1 << 16])]
         except BlockingIOError:
             pass
-        except OSError:  # the peer has died: `receive` still gives what it said before, then sets `closed`
+        except (
+            OSError
+        ):  # the peer has died: `receive` still gives what it said before, then sets `closed`
             self.outgoing.clear()
 
     def receive(self) -> list:
@@ -108,7 +145,9 @@ class Channel:
         except OSError:
             self.closed = True
         messages = []
-        while len(self.incoming) >= 8 and len(self.incoming) >= (end := 8 + int.from_bytes(self.incoming[:8], "big")):
+        while len(self.incoming) >= 8 and len(self.incoming) >= (
+            end := 8 + int.from_bytes(self.incoming[:8], "big")
+        ):
             messages.append(pickle.loads(self.incoming[8:end]))
             del self.incoming[:end]
         return messages
@@ -141,11 +180,15 @@ class SharedWeights:
     def write(self, model, version: int) -> None:
         """Raises WorkerError if a weight is not finite; the old weights then stay."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-            raise WorkerError(f"the weights of version {version} are not all finite: they are not handed to the rollout workers")
+            raise WorkerError(
+                f"the weights of version {version} are not all finite: they are not handed to the rollout workers"
+            )
         header = self.header()
         header[0] = -1
         for parameter, (start, end) in zip(model.parameters(), self.places):
-            self.buffer[start:end].copy_(parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8))
+            self.buffer[start:end].copy_(
+                parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+            )
         header[1] = zlib.crc32(self.buffer[16:].numpy())
         header[0] = version
 
@@ -171,9 +214,11 @@ class SharedWeights:
 
 # ------------------------------------------------------------------------------------------------------ in each worker
 
+
 @dataclass
 class Setup:
     """What a worker needs to begin: plain data, and functions that it can import."""
+
     policy: str  # for load_policy
     args: RolloutArgs
     device: str = "cpu"
@@ -208,14 +253,25 @@ class Worker:
         self.engine = engine_for(self.model, self.chat, args)
         self.engine.new_weights(weights.read(self.model))
         self.queue: deque[Trajectory] = deque()
-        self.hold, self.asked, self.answered = False, 0, 0  # `asked` counts holds, `answered` is the last one we answered
+        self.hold, self.asked, self.answered = (
+            False,
+            0,
+            0,
+        )  # `asked` counts holds, `answered` is the last one we answered
         self.started = self.spoke = time.perf_counter()
         self.say("ready")
 
     def say(self, kind: str, content=None) -> None:
         now = time.perf_counter()
         self.spoke = now
-        self.channel.send((kind, content, now - self.started - self.engine.stats["idle_s"], self.engine.stats["sampled"]))
+        self.channel.send(
+            (
+                kind,
+                content,
+                now - self.started - self.engine.stats["idle_s"],
+                self.engine.stats["sampled"],
+            )
+        )
 
     def take(self, n: int) -> list[Trajectory]:
         return [self.queue.popleft() for _ in range(min(n, len(self.queue)))]
@@ -258,7 +314,16 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
     channel = Channel(connection)
     try:
         worker = Worker(channel, weights, setup)
-        play(worker.engine, worker.chat, setup.toolbox(setup.args), setup.args, worker.take, worker.finish, worker.holding, act=setup.act)
+        play(
+            worker.engine,
+            worker.chat,
+            setup.toolbox(setup.args),
+            setup.args,
+            worker.take,
+            worker.finish,
+            worker.holding,
+            act=setup.act,
+        )
     except EOFError:
         pass
     except BaseException as error:
@@ -272,6 +337,7 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------ in the trainer
 
+
 @contextlib.contextmanager
 def signals_later():
     """Signals wait until the block (or the decorated function) ends. A process started meanwhile is born deaf to the terminal's, before it could say so itself.
@@ -280,7 +346,9 @@ def signals_later():
     here, in the middle of starting a worker. So the handlers are exchanged as well.
     """
     numbers, arrived = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM), []
-    handlers = [signal.signal(number, lambda number, frame: arrived.append(number)) for number in numbers]
+    handlers = [
+        signal.signal(number, lambda number, frame: arrived.append(number)) for number in numbers
+    ]
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -295,6 +363,7 @@ def signals_later():
 @dataclass(eq=False)
 class Process:
     """What the trainer knows of a worker."""
+
     number: int
     process: object
     channel: Channel
@@ -320,16 +389,44 @@ class Rollouts:
         state: of an earlier run, see `state`. Workers start here, so after it was loaded.
     """
 
-    def __init__(self, model, setup: Setup, workers: int, next_group, enough: int, partial: bool = False, overlap: bool = False, ahead: float = 0.5,
-                 budget_s: float = 0.0, budget_tokens: int = 0, max_age: int = 4, version: int = 0, state: dict | None = None):
-        self.setup, self.next_group, self.enough, self.partial, self.overlap = setup, next_group, enough, partial, overlap
-        self.budget_s, self.budget_tokens, self.max_age = budget_s or float("inf"), budget_tokens or float("inf"), max_age
+    def __init__(
+        self,
+        model,
+        setup: Setup,
+        workers: int,
+        next_group,
+        enough: int,
+        partial: bool = False,
+        overlap: bool = False,
+        ahead: float = 0.5,
+        budget_s: float = 0.0,
+        budget_tokens: int = 0,
+        max_age: int = 4,
+        version: int = 0,
+        state: dict | None = None,
+    ):
+        self.setup, self.next_group, self.enough, self.partial, self.overlap = (
+            setup,
+            next_group,
+            enough,
+            partial,
+            overlap,
+        )
+        self.budget_s, self.budget_tokens, self.max_age = (
+            budget_s or float("inf"),
+            budget_tokens or float("inf"),
+            max_age,
+        )
         self.silence_s = SILENCE_S
-        self.most_groups = enough + (max(1, round(ahead * enough)) if partial else 0)  # under way at once
+        self.most_groups = enough + (
+            max(1, round(ahead * enough)) if partial else 0
+        )  # under way at once
         self.few = FEW * setup.args.slots * workers if partial else 0
         self.groups: dict[int, Group] = {}  # under way: the replay buffer
         self.lent: list[Group] = []  # whole, collected, and not yet trained on
-        self.where: dict[tuple, tuple[int, int]] = {}  # trajectory key -> (group, index) of those that run
+        self.where: dict[
+            tuple, tuple[int, int]
+        ] = {}  # trajectory key -> (group, index) of those that run
         self.queue: deque[tuple] = deque()  # keys of those that no worker plays, oldest group first
         self.next_number = state["next_number"] if state else 0
         for plain in state["groups"] if state else []:
@@ -355,10 +452,17 @@ class Rollouts:
         """Start worker `number`, or its replacement; from the main thread, since it dies with the thread that started it."""
         with signals_later():
             ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=work, args=(theirs, self.weights, self.setup, os.getpid()), daemon=True, name=f"rollout-{number}")
+            process = self.context.Process(
+                target=work,
+                args=(theirs, self.weights, self.setup, os.getpid()),
+                daemon=True,
+                name=f"rollout-{number}",
+            )
             process.start()
             theirs.close()
-            self.workers[number:number + 1] = [Process(number, process, Channel(ours), time.monotonic(), held=self.holding)]
+            self.workers[number : number + 1] = [
+                Process(number, process, Channel(ours), time.monotonic(), held=self.holding)
+            ]
 
     # What a step asks for.
 
@@ -379,19 +483,31 @@ class Rollouts:
             if len(self.where) < self.few:
                 self.top_up(version, min(len(self.groups) + 1, self.most_groups))
             whole = [group for group in self.groups.values() if group.whole()]
-            over = time.monotonic() - started > self.budget_s or self.sampled() - tokens > self.budget_tokens
-            due = any(version - group.born >= self.max_age and not group.whole() for group in self.groups.values())
+            over = (
+                time.monotonic() - started > self.budget_s
+                or self.sampled() - tokens > self.budget_tokens
+            )
+            due = any(
+                version - group.born >= self.max_age and not group.whole()
+                for group in self.groups.values()
+            )
             if not due and (len(whole) >= min(self.enough, len(self.groups)) or over and whole):
                 break
             self.pump(0.1)
         if not self.overlap:
             self.hold()
-        whole = sorted((group for group in self.groups.values() if group.whole()), key=lambda group: group.number)
+        whole = sorted(
+            (group for group in self.groups.values() if group.whole()),
+            key=lambda group: group.number,
+        )
         self.lent = whole
         for group in whole:
             del self.groups[group.number]
         now, working_s = time.monotonic(), self.working_s()
-        self.idle_share = max(0.0, 1.0 - (working_s - self.seen[1]) / max(1e-9, (now - self.seen[0]) * len(self.workers)))
+        self.idle_share = max(
+            0.0,
+            1.0 - (working_s - self.seen[1]) / max(1e-9, (now - self.seen[0]) * len(self.workers)),
+        )
         self.seen = (now, working_s)
         if self.overlap:
             self.top_up(version, self.enough)  # so that nobody idles during the update
@@ -409,7 +525,11 @@ class Rollouts:
 
     def parked(self) -> int:
         """Trajectories that were begun and are carried over."""
-        return sum(t.status == "running" and bool(t.turns) for group in self.groups.values() for t in group.trajectories)
+        return sum(
+            t.status == "running" and bool(t.turns)
+            for group in self.groups.values()
+            for t in group.trajectories
+        )
 
     def state(self, ask: bool = True) -> dict:
         """Everything under way as plain data, for a checkpoint: each trajectory at the last turn boundary that we know of.
@@ -421,7 +541,10 @@ class Rollouts:
             self.hold()
             self.go()
         groups = {group.number: group for group in [*self.lent, *self.groups.values()]}
-        return {"next_number": self.next_number, "groups": [asdict(group) for group in groups.values()]}
+        return {
+            "next_number": self.next_number,
+            "groups": [asdict(group) for group in groups.values()],
+        }
 
     def close(self) -> None:
         """End all workers, in a few seconds at most."""
@@ -458,7 +581,9 @@ class Rollouts:
             return
         parcels: dict[Process, list[Trajectory]] = {}
         most = self.setup.args.slots + 2
-        while self.queue and (able := [worker for worker in self.workers if worker.ready and len(worker.keys) < most]):
+        while self.queue and (
+            able := [worker for worker in self.workers if worker.ready and len(worker.keys) < most]
+        ):
             worker, key = min(able, key=lambda worker: len(worker.keys)), self.queue.popleft()
             number, index = self.where[key]
             worker.keys.add(key)
@@ -504,9 +629,14 @@ class Rollouts:
         """Wait for news at most `timeout_s` seconds, read what has come, replace workers that have died or gone silent."""
         if any(worker.channel.outgoing for worker in self.workers):
             timeout_s = min(timeout_s, 0.005)
-        multiprocessing.connection.wait([end for worker in self.workers for end in (worker.channel, worker.process.sentinel)], timeout_s)
+        multiprocessing.connection.wait(
+            [end for worker in self.workers for end in (worker.channel, worker.process.sentinel)],
+            timeout_s,
+        )
         for worker in list(self.workers):
-            dead = not worker.process.is_alive()  # asked first: what it said before it died has then all come
+            dead = (
+                not worker.process.is_alive()
+            )  # asked first: what it said before it died has then all come
             worker.channel.flush()
             for message in worker.channel.receive():
                 self.hear(worker, *message)
@@ -514,7 +644,12 @@ class Rollouts:
             if dead or worker.channel.closed:
                 worker.process.join(1.0)
                 code = worker.process.exitcode
-                self.replace(worker, f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended (code {code})")
+                self.replace(
+                    worker,
+                    f"was killed by {signal.Signals(-code).name}"
+                    if code and code < 0
+                    else f"ended (code {code})",
+                )
             elif silent_s > self.silence_s:
                 self.replace(worker, f"said nothing for {silent_s:.0f} s")
         self.hand_out()
@@ -540,7 +675,10 @@ class Rollouts:
         """A worker is gone: its trajectories are begun again from where we last saw them, by others, with new random draws."""
         gone.process.kill()
         gone.channel.connection.close()
-        self.retired_s, self.retired_tokens = self.retired_s + gone.working_s, self.retired_tokens + gone.sampled
+        self.retired_s, self.retired_tokens = (
+            self.retired_s + gone.working_s,
+            self.retired_tokens + gone.sampled,
+        )
         for key in sorted(gone.keys, key=lambda key: self.where[key], reverse=True):
             number, index = self.where.pop(key)
             trajectory = self.groups[number].trajectories[index]
@@ -550,6 +688,12 @@ class Rollouts:
         self.deaths, self.restarts = self.deaths + 1, self.restarts + 1
         line = f"rollout worker {gone.number} (process {gone.process.pid}) {why}"
         if self.deaths >= MAX_DEATHS:
-            raise WorkerError(f"{line}; {self.deaths} workers in a row were lost before a trajectory was finished")
-        print(f"{line}: replaced, {len(gone.keys)} trajectories handed out again", file=sys.stderr, flush=True)
+            raise WorkerError(
+                f"{line}; {self.deaths} workers in a row were lost before a trajectory was finished"
+            )
+        print(
+            f"{line}: replaced, {len(gone.keys)} trajectories handed out again",
+            file=sys.stderr,
+            flush=True,
+        )
         self.start(gone.number)

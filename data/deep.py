@@ -15,7 +15,9 @@ import random
 
 # ---------------------------------------------------------------------------------------------------------- catalogues
 
-ENTRIES_ON_PAGE = 7  # a page fits into one view of the browse tool (400 characters, 192 tokens of the nano model)
+ENTRIES_ON_PAGE = (
+    7  # a page fits into one view of the browse tool (400 characters, 192 tokens of the nano model)
+)
 COLOURS = ["red", "blue", "green", "black", "white", "grey"]
 RARE_COLOUR = "gold"  # of two or three entries: short enough to be listed
 
@@ -31,14 +33,19 @@ def catalogue(world, number: int) -> list[tuple[int, str, int]]:
     size = ENTRIES_ON_PAGE * rng.randint(30, 36)
     members = rng.sample(range(world.entities), size)
     rare = set(rng.sample(range(size), rng.randint(2, 3)))
-    return [(index, RARE_COLOUR if k in rare else rng.choice(COLOURS), rng.randint(100, 999)) for k, index in enumerate(members)]
+    return [
+        (index, RARE_COLOUR if k in rare else rng.choice(COLOURS), rng.randint(100, 999))
+        for k, index in enumerate(members)
+    ]
 
 
 def catalogue_paths(world, number: int) -> list[str]:
     """The pages of a catalogue: the first is named after its keeper, the others have names that no entity has."""
     keeper = world.name(world.nth("company", number))
     count = len(catalogue(world, number)) // ENTRIES_ON_PAGE
-    return [f"{keeper}-catalogue"] + [world.name(world.entities + 40 * number + page) for page in range(1, count)]
+    return [f"{keeper}-catalogue"] + [
+        world.name(world.entities + 40 * number + page) for page in range(1, count)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- notices
@@ -57,6 +64,7 @@ def disputed(world, index: int) -> str | None:
     if index % 3 or index >= world.entities:
         return None
     from data.world import RELATIONS
+
     choices = [relation for relation, _, where in RELATIONS[world.type(index)] if where == "lead"]
     return random.Random(f"disputed-{world.seed}-{world.split}-{index}").choice(choices)
 
@@ -67,6 +75,7 @@ def notices(world, index: int) -> list[dict]:
     if relation is None:
         return []
     from data.world import RELATIONS
+
     rng = random.Random(f"notices-{world.seed}-{world.split}-{index}")
     kind = next(kind for name, kind, _ in RELATIONS[world.type(index)] if name == relation)
     found, values = [], {world.entity(index).facts[relation]}
@@ -75,13 +84,26 @@ def notices(world, index: int) -> list[dict]:
     for day in days:
         value = None
         while value is None or value in values:
-            value = str(rng.randint(100, 999)) if kind == "number" else world.name(world.random_entity(kind, rng))
+            value = (
+                str(rng.randint(100, 999))
+                if kind == "number"
+                else world.name(world.random_entity(kind, rng))
+            )
         values.add(value)
         date = datetime.date(1750, 1, 1) + datetime.timedelta(days=day)
-        found.append({"value": value, "date": date.isoformat(), "office": rng.choice(OFFICES), "retracts": None})
+        found.append(
+            {
+                "value": value,
+                "date": date.isoformat(),
+                "office": rng.choice(OFFICES),
+                "retracts": None,
+            }
+        )
     if len(found) > 2 and rng.random() < 0.7:  # the last published one takes back another
         last = max(found, key=lambda notice: notice["date"])
-        last["retracts"] = rng.choice([n for n, notice in enumerate(found, start=1) if notice is not last])
+        last["retracts"] = rng.choice(
+            [n for n, notice in enumerate(found, start=1) if notice is not last]
+        )
     return found
 
 
@@ -99,13 +121,20 @@ def valid_notice(world, index: int) -> int:
 
 # --------------------------------------------------------------------------------------------------- roads and calendar
 
+
 def roads(world, index: int) -> dict[int, int]:
     """Entity index of each neighbouring city -> miles. A ring of all cities, and a chord from each: short ways are not obvious."""
     count, city = world.count("city"), world.position(index)
-    chord = (random.Random(f"chords-{world.seed}-{world.split}").randrange(count) - city) % count  # its own inverse
+    chord = (
+        random.Random(f"chords-{world.seed}-{world.split}").randrange(count) - city
+    ) % count  # its own inverse
     neighbours = sorted({(city - 1) % count, (city + 1) % count, chord} - {city})
-    return {world.nth("city", other): random.Random(f"road-{world.seed}-{world.split}-{min(city, other)}-{max(city, other)}").randint(20, 99)
-            for other in neighbours}
+    return {
+        world.nth("city", other): random.Random(
+            f"road-{world.seed}-{world.split}-{min(city, other)}-{max(city, other)}"
+        ).randint(20, 99)
+        for other in neighbours
+    }
 
 
 def days(world, index: int) -> tuple[int, int]:
@@ -117,52 +146,102 @@ def days(world, index: int) -> tuple[int, int]:
 
 # --------------------------------------------------------------------------------------------------------------- pages
 
+
 def sections(world, entity) -> str:
     """What a deep world adds to the page of an entity, as HTML."""
+
     def link(path: str, label: str) -> str:
         return f'<a href="/{path}">{label}</a>'
 
     parts = []
     if entity.type == "city" and world.position(entity.index) is not None:
-        sentences = [f"The road from {entity.name} to {link(world.name(other), world.name(other))} is {miles} miles long."
-                     for other, miles in roads(world, entity.index).items()]
+        sentences = [
+            f"The road from {entity.name} to {link(world.name(other), world.name(other))} is {miles} miles long."
+            for other, miles in roads(world, entity.index).items()
+        ]
         parts.append(f"<h2>Roads</h2><p>{' '.join(sentences)}</p>")
     if entity.type == "festival":
         first, last = days(world, entity.index)
-        parts.append(f"<h2>Calendar</h2><p>{entity.name} is held from day {first} to day {last} of each year.</p>")
+        parts.append(
+            f"<h2>Calendar</h2><p>{entity.name} is held from day {first} to day {last} of each year.</p>"
+        )
     if found := notices(world, entity.index):
-        links = ", ".join(link(f"{entity.name}-notice-{n}", f"notice {n}") for n in range(1, len(found) + 1))
-        parts.append(f"<h2>Dispute</h2><p>Some notices dispute the {disputed(world, entity.index)} given here: {links}. "
-                     f"Which one is valid follows from the {link('rules', 'rules of the register')}.</p>")
+        links = ", ".join(
+            link(f"{entity.name}-notice-{n}", f"notice {n}") for n in range(1, len(found) + 1)
+        )
+        parts.append(
+            f"<h2>Dispute</h2><p>Some notices dispute the {disputed(world, entity.index)} given here: {links}. "
+            f"Which one is valid follows from the {link('rules', 'rules of the register')}.</p>"
+        )
     if entity.type == "company" and entity.index <= world.nth("company", catalogues(world) - 1):
-        parts.append(f"<p>{entity.name} keeps a {link(f'{entity.name}-catalogue', 'catalogue')}.</p>")
+        parts.append(
+            f"<p>{entity.name} keeps a {link(f'{entity.name}-catalogue', 'catalogue')}.</p>"
+        )
     return "".join(parts)
 
 
 def pages(world):
     """(path, title, description, HTML) of the pages that only a deep world has."""
+
     def page(path: str, title: str, body: str, description: str = ""):
-        return path, title, description, (f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title></head>'
-                                          f"<body><h1>{title}</h1>{body}</body></html>")
+        return (
+            path,
+            title,
+            description,
+            (
+                f'<!doctype html><html><head><meta charset="utf-8"><title>{title}</title></head>'
+                f"<body><h1>{title}</h1>{body}</body></html>"
+            ),
+        )
 
     which, offices = rule(world)
-    order = "A notice of the {0} counts before one of the {1}, and one of the {1} before one of the {2}. ".format(*offices) if offices else ""
-    yield page("rules", "Rules of the register", f"<p>A retracted notice never counts. {order}"
-               f"{'Of what is left' if offices else 'Of the others'} the notice with the {which} date counts.</p>")
+    order = (
+        "A notice of the {0} counts before one of the {1}, and one of the {1} before one of the {2}. ".format(
+            *offices
+        )
+        if offices
+        else ""
+    )
+    yield page(
+        "rules",
+        "Rules of the register",
+        f"<p>A retracted notice never counts. {order}"
+        f"{'Of what is left' if offices else 'Of the others'} the notice with the {which} date counts.</p>",
+    )
     for index in range(0, world.entities, 3):
         name, relation, found = world.name(index), disputed(world, index), notices(world, index)
         for number, notice in enumerate(found, start=1):
-            retracts = f"<p>Notice {notice['retracts']} on {name} is retracted.</p>" if notice["retracts"] else ""
-            others = " ".join(f'<a href="/{name}-notice-{n}">notice {n}</a>' for n in range(1, len(found) + 1) if n != number)
-            yield page(f"{name}-notice-{number}", f"Notice {number}",  # without the name, so that the entity's own page comes first in a search
-                       f"<p>Published on {notice['date']} by the {notice['office']}. It puts the {relation} of <a href=\"/{name}\">{name}</a> "
-                       f"at {notice['value']}.</p>{retracts}<p>See also {others} and the <a href=\"/rules\">rules of the register</a>.</p>")
+            retracts = (
+                f"<p>Notice {notice['retracts']} on {name} is retracted.</p>"
+                if notice["retracts"]
+                else ""
+            )
+            others = " ".join(
+                f'<a href="/{name}-notice-{n}">notice {n}</a>'
+                for n in range(1, len(found) + 1)
+                if n != number
+            )
+            yield page(
+                f"{name}-notice-{number}",
+                f"Notice {number}",  # without the name, so that the entity's own page comes first in a search
+                f'<p>Published on {notice["date"]} by the {notice["office"]}. It puts the {relation} of <a href="/{name}">{name}</a> '
+                f'at {notice["value"]}.</p>{retracts}<p>See also {others} and the <a href="/rules">rules of the register</a>.</p>',
+            )
     for number in range(catalogues(world)):
         paths, entries = catalogue_paths(world, number), catalogue(world, number)
         for k, path in enumerate(paths):
-            rows = "".join(f'<p>{colour} {world.name(index)} {price} <a href="/{world.name(index)}">{world.url(index)}</a></p>'
-                           for index, colour, price in entries[k * ENTRIES_ON_PAGE:(k + 1) * ENTRIES_ON_PAGE])
-            more = (f'<p>Next: <a href="/{paths[k + 1]}">http://{world.host}/{paths[k + 1]}</a></p>' if k + 1 < len(paths)
-                    else "<p>The catalogue ends here.</p>")
-            title = f"Catalogue of {world.name(world.nth('company', number))}" if k == 0 else "More entries"
+            rows = "".join(
+                f'<p>{colour} {world.name(index)} {price} <a href="/{world.name(index)}">{world.url(index)}</a></p>'
+                for index, colour, price in entries[k * ENTRIES_ON_PAGE : (k + 1) * ENTRIES_ON_PAGE]
+            )
+            more = (
+                f'<p>Next: <a href="/{paths[k + 1]}">http://{world.host}/{paths[k + 1]}</a></p>'
+                if k + 1 < len(paths)
+                else "<p>The catalogue ends here.</p>"
+            )
+            title = (
+                f"Catalogue of {world.name(world.nth('company', number))}"
+                if k == 0
+                else "More entries"
+            )
             yield page(path, title, rows + more, "Entries with colour and price." if k == 0 else "")

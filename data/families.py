@@ -21,25 +21,72 @@ from data import deep
 from data.world import RELATIONS, TYPES
 
 WORDINGS = {
-    "extreme": ["the entry with the {word} price in the catalogue of {x}", "the {word} price's entry in the catalogue of {x}", "the entry of {word} price in {x}'s catalogue"],
-    "list": ["all {word} entries in the catalogue of {x}", "every {word} entry of the catalogue of {x}", "the {word} entries in {x}'s catalogue"],
-    "count": ["the number of {word} entries in the catalogue of {x}", "the count of {word} entries in the catalogue of {x}", "the number of {word} entries in {x}'s catalogue"],
-    "total": ["the total price of the {word} entries in the catalogue of {x}", "the total price of all {word} entries of the catalogue of {x}", "the total price of the {word} entries in {x}'s catalogue"],
-    "visit": ["the number of entries that are a {word} in the catalogue of {x}", "the count of entries that are a {word} in the catalogue of {x}", "the number of entries that are a {word} in {x}'s catalogue"],
+    "extreme": [
+        "the entry with the {word} price in the catalogue of {x}",
+        "the {word} price's entry in the catalogue of {x}",
+        "the entry of {word} price in {x}'s catalogue",
+    ],
+    "list": [
+        "all {word} entries in the catalogue of {x}",
+        "every {word} entry of the catalogue of {x}",
+        "the {word} entries in {x}'s catalogue",
+    ],
+    "count": [
+        "the number of {word} entries in the catalogue of {x}",
+        "the count of {word} entries in the catalogue of {x}",
+        "the number of {word} entries in {x}'s catalogue",
+    ],
+    "total": [
+        "the total price of the {word} entries in the catalogue of {x}",
+        "the total price of all {word} entries of the catalogue of {x}",
+        "the total price of the {word} entries in {x}'s catalogue",
+    ],
+    "visit": [
+        "the number of entries that are a {word} in the catalogue of {x}",
+        "the count of entries that are a {word} in the catalogue of {x}",
+        "the number of entries that are a {word} in {x}'s catalogue",
+    ],
     "valid": ["the valid {word} of {x}", "the {word} that is valid for {x}"],
     "date": ["the date of the valid notice on {x}", "the date on the valid notice on {x}"],
-    "digits": ["the sum of the digits of the product of these numbers: {x}", "the digits of the product of these numbers, added up: {x}"],
-    "average": ["the average of these numbers, rounded down: {x}", "the average, without its fraction, of these numbers: {x}"],
-    "squares": ["the sum of the squares of these numbers: {x}", "the squares of these numbers, added up: {x}"],
+    "digits": [
+        "the sum of the digits of the product of these numbers: {x}",
+        "the digits of the product of these numbers, added up: {x}",
+    ],
+    "average": [
+        "the average of these numbers, rounded down: {x}",
+        "the average, without its fraction, of these numbers: {x}",
+    ],
+    "squares": [
+        "the sum of the squares of these numbers: {x}",
+        "the squares of these numbers, added up: {x}",
+    ],
     "among": ["the {word} of the one among {x} whose {y}"],
     "inverse": ["the {word} of the {x} whose {y}"],
-    "way": ["the length of the shortest way by road from {x} to {y}", "the miles of the shortest journey by road from {x} to {y}"],
-    "cities": ["the cities between on the shortest way by road from {x} to {y}", "the cities passed on the shortest journey by road from {x} to {y}"],
+    "way": [
+        "the length of the shortest way by road from {x} to {y}",
+        "the miles of the shortest journey by road from {x} to {y}",
+    ],
+    "cities": [
+        "the cities between on the shortest way by road from {x} to {y}",
+        "the cities passed on the shortest journey by road from {x} to {y}",
+    ],
     "rank": ["the {word} of the one with the {y} among {x}"],
-    "schedule": ["the most days at whole festivals that do not overlap, among {x}", "the largest number of days at whole festivals without overlap, among {x}"],
-    "power": ["the sum of the digits of {x} to the power of {y}", "the digits of {x} to the power of {y}, added up"],
-    "modulo": ["the remainder of {x} to the power of {y} divided by {word}", "the remainder that {x} to the power of {y} leaves when divided by {word}"],
-    "divisible": ["the number of integers from {x} to {y} that are divisible by {word}", "the count of integers from {x} to {y} divisible by {word}"],
+    "schedule": [
+        "the most days at whole festivals that do not overlap, among {x}",
+        "the largest number of days at whole festivals without overlap, among {x}",
+    ],
+    "power": [
+        "the sum of the digits of {x} to the power of {y}",
+        "the digits of {x} to the power of {y}, added up",
+    ],
+    "modulo": [
+        "the remainder of {x} to the power of {y} divided by {word}",
+        "the remainder that {x} to the power of {y} leaves when divided by {word}",
+    ],
+    "divisible": [
+        "the number of integers from {x} to {y} that are divisible by {word}",
+        "the count of integers from {x} to {y} divisible by {word}",
+    ],
     "primes": ["the sum of all primes from {x} to {y}", "the total of the primes from {x} to {y}"],
     "program": ["the output of the program below", "the line that the program below prints"],
 }
@@ -65,16 +112,29 @@ def pick(world, rng: random.Random, suits, hops: int) -> tuple[str, int, list[st
         index = rng.randrange(world.entities)
         start = world.entity(index)
         if hops:
-            relation = rng.choice([r for r, _, where in RELATIONS[start.type] if where == "lead" and r in start.targets])
+            relation = rng.choice(
+                [
+                    r
+                    for r, _, where in RELATIONS[start.type]
+                    if where == "lead" and r in start.targets
+                ]
+            )
             index = start.targets[relation]
         if suits(index):
-            return (f"the {relation} of {start.name}", index, [start.name]) if hops else (start.name, index, [])
+            return (
+                (f"the {relation} of {start.name}", index, [start.name])
+                if hops
+                else (start.name, index, [])
+            )
     raise ValueError("no entity of this world suits: use a larger world")
 
 
 def several(world, type: str, count: int, rng: random.Random) -> list:
     """Distinct entities of a type."""
-    return [world.entity(world.nth(type, number)) for number in rng.sample(range(world.count(type)), count)]
+    return [
+        world.entity(world.nth(type, number))
+        for number in rng.sample(range(world.count(type)), count)
+    ]
 
 
 def number_relation(type: str) -> str:
@@ -83,24 +143,45 @@ def number_relation(type: str) -> str:
 
 def collection(world, level: int, rng: random.Random) -> Draft:
     last_keeper = world.nth("company", deep.catalogues(world) - 1)
-    phrase, keeper, path = pick(world, rng, lambda i: world.type(i) == "company" and i <= last_keeper, hops=int(rng.random() < 0.3))
+    phrase, keeper, path = pick(
+        world,
+        rng,
+        lambda i: world.type(i) == "company" and i <= last_keeper,
+        hops=int(rng.random() < 0.3),
+    )
     number = world.position(keeper)
     entries, path = deep.catalogue(world, number), path + deep.catalogue_paths(world, number)
-    form = {1: rng.choice(["extreme", "list"]), 2: rng.choice(["count", "total"]), 3: "visit"}[level]
-    word = {"extreme": rng.choice(["greatest", "smallest"]), "list": deep.RARE_COLOUR, "visit": rng.choice(TYPES)}.get(form) or rng.choice(deep.COLOURS)
+    form = {1: rng.choice(["extreme", "list"]), 2: rng.choice(["count", "total"]), 3: "visit"}[
+        level
+    ]
+    word = {
+        "extreme": rng.choice(["greatest", "smallest"]),
+        "list": deep.RARE_COLOUR,
+        "visit": rng.choice(TYPES),
+    }.get(form) or rng.choice(deep.COLOURS)
     if form == "extreme":
-        answer = world.name(sorted(entries, key=lambda entry: entry[2])[-1 if word == "greatest" else 0][0])
+        answer = world.name(
+            sorted(entries, key=lambda entry: entry[2])[-1 if word == "greatest" else 0][0]
+        )
     elif form == "visit":
-        answer, path = str(sum(world.type(i) == word for i, _, _ in entries)), path + [world.name(i) for i, _, _ in entries]
+        answer, path = (
+            str(sum(world.type(i) == word for i, _, _ in entries)),
+            path + [world.name(i) for i, _, _ in entries],
+        )
     else:
         chosen = [entry for entry in entries if entry[1] == word]
-        answer = {"list": [world.name(i) for i, _, _ in chosen], "count": str(len(chosen)), "total": str(sum(price for _, _, price in chosen))}[form]
+        answer = {
+            "list": [world.name(i) for i, _, _ in chosen],
+            "count": str(len(chosen)),
+            "total": str(sum(price for _, _, price in chosen)),
+        }[form]
     kind = "list" if form == "list" else "name" if form == "extreme" else "number"
     return Draft(form, {"x": phrase, "word": word}, answer, kind, path)
 
 
 def conflict(world, level: int, rng: random.Random) -> Draft:
     """Level 1: the rule alone; 2: a notice is retracted; 3: and the subject is one hop away."""
+
     def suits(index: int) -> bool:
         found = deep.notices(world, index)
         return bool(found) and any(notice["retracts"] for notice in found) == (level > 1)
@@ -109,8 +190,16 @@ def conflict(world, level: int, rng: random.Random) -> Draft:
     valid = deep.notices(world, index)[deep.valid_notice(world, index)]
     form = rng.choice(["valid", "valid", "date"])
     kind = "date" if form == "date" else "number" if valid["value"].isdigit() else "name"
-    path += [world.name(index), "rules"] + [f"{world.name(index)}-notice-{n + 1}" for n in range(len(deep.notices(world, index)))]
-    return Draft(form, {"x": phrase, "word": deep.disputed(world, index)}, valid["date" if form == "date" else "value"], kind, path)
+    path += [world.name(index), "rules"] + [
+        f"{world.name(index)}-notice-{n + 1}" for n in range(len(deep.notices(world, index)))
+    ]
+    return Draft(
+        form,
+        {"x": phrase, "word": deep.disputed(world, index)},
+        valid["date" if form == "date" else "value"],
+        kind,
+        path,
+    )
 
 
 def compute(world, level: int, rng: random.Random) -> Draft:
@@ -123,7 +212,11 @@ def compute(world, level: int, rng: random.Random) -> Draft:
         numbers.append(int(world.entity(index).facts[relation]))
         paths += path + [world.name(index)]
     form = rng.choice(["digits", "average", "squares"])
-    answer = {"digits": sum(map(int, str(math.prod(numbers)))), "average": sum(numbers) // len(numbers), "squares": sum(n**2 for n in numbers)}[form]
+    answer = {
+        "digits": sum(map(int, str(math.prod(numbers)))),
+        "average": sum(numbers) // len(numbers),
+        "squares": sum(n**2 for n in numbers),
+    }[form]
     return Draft(form, {"x": names_list(phrases)}, str(answer), "number", paths)
 
 
@@ -132,21 +225,33 @@ def logic(world, level: int, rng: random.Random) -> Draft:
     type = rng.choice([t for t in TYPES if t != "country"])
     relations = RELATIONS[type]
     number, names = number_relation(type), [r for r, kind, _ in relations if kind in TYPES]
-    if level < 3 and rng.random() < 0.5:  # in the whole world: the search engine has to be asked backwards
+    if (
+        level < 3 and rng.random() < 0.5
+    ):  # in the whole world: the search engine has to be asked backwards
         hero = several(world, type, 1, rng)[0]
         used = rng.sample(names, level)
         wanted = rng.choice([r for r, _, _ in relations if r not in used])
         conditions = " and whose ".join(f"{r} is {hero.facts[r]}" for r in used)
-        return Draft("inverse", {"word": wanted, "x": type, "y": conditions}, hero.facts[wanted], "number" if hero.facts[wanted].isdigit() else "name", [hero.name])
+        return Draft(
+            "inverse",
+            {"word": wanted, "x": type, "y": conditions},
+            hero.facts[wanted],
+            "number" if hero.facts[wanted].isdigit() else "name",
+            [hero.name],
+        )
     while True:
         *group, other = several(world, type, 3 + level, rng)
         hero, rest = rng.choice(group), list(group)
         conditions = []
-        years = [r for r, kind, _ in relations if kind == "year" or (kind == "number" and r != number)]
+        years = [
+            r for r, kind, _ in relations if kind == "year" or (kind == "number" and r != number)
+        ]
         for relation in rng.sample([number] + years + names[:1], min(level, 2 + len(years))):
             fact = hero.facts[relation]
             if not fact.isdigit():
-                conditions.append(f"{relation} is not {rng.choice([e for e in group if e is not hero]).facts[relation]}")
+                conditions.append(
+                    f"{relation} is not {rng.choice([e for e in group if e is not hero]).facts[relation]}"
+                )
                 rest = [e for e in rest if e.facts[relation] != conditions[-1].split()[-1]]
             elif level == 3 and relation == number and int(fact) > int(other.facts[relation]):
                 conditions.append(f"{relation} is above that of {other.name}")
@@ -155,37 +260,85 @@ def logic(world, level: int, rng: random.Random) -> Draft:
                 bound, above = int(fact) + rng.choice([-1, 1]) * rng.randint(1, 150), None
                 above = int(fact) > bound
                 conditions.append(f"{relation} is {'above' if above else 'below'} {bound}")
-                rest = [e for e in rest if (int(e.facts[relation]) > bound) == above and int(e.facts[relation]) != bound]
+                rest = [
+                    e
+                    for e in rest
+                    if (int(e.facts[relation]) > bound) == above and int(e.facts[relation]) != bound
+                ]
         if rest == [hero]:
             break
     wanted = rng.choice([r for r in names if f"{r} is" not in " ".join(conditions)])
-    return Draft("among", {"word": wanted, "x": names_list([e.name for e in group]), "y": " and whose ".join(conditions)},
-                 hero.facts[wanted], "name", [e.name for e in group])
+    return Draft(
+        "among",
+        {
+            "word": wanted,
+            "x": names_list([e.name for e in group]),
+            "y": " and whose ".join(conditions),
+        },
+        hero.facts[wanted],
+        "name",
+        [e.name for e in group],
+    )
 
 
 def algorithmic(world, level: int, rng: random.Random) -> Draft:
     form = rng.choice(["way", "cities", "rank", "schedule"])
     if form == "rank":
         type = rng.choice([t for t in TYPES if t != "country"])
-        group, relation, place = several(world, type, 3 + 2 * level, rng), number_relation(type), rng.randint(1, 3)
+        group, relation, place = (
+            several(world, type, 3 + 2 * level, rng),
+            number_relation(type),
+            rng.randint(1, 3),
+        )
         ordered = sorted(group, key=lambda e: -int(e.facts[relation]))
         wanted = rng.choice([r for r, kind, _ in RELATIONS[type] if kind in TYPES])
-        return Draft("rank", {"word": wanted, "y": f"{['second', 'third', 'fourth'][place - 1]} greatest {relation}", "x": names_list([e.name for e in group])},
-                     ordered[place].facts[wanted], "name", [e.name for e in group])
+        return Draft(
+            "rank",
+            {
+                "word": wanted,
+                "y": f"{['second', 'third', 'fourth'][place - 1]} greatest {relation}",
+                "x": names_list([e.name for e in group]),
+            },
+            ordered[place].facts[wanted],
+            "name",
+            [e.name for e in group],
+        )
     if form == "schedule":
         group = several(world, "festival", 4 + 2 * level, rng)
-        best = {0: 0}  # last day -> most days that end by then: the classical weighted interval scheduling
-        for first, last in sorted((deep.days(world, e.index) for e in group), key=lambda span: span[1]):
-            best[last] = max(max(best.values()), last - first + 1 + max(days for end, days in best.items() if end < first))
-        return Draft("schedule", {"x": names_list([e.name for e in group])}, str(max(best.values())), "number", [e.name for e in group])
-    phrase, start, paths = pick(world, rng, lambda i: world.type(i) == "city" and world.position(i) is not None, hops=int(level == 3))
+        best = {
+            0: 0
+        }  # last day -> most days that end by then: the classical weighted interval scheduling
+        for first, last in sorted(
+            (deep.days(world, e.index) for e in group), key=lambda span: span[1]
+        ):
+            best[last] = max(
+                max(best.values()),
+                last - first + 1 + max(days for end, days in best.items() if end < first),
+            )
+        return Draft(
+            "schedule",
+            {"x": names_list([e.name for e in group])},
+            str(max(best.values())),
+            "number",
+            [e.name for e in group],
+        )
+    phrase, start, paths = pick(
+        world,
+        rng,
+        lambda i: world.type(i) == "city" and world.position(i) is not None,
+        hops=int(level == 3),
+    )
     goal, bound = start, 0
     for _ in range(level + 1):  # a random walk gives the goal and a bound
         goal, miles = rng.choice(list(deep.roads(world, goal).items()))
         bound += miles
     if goal == start:
         return algorithmic(world, level, rng)
-    labels, routes, queue = {start: 0}, {start: []}, deque([start])  # label correcting, cut off at the bound
+    labels, routes, queue = (
+        {start: 0},
+        {start: []},
+        deque([start]),
+    )  # label correcting, cut off at the bound
     while queue:
         city = queue.popleft()
         for other, miles in deep.roads(world, city).items():
@@ -196,7 +349,13 @@ def algorithmic(world, level: int, rng: random.Random) -> Draft:
     if form == "cities" and len(route) < 2:
         return algorithmic(world, level, rng)
     answer = [*route[:-1]] if form == "cities" else str(labels[goal])
-    return Draft(form, {"x": phrase, "y": world.name(goal)}, answer, "list" if form == "cities" else "number", paths + [world.name(start)] + route)
+    return Draft(
+        form,
+        {"x": phrase, "y": world.name(goal)},
+        answer,
+        "list" if form == "cities" else "number",
+        paths + [world.name(start)] + route,
+    )
 
 
 def mathematics(world, level: int, rng: random.Random) -> Draft:
@@ -213,20 +372,37 @@ def mathematics(world, level: int, rng: random.Random) -> Draft:
         a, b = rng.randint(3, 19), rng.randint(3, 19)
         upto = lambda n: n // a - n // math.lcm(a, b)
         end = start + rng.randint(size, 20 * size)
-        return Draft(form, {"x": start, "y": end, "word": f"{a} but not by {b}"}, str(upto(end) - upto(start - 1)), "number")
+        return Draft(
+            form,
+            {"x": start, "y": end, "word": f"{a} but not by {b}"},
+            str(upto(end) - upto(start - 1)),
+            "number",
+        )
     end = start + rng.randint(20, size)
     sieve = bytearray([1]) * (end + 1)
     for p in range(2, math.isqrt(end) + 1):
-        sieve[p * p::p] = bytes(len(range(p * p, end + 1, p)))
-    return Draft(form, {"x": start, "y": end}, str(sum(k for k in range(max(2, start), end + 1) if sieve[k])), "number")
+        sieve[p * p :: p] = bytes(len(range(p * p, end + 1, p)))
+    return Draft(
+        form,
+        {"x": start, "y": end},
+        str(sum(k for k in range(max(2, start), end + 1) if sieve[k])),
+        "number",
+    )
 
 
 def program(world, level: int, rng: random.Random) -> Draft:
     """A short program; the truth comes from another way to compute the same."""
-    n, a, b, m = rng.randint(20, 10 ** (level + 1)), rng.randint(2, 9), rng.randint(3, 97), rng.randint(101, 9999)
+    n, a, b, m = (
+        rng.randint(20, 10 ** (level + 1)),
+        rng.randint(2, 9),
+        rng.randint(3, 97),
+        rng.randint(101, 9999),
+    )
     kind = rng.choice(["sum", "recurrence", "sort", "digits"])
     if kind == "sum":
-        text = f"t = 0\nfor i in range({n}):\n    if i % {a} == 1:\n        t += i * i\nprint(t % {m})"
+        text = (
+            f"t = 0\nfor i in range({n}):\n    if i % {a} == 1:\n        t += i * i\nprint(t % {m})"
+        )
         answer = sum(k * k for k in range(1, n, a)) % m
     elif kind == "recurrence":
         text = f"x = {b}\nfor i in range({n}):\n    x = ({a} * x + {b}) % {m}\nprint(x)"
@@ -247,6 +423,13 @@ def program(world, level: int, rng: random.Random) -> Draft:
     return Draft("program", {}, str(answer), "number", suffix=f"\n```python\n{text}\n```")
 
 
-FAMILIES = {"collection": collection, "conflict": conflict, "compute": compute, "logic": logic, "algorithmic": algorithmic,
-            "math": mathematics, "code": program}
+FAMILIES = {
+    "collection": collection,
+    "conflict": conflict,
+    "compute": compute,
+    "logic": logic,
+    "algorithmic": algorithmic,
+    "math": mathematics,
+    "code": program,
+}
 NEED_DEEP = {"collection", "conflict", "algorithmic"}  # their pages stand in deep worlds only

@@ -63,15 +63,23 @@ def in_processes(jobs: list[Callable], processes: int) -> Iterator:
     if processes < 2 or len(jobs) < 2:
         yield from (job() for job in jobs)
         return
-    spawn, workers, connections = multiprocessing.get_context("spawn"), [], []  # forking a process that has threads is not safe
+    spawn, workers, connections = (
+        multiprocessing.get_context("spawn"),
+        [],
+        [],
+    )  # forking a process that has threads is not safe
     resource_tracker.ensure_running()  # it would unblock SIGINT again
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a process inherits this: Ctrl-C would end it in the middle of an import
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, [signal.SIGINT]
+        )  # a process inherits this: Ctrl-C would end it in the middle of an import
         try:
             for number in range(processes):
                 connection, theirs = spawn.Pipe(duplex=False)
                 connections.append(connection)
-                worker = spawn.Process(target=run_jobs, args=(theirs, jobs[number::processes]), daemon=True)
+                worker = spawn.Process(
+                    target=run_jobs, args=(theirs, jobs[number::processes]), daemon=True
+                )
                 worker.start()
                 workers.append(worker)
                 theirs.close()
@@ -92,7 +100,9 @@ def in_processes(jobs: list[Callable], processes: int) -> Iterator:
             worker.join()
 
 
-def build_index(documents: Iterable[dict], out: Path | str, total: int | None = None, require_some: bool = False) -> int:
+def build_index(
+    documents: Iterable[dict], out: Path | str, total: int | None = None, require_some: bool = False
+) -> int:
     """Write an index; the old file at `out` stays until the new one is whole.
 
     Args:
@@ -116,25 +126,47 @@ def build_index(documents: Iterable[dict], out: Path | str, total: int | None = 
     count, host = 0, ""
     try:
         # The index is rebuilt from its source if the machine dies: no journal, no fsync.
-        connection.executescript("pragma journal_mode=off; pragma synchronous=off; pragma cache_size=-65536;"  # 64 MiB, whatever the corpus
-                                 "create virtual table pages using fts5(title, text, url unindexed, description unindexed);"
-                                 "create table html(url text primary key, html text); create table meta(key text primary key, value text);")
-        for document in tqdm(documents, total=total, desc=f"indexing {out.name}", unit="page", mininterval=1, leave=False):
+        connection.executescript(
+            "pragma journal_mode=off; pragma synchronous=off; pragma cache_size=-65536;"  # 64 MiB, whatever the corpus
+            "create virtual table pages using fts5(title, text, url unindexed, description unindexed);"
+            "create table html(url text primary key, html text); create table meta(key text primary key, value text);"
+        )
+        for document in tqdm(
+            documents,
+            total=total,
+            desc=f"indexing {out.name}",
+            unit="page",
+            mininterval=1,
+            leave=False,
+        ):
             if "://" not in document["url"]:
-                raise ValueError(f"{document['url']!r} is no address: urls and --base_url begin with http://")
-            connection.execute("insert into pages(title, text, url, description) values (?, ?, ?, ?)",
-                               (document["title"], document["text"], document["url"], document.get("description") or ""))
+                raise ValueError(
+                    f"{document['url']!r} is no address: urls and --base_url begin with http://"
+                )
+            connection.execute(
+                "insert into pages(title, text, url, description) values (?, ?, ?, ?)",
+                (
+                    document["title"],
+                    document["text"],
+                    document["url"],
+                    document.get("description") or "",
+                ),
+            )
             if document.get("html"):
-                connection.execute("insert or replace into html values (?, ?)", (document["url"], document["html"]))
+                connection.execute(
+                    "insert or replace into html values (?, ?)", (document["url"], document["html"])
+                )
             host = host or urlsplit(document["url"]).hostname or ""
             count += 1
         if require_some and count == 0:
             raise ValueError("no page found")
         connection.execute("insert into meta values ('host', ?), ('count', ?)", (host, str(count)))
         if count >= LARGE_INDEX:
-            connection.executescript("create table common(word text primary key, pages integer) without rowid;"
-                                     "create virtual table temp.vocabulary using fts5vocab(main, pages, row);"
-                                     f"insert into common select term, doc from vocabulary where doc > {count // COMMON};")
+            connection.executescript(
+                "create table common(word text primary key, pages integer) without rowid;"
+                "create virtual table temp.vocabulary using fts5vocab(main, pages, row);"
+                f"insert into common select term, doc from vocabulary where doc > {count // COMMON};"
+            )
         connection.commit()
         connection.close()
         os.replace(partial, out)
@@ -151,8 +183,14 @@ def open_index(path: Path | str) -> sqlite3.Connection:
         FileNotFoundError: no index there; the message says how to make one.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no search index {path}: make one with data/world.py or data/index.py")
-    return sqlite3.connect(f"file:{quote(str(Path(path).resolve()))}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+        raise FileNotFoundError(
+            f"no search index {path}: make one with data/world.py or data/index.py"
+        )
+    return sqlite3.connect(
+        f"file:{quote(str(Path(path).resolve()))}?mode=ro&immutable=1",
+        uri=True,
+        check_same_thread=False,
+    )
 
 
 def search_index(connection: sqlite3.Connection, query: str, k: int) -> list[dict]:
@@ -169,24 +207,47 @@ def search_index(connection: sqlite3.Connection, query: str, k: int) -> list[dic
     words = list(dict.fromkeys(re.findall(r"\w+", query.casefold())))[:32]
     if not words:
         return []
-    if len(words) > 1 and connection.execute("select 1 from sqlite_master where name = 'common'").fetchone():
-        pages = dict(connection.execute(f"select word, pages from common where word in ({','.join('?' * len(words))})", words))
+    if (
+        len(words) > 1
+        and connection.execute("select 1 from sqlite_master where name = 'common'").fetchone()
+    ):
+        pages = dict(
+            connection.execute(
+                f"select word, pages from common where word in ({','.join('?' * len(words))})",
+                words,
+            )
+        )
         rare = [word for word in words if word not in pages]
         words = rare or sorted(words, key=pages.get)[:1]
     match = " OR ".join(f'"{word}"' for word in words)
     rows = connection.execute(
         f"select title, url, description, snippet(pages, 1, '', '', ' … ', {SNIPPET_TOKENS}) from pages where pages match ?"
-        " order by bm25(pages, 5.0, 1.0), rowid limit ?", (match, k)).fetchall()
-    return [{"title": title, "url": url, "snippet": " ".join((description or snippet).split())}
-            for title, url, description, snippet in rows]
+        " order by bm25(pages, 5.0, 1.0), rowid limit ?",
+        (match, k),
+    ).fetchall()
+    return [
+        {"title": title, "url": url, "snippet": " ".join((description or snippet).split())}
+        for title, url, description, snippet in rows
+    ]
 
 
 def random_pages(connection: sqlite3.Connection, query: str, k: int, seed: int) -> list[dict]:
     """k pages that have nothing to do with the query but to be the same for the same query and seed; hits as of search_index."""
-    rng, most = random.Random(f"{seed} {query}"), connection.execute("select max(rowid) from pages").fetchone()[0] or 0
-    rows = [connection.execute("select title, url, description, substr(text, 1, 150) from pages where rowid = ?", (rowid,)).fetchone()
-            for rowid in rng.sample(range(1, most + 1), min(k, most))]
-    return [{"title": title, "url": url, "snippet": " ".join((description or text).split())} for title, url, description, text in rows]
+    rng, most = (
+        random.Random(f"{seed} {query}"),
+        connection.execute("select max(rowid) from pages").fetchone()[0] or 0,
+    )
+    rows = [
+        connection.execute(
+            "select title, url, description, substr(text, 1, 150) from pages where rowid = ?",
+            (rowid,),
+        ).fetchone()
+        for rowid in rng.sample(range(1, most + 1), min(k, most))
+    ]
+    return [
+        {"title": title, "url": url, "snippet": " ".join((description or text).split())}
+        for title, url, description, text in rows
+    ]
 
 
 def page_html_of(connection: sqlite3.Connection, url: str) -> str | None:
@@ -194,7 +255,11 @@ def page_html_of(connection: sqlite3.Connection, url: str) -> str | None:
     row = connection.execute("select html from html where url = ?", (url,)).fetchone()
     if row is None:
         row = connection.execute("select text from pages where url = ?", (url,)).fetchone()
-        return f"<!doctype html><html><body><pre>{html_module.escape(row[0])}</pre></body></html>" if row else None
+        return (
+            f"<!doctype html><html><body><pre>{html_module.escape(row[0])}</pre></body></html>"
+            if row
+            else None
+        )
     return row[0]
 
 
@@ -208,9 +273,13 @@ def html_document(path: Path, folder: Path, base_url: str) -> dict | None:
     relative = path.relative_to(folder).as_posix()
     title = re.search(r"<title[^>]*>(.*?)</title>", page, re.IGNORECASE | re.DOTALL)
     description = re.search(r'<meta\s+name="description"\s+content="([^"]*)"', page, re.IGNORECASE)
-    return {"url": base_url + quote(relative), "html": page, "text": html_to_text(page),
-            "title": " ".join(html_module.unescape(title.group(1)).split()) if title else relative,
-            "description": html_module.unescape(description.group(1)) if description else ""}
+    return {
+        "url": base_url + quote(relative),
+        "html": page,
+        "text": html_to_text(page),
+        "title": " ".join(html_module.unescape(title.group(1)).split()) if title else relative,
+        "description": html_module.unescape(description.group(1)) if description else "",
+    }
 
 
 def html_documents(folder: Path | str, base_url: str, processes: int = 1) -> Iterator[dict]:
@@ -236,8 +305,13 @@ def jsonl_documents(file: Path | str, base_url: str, strict: bool) -> Iterator[d
                 if not isinstance(text, str):
                     raise ValueError("'text' is not a string")
                 title = str(record.get("title") or text[:60])
-                yield {"url": str(record.get("url") or f"{base_url}{number}"), "title": title, "text": text,
-                       "description": "", "html": record.get("html")}
+                yield {
+                    "url": str(record.get("url") or f"{base_url}{number}"),
+                    "title": title,
+                    "text": text,
+                    "description": "",
+                    "html": record.get("html"),
+                }
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
                 if strict:
@@ -246,27 +320,48 @@ def jsonl_documents(file: Path | str, base_url: str, strict: bool) -> Iterator[d
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Index a corpus of your own for the search and browse tools.")
+    parser = argparse.ArgumentParser(
+        description="Index a corpus of your own for the search and browse tools."
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--html", help="folder of HTML files")
     source.add_argument("--jsonl", help="file with one JSON document a line: text, title, url")
     parser.add_argument("--out", required=True, help="database file to write")
-    parser.add_argument("--base_url", default="http://corpus.test/", help="what the URLs of pages without one begin with")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many work at a large folder of HTML files")
-    parser.add_argument("--strict", action="store_true", help="stop at the first malformed line instead of skipping it")
+    parser.add_argument(
+        "--base_url",
+        default="http://corpus.test/",
+        help="what the URLs of pages without one begin with",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        help="how many work at a large folder of HTML files",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first malformed line instead of skipping it",
+    )
     args = parser.parse_args()
     if args.html and not Path(args.html).is_dir():
         sys.exit(f"data/index.py: no folder {args.html}")
     if args.jsonl and not Path(args.jsonl).is_file():
         sys.exit(f"data/index.py: no file {args.jsonl}")
-    documents = html_documents(args.html, args.base_url, args.processes) if args.html else jsonl_documents(args.jsonl, args.base_url, args.strict)
+    documents = (
+        html_documents(args.html, args.base_url, args.processes)
+        if args.html
+        else jsonl_documents(args.jsonl, args.base_url, args.strict)
+    )
     try:
         count = build_index(documents, args.out, require_some=True)
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/index.py: {error}")
     except KeyboardInterrupt:
         sys.exit(f"data/index.py: stopped; {args.out} is as it was")
-    print(f"{count} pages indexed in {args.out}; serve them with: python data/serve.py --db {args.out}")
+    print(
+        f"{count} pages indexed in {args.out}; serve them with: python data/serve.py --db {args.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -46,34 +46,81 @@ from data.solve import NP, read_entries, read_fact
 from data.tasks import OPERATIONS, SHARES, draw_task, form_of, world_folder
 from data.world import RELATIONS, TYPES, World, page_html
 from reward import correct
-from rollout import RolloutArgs, Trajectory, finish_turn, keep_memory, next_prompt, parse_flags, take_results
+from rollout import (
+    RolloutArgs,
+    Trajectory,
+    finish_turn,
+    keep_memory,
+    next_prompt,
+    parse_flags,
+    take_results,
+)
 from tools import Browse, Python, Search
 from web import html_to_text, view_page
 
 
 @dataclass
 class Args:
-    out: str = field(default=str(Path(__file__).resolve().parent / "nano"), metadata={"help": "folder to write the model to"})
+    out: str = field(
+        default=str(Path(__file__).resolve().parent / "nano"),
+        metadata={"help": "folder to write the model to"},
+    )
     seed: int = field(default=0, metadata={"help": "decides worlds, explorers, drills and weights"})
     worlds: int = field(default=16, metadata={"help": "number of pretraining worlds"})
     entities: int = field(default=300, metadata={"help": "entities in each of them"})
     transcripts: int = field(default=20000, metadata={"help": "explorer transcripts to write"})
-    skilled_share: float = field(default=0.30, metadata={"help": "share of explorers that behave sensibly"})
-    deep_share: float = field(default=0.0, metadata={"help": "share of rows that are segments of walks through deep worlds' catalogues"})
-    deep_skilled_share: float = field(default=0.7, metadata={"help": "share of those walkers that behave sensibly: thirty right moves in a row take more of them"})
-    deep_entities: int = field(default=600, metadata={"help": "entities in each deep world; it has a catalogue for fifty of them"})
-    deep_manager: str = field(default="summarize", metadata={"help": "context manager of the walks: summarize or elide"})
-    deep_context: int = field(default=1024, metadata={"help": "window of the walks; the manager acts at three quarters of it"})
+    skilled_share: float = field(
+        default=0.30, metadata={"help": "share of explorers that behave sensibly"}
+    )
+    deep_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of rows that are segments of walks through deep worlds' catalogues"
+        },
+    )
+    deep_skilled_share: float = field(
+        default=0.7,
+        metadata={
+            "help": "share of those walkers that behave sensibly: thirty right moves in a row take more of them"
+        },
+    )
+    deep_entities: int = field(
+        default=600,
+        metadata={"help": "entities in each deep world; it has a catalogue for fifty of them"},
+    )
+    deep_manager: str = field(
+        default="summarize", metadata={"help": "context manager of the walks: summarize or elide"}
+    )
+    deep_context: int = field(
+        default=1024,
+        metadata={"help": "window of the walks; the manager acts at three quarters of it"},
+    )
     hidden: int = field(default=128, metadata={"help": "width of the model"})
     layers: int = field(default=4, metadata={"help": "number of layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
-    drill_share: float = field(default=0.1, metadata={"help": "share of drills among the batches after that, until the last fifth"})
-    drill_steps: int = field(default=800, metadata={"help": "optimizer steps on copy drills before the transcripts, at most"})
+    drill_share: float = field(
+        default=0.1,
+        metadata={"help": "share of drills among the batches after that, until the last fifth"},
+    )
+    drill_steps: int = field(
+        default=800,
+        metadata={"help": "optimizer steps on copy drills before the transcripts, at most"},
+    )
     steps: int = field(default=6000, metadata={"help": "optimizer steps on transcripts"})
     batch_tokens: int = field(default=4096, metadata={"help": "tokens in one optimizer step"})
-    learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"})
-    minutes: float = field(default=0.0, metadata={"help": "decay over this wall-clock time instead of `steps` (0: off)"})
-    init: str = field(default="", metadata={"help": "model folder to go on from, with its tokenizer, instead of starting anew"})
+    learning_rate: float = field(
+        default=1.5e-3, metadata={"help": "peak learning rate; cosine decay to a thirtieth of it"}
+    )
+    minutes: float = field(
+        default=0.0,
+        metadata={"help": "decay over this wall-clock time instead of `steps` (0: off)"},
+    )
+    init: str = field(
+        default="",
+        metadata={
+            "help": "model folder to go on from, with its tokenizer, instead of starting anew"
+        },
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -82,19 +129,43 @@ class Args:
 # name or number (" of " in "mayor of Belin"), so those are cut alike after a space, a quote, a slash or a bracket.
 PIECES = r" ?[a-z]+ (?=[A-Z0-9])| [a-z]+|[a-z]+|[A-Z][a-z]*|\d{1,3}|[^A-Za-z0-9]+?(?= [a-z])|[^A-Za-z0-9]+"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>"]
+TAGS = [
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<answer>",
+    "</answer>",
+]
 
 
 def train_tokenizer(texts, vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with ChatML and tool tags; any text can be encoded and decodes to itself."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary - len(SPECIAL) - len(TAGS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   additional_special_tokens=["<|im_start|>"], clean_up_tokenization_spaces=False)
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary - len(SPECIAL) - len(TAGS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
     fast.add_tokens(TAGS)
     fast.chat_template = CHATML
     return fast
@@ -122,6 +193,7 @@ def tokenizer_corpus(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------- explorers
 
+
 class Explorer:
     """Plays one task with a given skill and writes the transcript down as token ids.
 
@@ -129,12 +201,33 @@ class Explorer:
     alike: a plan read off the question, then facts read off the last results, so that style gives nothing away.
     """
 
-    def __init__(self, task, world: World, search: Search, chat: Chat, rng: random.Random, skill: float, pages: dict[str, str]):
-        self.task, self.world, self.search, self.chat, self.rng, self.skill, self.pages = task, world, search, chat, rng, skill, pages
+    def __init__(
+        self,
+        task,
+        world: World,
+        search: Search,
+        chat: Chat,
+        rng: random.Random,
+        skill: float,
+        pages: dict[str, str],
+    ):
+        self.task, self.world, self.search, self.chat, self.rng, self.skill, self.pages = (
+            task,
+            world,
+            search,
+            chat,
+            rng,
+            skill,
+            pages,
+        )
         self.relations = task.meta["relations"]
-        self.names = [url.rsplit("/", 1)[1] for url in task.evidence[:1 if task.family != "compute" else 2]]  # in the question
+        self.names = [
+            url.rsplit("/", 1)[1] for url in task.evidence[: 1 if task.family != "compute" else 2]
+        ]  # in the question
         self.seen_names, self.seen_urls, self.numbers = list(self.names), [], []
-        self.facts: dict[tuple[str, str], str] = {}  # (name, relation) -> value, as read in results so far
+        self.facts: dict[
+            tuple[str, str], str
+        ] = {}  # (name, relation) -> value, as read in results so far
         self.last_facts: list[tuple[str, str]] = []  # those of the last result
         self.computed = None
         self.noted: set[str] = set()
@@ -149,12 +242,25 @@ class Explorer:
 
     # --- moves: each returns (thought, action as text, function that runs it)
     def do_search(self, queries: list[str]):
-        return json.dumps({"name": "search", "arguments": {"queries": queries}}), lambda: self.search(queries=queries)
+        return json.dumps(
+            {"name": "search", "arguments": {"queries": queries}}
+        ), lambda: self.search(queries=queries)
 
     def do_browse(self, arguments: dict):
         def run():
             page = self.pages.get(arguments["url"])
-            return view_page(page, arguments["url"], arguments.get("page", 1), arguments.get("find"), arguments.get("links", False)) if page else f"error 404 for {arguments['url']}"
+            return (
+                view_page(
+                    page,
+                    arguments["url"],
+                    arguments.get("page", 1),
+                    arguments.get("find"),
+                    arguments.get("links", False),
+                )
+                if page
+                else f"error 404 for {arguments['url']}"
+            )
+
         return json.dumps({"name": "browse", "arguments": arguments}), run
 
     def do_python(self, a: str, b: str, sign: str):
@@ -162,6 +268,7 @@ class Explorer:
             value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
             self.computed = str(abs(value) if sign == "-" else value)
             return self.computed
+
         code = f"print(abs({a} - {b}))" if sign == "-" else f"print({a} {sign} {b})"
         return json.dumps({"name": "python", "arguments": {"code": code}}), run
 
@@ -172,11 +279,21 @@ class Explorer:
             if self.computed is not None:
                 return f"It is {self.computed}.", None, self.computed
             missing = [n for n in self.names if (n, relation) not in self.facts]
-            thought = " ".join(self.note(name, relation) for name in self.names if name not in missing)
+            thought = " ".join(
+                self.note(name, relation) for name in self.names if name not in missing
+            )
             if missing:
-                return f"{thought} {self.plan()}".strip(), self.do_search([f"{relation} of {name}" for name in missing]), None
+                return (
+                    f"{thought} {self.plan()}".strip(),
+                    self.do_search([f"{relation} of {name}" for name in missing]),
+                    None,
+                )
             numbers = [self.facts[name, relation] for name in self.names]
-            return f"{thought} {operation}: {', '.join(numbers)}.", self.do_python(*numbers, OPERATIONS[operation]), None
+            return (
+                f"{thought} {operation}: {', '.join(numbers)}.",
+                self.do_python(*numbers, OPERATIONS[operation]),
+                None,
+            )
         value, left, notes = self.names[0], list(self.relations), []
         while left and (value, left[0]) in self.facts:
             notes.append(self.note(value, left[0]))
@@ -187,7 +304,11 @@ class Explorer:
             return thought or notes[-1], None, value
         thought = f"{thought} {value}: {', '.join(left)}.".strip()
         type = self.world_type.get(value)
-        deep = any(r == left[0] and where == "deep" for r, _, where in RELATIONS[type]) if type else False
+        deep = (
+            any(r == left[0] and where == "deep" for r, _, where in RELATIONS[type])
+            if type
+            else False
+        )
         url = f"http://{self.world.host}/{value}"
         if deep and url in self.seen_urls:
             return thought, self.do_browse({"url": url, "find": left[0]}), None
@@ -197,9 +318,17 @@ class Explorer:
         """A valid move that follows no plan: some name at hand, some relation, any tool. Answers quote a fact, mostly a wrong one."""
         rng = self.rng
         fact = rng.choice(self.last_facts) if self.last_facts else None
-        thought = self.note(*fact) if fact and rng.random() < 0.7 else rng.choice(["Let me look.", "Not sure.", "Not found."])
+        thought = (
+            self.note(*fact)
+            if fact and rng.random() < 0.7
+            else rng.choice(["Let me look.", "Not sure.", "Not found."])
+        )
         name = rng.choice(3 * self.names + self.seen_names[-4:])
-        relation = rng.choice(self.relations) if rng.random() < 0.5 else rng.choice(RELATIONS[rng.choice(TYPES)])[0]
+        relation = (
+            rng.choice(self.relations)
+            if rng.random() < 0.5
+            else rng.choice(RELATIONS[rng.choice(TYPES)])[0]
+        )
         if rng.random() < 0.5:
             thought = f"{thought} {name}: {relation}."
         roll = rng.random()
@@ -207,7 +336,9 @@ class Explorer:
             return self.note(*fact), None, self.facts[fact]
         if roll < 0.6 and self.seen_urls:
             url = rng.choice(self.seen_urls[-3:])
-            extra = rng.choice([{}, {"page": rng.randint(1, 4)}, {"links": True}] + 4 * [{"find": relation}])
+            extra = rng.choice(
+                [{}, {"page": rng.randint(1, 4)}, {"links": True}] + 4 * [{"find": relation}]
+            )
             return thought, self.do_browse({"url": url, **extra}), None
         if roll < 0.65 and len(self.numbers) >= 2:
             return thought, self.do_python(*self.numbers[-2:], rng.choice("+-*")), None
@@ -255,7 +386,11 @@ class Explorer:
             if turn == 0:
                 thought = self.plan()
             action = f"<think>{thought or 'Let me look.'}</think>"
-            action += f"<answer>{answer}</answer>" if answer is not None else f"<tool_call>{call[0]}</tool_call>"
+            action += (
+                f"<answer>{answer}</answer>"
+                if answer is not None
+                else f"<tool_call>{call[0]}</tool_call>"
+            )
             action_ids = chat.trusted(action) + [chat.end_id]
             ids += action_ids
             mask += [1] * len(action_ids)
@@ -292,16 +427,46 @@ class Walker(Explorer):
     The random way: answer early, follow another link, go round in circles, take in a wrong entry, forget entries, write useless notes.
     """
 
-    def __init__(self, task, world: World, search: Search, chat: Chat, rng: random.Random, skill: float, pages: dict[str, str]):
-        self.task, self.world, self.search, self.chat, self.rng, self.skill, self.pages = task, world, search, chat, rng, skill, pages
+    def __init__(
+        self,
+        task,
+        world: World,
+        search: Search,
+        chat: Chat,
+        rng: random.Random,
+        skill: float,
+        pages: dict[str, str],
+    ):
+        self.task, self.world, self.search, self.chat, self.rng, self.skill, self.pages = (
+            task,
+            world,
+            search,
+            chat,
+            rng,
+            skill,
+            pages,
+        )
         self.form = form_of(task)  # list, extreme or count
         owner = re.search(rf"catalogue of ({NP})|({NP})'s catalogue", task.question)
         *relation, name = re.findall(r"(?<=the )\w+(?= of)|\w+$", owner.group(1) or owner.group(2))
         self.names, self.relation = [name], relation[0] if relation else None
-        self.word = re.search(rf"\b(greatest|smallest|{'|'.join([*deep.COLOURS, deep.RARE_COLOUR])})\b", task.question).group(1)
-        self.seen_names, self.seen_urls, self.numbers, self.facts, self.last_facts = [name], [], [], {}, []
+        self.word = re.search(
+            rf"\b(greatest|smallest|{'|'.join([*deep.COLOURS, deep.RARE_COLOUR])})\b", task.question
+        ).group(1)
+        self.seen_names, self.seen_urls, self.numbers, self.facts, self.last_facts = (
+            [name],
+            [],
+            [],
+            {},
+            [],
+        )
         self.keeper = None if relation else name
-        self.catalogue_url, self.next_url, self.ended, self.entries = None, None, False, []  # entries: of the page in front
+        self.catalogue_url, self.next_url, self.ended, self.entries = (
+            None,
+            None,
+            False,
+            [],
+        )  # entries: of the page in front
         self.found: list[tuple[str, int]] = []  # names with prices
         self.count = 0
         self.last_call, self.last_result = None, ""
@@ -311,7 +476,11 @@ class Walker(Explorer):
         if self.form == "count":
             return f"{self.word}: {self.count}."
         if self.form == "extreme":
-            return f"{self.word}: {self.found[0][0]} {self.found[0][1]}." if self.found else f"{self.word}: none."
+            return (
+                f"{self.word}: {self.found[0][0]} {self.found[0][1]}."
+                if self.found
+                else f"{self.word}: none."
+            )
         return listed(self.word, [name for name, _ in self.found])
 
     def plan(self) -> str:
@@ -325,7 +494,11 @@ class Walker(Explorer):
         before = self.state()
         for name, colour, price in self.entries:
             if self.form == "extreme":
-                better = not self.found or (price > self.found[0][1]) == (self.word == "greatest") and price != self.found[0][1]
+                better = (
+                    not self.found
+                    or (price > self.found[0][1]) == (self.word == "greatest")
+                    and price != self.found[0][1]
+                )
                 self.found = [(name, price)] if better else self.found
             elif colour == self.word:
                 self.count += 1
@@ -344,7 +517,9 @@ class Walker(Explorer):
         if self.keeper is None:
             return self.plan(), self.do_search([f"{self.relation} of {self.names[0]}"]), None
         self.news = self.take_in()
-        thought = self.state() if self.found or self.count or self.next_url or self.ended else self.plan()
+        thought = (
+            self.state() if self.found or self.count or self.next_url or self.ended else self.plan()
+        )
         if self.ended:
             return thought, None, self.answer()
         if self.next_url or self.catalogue_url:
@@ -355,7 +530,10 @@ class Walker(Explorer):
         rng = self.rng
         if self.entries and rng.random() < 0.4:  # the wrong entry
             name, _, price = rng.choice(self.entries)
-            self.found, self.count = [*self.found, (name, price)][-4:], self.count + rng.randint(0, 2)
+            self.found, self.count = (
+                [*self.found, (name, price)][-4:],
+                self.count + rng.randint(0, 2),
+            )
         if rng.random() < 0.3:
             self.take_in()
         if self.found and rng.random() < 0.3:  # forgets
@@ -365,10 +543,24 @@ class Walker(Explorer):
         if roll < 0.35 and (self.found or self.count):
             return thought, None, self.answer()
         if roll < 0.65 and urls:
-            return thought, self.do_browse({"url": rng.choice(urls), **rng.choice([{}, {}, {"page": 2}, {"links": True}, {"find": self.word}])}), None
+            return (
+                thought,
+                self.do_browse(
+                    {
+                        "url": rng.choice(urls),
+                        **rng.choice([{}, {}, {"page": 2}, {"links": True}, {"find": self.word}]),
+                    }
+                ),
+                None,
+            )
         if roll < 0.75 and self.last_call:
             return thought, self.last_call, None  # round in circles
-        query = rng.choice([f"catalogue of {rng.choice(self.seen_names)}", f"{self.relation or 'catalogue'} of {self.names[0]}"])
+        query = rng.choice(
+            [
+                f"catalogue of {rng.choice(self.seen_names)}",
+                f"{self.relation or 'catalogue'} of {self.names[0]}",
+            ]
+        )
         return thought, self.do_search([query]), None
 
     def notes(self) -> str:
@@ -378,16 +570,33 @@ class Walker(Explorer):
         self.catalogue_url = self.catalogue_url if self.catalogue_url in self.seen_urls else None
         where = self.plan() if self.keeper is None else f"{self.keeper}: catalogue, {self.word}."
         if rng.random() < self.skill:
-            return f"{self.state()} {where}" if self.found or self.count or self.next_url or self.ended else where
+            return (
+                f"{self.state()} {where}"
+                if self.found or self.count or self.next_url or self.ended
+                else where
+            )
         if rng.random() < 0.5:
-            self.found, self.count = rng.sample(self.found, rng.randint(0, len(self.found))), rng.randint(0, self.count)
-        return rng.choice([f"{self.state()} {where}", where, self.state(), "Not sure.", "Let me look.",
-                           f"{rng.choice(self.seen_names)}: {self.word}."])
+            self.found, self.count = (
+                rng.sample(self.found, rng.randint(0, len(self.found))),
+                rng.randint(0, self.count),
+            )
+        return rng.choice(
+            [
+                f"{self.state()} {where}",
+                where,
+                self.state(),
+                "Not sure.",
+                "Let me look.",
+                f"{rng.choice(self.seen_names)}: {self.word}.",
+            ]
+        )
 
     def read(self, text: str) -> None:
         super().read(text)
         self.last_result = text
-        page = text if text.startswith("http") else ""  # a search snippet may show some entry of another page
+        page = (
+            text if text.startswith("http") else ""
+        )  # a search snippet may show some entry of another page
         urls = re.findall(r"https?://\S+", text)
         self.seen_urls += [url for url in urls if url not in self.seen_urls]
         if self.keeper and (url := f"http://{self.world.host}/{self.keeper}-catalogue") in urls:
@@ -402,15 +611,23 @@ class Walker(Explorer):
         last one, and two between, one of them where something was found."""
         news: set[int] = set()  # segments in which something was found
         trajectory = Trajectory(self.task, (0,), head_ids=self.chat.head(self.task.question))
-        tools = dict.fromkeys(("search", "browse"), SimpleNamespace(check=lambda arguments: None))  # turns are only parsed by finish_turn
+        tools = dict.fromkeys(
+            ("search", "browse"), SimpleNamespace(check=lambda arguments: None)
+        )  # turns are only parsed by finish_turn
         while trajectory.status == "running" and next_prompt(trajectory, self.chat, args):
             call, self.news = None, False
             if len(trajectory.turns) in trajectory.memory.get("notes_turns", []):
                 action = self.notes()
             else:
-                thought, call, answer = self.sensible_move() if self.rng.random() < self.skill else self.random_move()
+                thought, call, answer = (
+                    self.sensible_move() if self.rng.random() < self.skill else self.random_move()
+                )
                 thought = thought if trajectory.turns else self.plan()
-                action = f"<think>{thought}</think>" + (f"<tool_call>{call[0]}</tool_call>" if answer is None else f"<answer>{answer}</answer>")
+                action = f"<think>{thought}</think>" + (
+                    f"<tool_call>{call[0]}</tool_call>"
+                    if answer is None
+                    else f"<answer>{answer}</answer>"
+                )
             news |= {len(trajectory.segments) - 1} if self.news else set()
             ids = self.chat.trusted(action) + [self.chat.end_id]
             if finish_turn(trajectory, ids, [0.0] * len(ids), 0, self.chat, tools):
@@ -420,16 +637,25 @@ class Walker(Explorer):
         segments = trajectory.segments
         if len(segments) > 4:
             between = range(1, len(segments) - 1)
-            chosen = {0, len(segments) - 1, self.rng.choice([k for k in between if k in news] or between), self.rng.choice(between)}
+            chosen = {
+                0,
+                len(segments) - 1,
+                self.rng.choice([k for k in between if k in news] or between),
+                self.rng.choice(between),
+            }
             segments = [segments[k] for k in sorted(chosen)]
         is_right = bool(correct(trajectory.answer, self.task.answer, self.task.answer_type))
-        return [(segment.ids, [int(turn >= 0) for turn in segment.turn_of]) for segment in segments], is_right
+        return [
+            (segment.ids, [int(turn >= 0) for turn in segment.turn_of]) for segment in segments
+        ], is_right
 
 
 def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
     """At least this many segments of walks over all pretraining worlds, and 40 of skilled walkers in one more, for `report`."""
     rng = random.Random(f"walkers-{args.seed}")
-    rollout_args = RolloutArgs(context=args.deep_manager, max_context=args.deep_context, max_turns=99)
+    rollout_args = RolloutArgs(
+        context=args.deep_manager, max_context=args.deep_context, max_turns=99
+    )
     walks, held_out, right, count = [], [], 0, 0
     progress = tqdm(total=rows, desc="walkers", unit="segment", mininterval=5)
     for number in range(args.worlds + 1):
@@ -440,22 +666,34 @@ def write_walks(args: Args, chat: Chat, rows: int) -> tuple[list, list]:
         Explorer.world_type = {world.name(i): world.type(i) for i in range(args.deep_entities)}
 
         def walk(skill: float) -> tuple[list, bool]:
-            draw = lambda: draw_task(world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25)
+            draw = lambda: draw_task(
+                world, "collection", 1 if rng.random() < 0.85 else 2, rng, rng.random() < 0.25
+            )
             task = draw()
             # A total is for `python`; of the rest mostly lists: to compare or count over two hundred entries takes more than this size of model.
             while form_of(task) == "total" or (form_of(task) != "list" and rng.random() < 0.8):
                 task = draw()
-            segments, is_right = Walker(task, world, search, chat, rng, skill, pages).play(rollout_args)
-            return [(np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)) for ids, mask in segments], is_right
+            segments, is_right = Walker(task, world, search, chat, rng, skill, pages).play(
+                rollout_args
+            )
+            return [
+                (np.array(ids, dtype=np.int16), np.array(mask, dtype=bool))
+                for ids, mask in segments
+            ], is_right
+
         while number == args.worlds and len(held_out) < 40:
             held_out += walk(1.0)[0]
         while len(walks) < rows * min(1, (number + 1) / args.worlds):
-            segments, is_right = walk(0.995 if rng.random() < args.deep_skilled_share else rng.uniform(0.0, 0.7))
+            segments, is_right = walk(
+                0.995 if rng.random() < args.deep_skilled_share else rng.uniform(0.0, 0.7)
+            )
             walks += segments
             right, count = right + is_right, count + 1
             progress.update(len(segments))
     progress.close()
-    print(f"walkers were right on {right / count:.1%} of {count} tasks; {np.mean([len(i) for i, _ in walks]):.0f} tokens a segment")
+    print(
+        f"walkers were right on {right / count:.1%} of {count} tasks; {np.mean([len(i) for i, _ in walks]):.0f} tokens a segment"
+    )
     return walks, held_out
 
 
@@ -464,7 +702,9 @@ def write_transcripts(args: Args, chat: Chat) -> list[tuple[np.ndarray, np.ndarr
     rng = random.Random(f"explorers-{args.seed}")
     transcripts, right, by_family = [], 0, {}
     per_world = args.transcripts // args.worlds
-    progress = tqdm(total=per_world * args.worlds, desc="explorers", unit="transcript", mininterval=5)
+    progress = tqdm(
+        total=per_world * args.worlds, desc="explorers", unit="transcript", mininterval=5
+    )
     for seed in range(100, 100 + args.worlds):
         folder = world_folder({"seed": seed, "entities": args.entities, "split": "pretrain"})
         world = World(seed, args.entities, "pretrain")
@@ -484,15 +724,20 @@ def write_transcripts(args: Args, chat: Chat) -> list[tuple[np.ndarray, np.ndarr
             count[1] += 1
             progress.update()
     progress.close()
-    print(f"explorers were right on {right / len(transcripts):.1%} of {len(transcripts)} tasks;",
-          f"{np.mean([len(i) for i, _ in transcripts]):.0f} tokens a transcript;",
-          {f"{f}{h}": f"{c / n:.0%}" for (f, h), (c, n) in sorted(by_family.items())})
+    print(
+        f"explorers were right on {right / len(transcripts):.1%} of {len(transcripts)} tasks;",
+        f"{np.mean([len(i) for i, _ in transcripts]):.0f} tokens a transcript;",
+        {f"{f}{h}": f"{c / n:.0%}" for (f, h), (c, n) in sorted(by_family.items())},
+    )
     return transcripts
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-def copy_drill(rng: np.random.Generator, vocabulary: int, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def copy_drill(
+    rng: np.random.Generator, vocabulary: int, rows: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Random spans of random tokens that come again in random order; loss on every token of a span seen before.
 
     Returns: ids (B, T), labels (B, T) with -100 where there is nothing to copy.
@@ -500,20 +745,26 @@ def copy_drill(rng: np.random.Generator, vocabulary: int, rows: int, length: int
     ids = np.zeros((rows, length), dtype=np.int64)
     labels = np.full((rows, length), -100, dtype=np.int64)
     for row in range(rows):
-        spans = [rng.integers(0, vocabulary, rng.integers(2, 12)) for _ in range(rng.integers(4, 24))]
+        spans = [
+            rng.integers(0, vocabulary, rng.integers(2, 12)) for _ in range(rng.integers(4, 24))
+        ]
         seen, position = set(), 0
         while position < length:
             k = rng.integers(len(spans))
-            span = spans[k][:length - position]
-            ids[row, position:position + len(span)] = span
+            span = spans[k][: length - position]
+            ids[row, position : position + len(span)] = span
             if k in seen:
-                labels[row, position + 1:position + len(span)] = span[1:]  # the first token of a span cannot be known
+                labels[row, position + 1 : position + len(span)] = span[
+                    1:
+                ]  # the first token of a span cannot be known
             seen.add(k)
             position += len(span)
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
-def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fact_drill(
+    rng: np.random.Generator, chat: Chat, rows: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Facts about a few names, then the same facts again in random order; loss on the second mention's value.
 
     Only the name *and* the relation together say which value it is: this is what reading a fact off a page takes.
@@ -522,17 +773,30 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
     Returns: ids (B, T), labels (B, T) as `copy_drill`.
     """
     if not hasattr(fact_drill, "pieces"):
-        fact_drill.pieces = ([(chat.untrusted(f" {r} of A")[:-1], chat.untrusted(r)) for r in sorted({r for t in TYPES for r, _, _ in RELATIONS[t]})],
-                             chat.untrusted("The"), chat.untrusted("A is A")[1:-1], chat.untrusted("."), chat.untrusted("A| A")[1:-1])
+        fact_drill.pieces = (
+            [
+                (chat.untrusted(f" {r} of A")[:-1], chat.untrusted(r))
+                for r in sorted({r for t in TYPES for r, _, _ in RELATIONS[t]})
+            ],
+            chat.untrusted("The"),
+            chat.untrusted("A is A")[1:-1],
+            chat.untrusted("."),
+            chat.untrusted("A| A")[1:-1],
+        )
     relations, the, is_, dot, bar = fact_drill.pieces
     ids = np.zeros((rows, length), dtype=np.int64)
     labels = np.full((rows, length), -100, dtype=np.int64)
     for row in range(rows):
         random_pair = lambda: rng.integers(270, len(chat.tokenizer), 2).tolist()
         names = [random_pair() for _ in range(rng.integers(2, 6))]
-        kinds = [relations[k] for k in rng.choice(len(relations), rng.integers(2, 5), replace=False)]
-        facts = {(n, k): random_pair() if rng.random() < 0.7 else names[rng.integers(len(names))]
-                 for n in range(len(names)) for k in range(len(kinds))}
+        kinds = [
+            relations[k] for k in rng.choice(len(relations), rng.integers(2, 5), replace=False)
+        ]
+        facts = {
+            (n, k): random_pair() if rng.random() < 0.7 else names[rng.integers(len(names))]
+            for n in range(len(names))
+            for k in range(len(kinds))
+        }
         text, where = [], []
         first_round = list(facts)
         if rng.random() < 0.5:
@@ -540,7 +804,11 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
         table = len(names) == 2 and rng.random() < 0.5  # rows of a table: no name in them
         for n, k in first_round:
             if not (table and n == 1):
-                text += kinds[k][1] + bar + facts[n, k] + dot if table else the + kinds[k][0] + names[n] + is_ + facts[n, k] + dot
+                text += (
+                    kinds[k][1] + bar + facts[n, k] + dot
+                    if table
+                    else the + kinds[k][0] + names[n] + is_ + facts[n, k] + dot
+                )
         while len(text) < length:
             n, k = list(facts)[rng.integers(len(facts))]
             if table and n == 1:
@@ -550,7 +818,7 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
             text += facts[n, k] + dot
         ids[row] = text[:length]
         for position in where:
-            labels[row, position:position + 2] = ids[row, position:position + 2]
+            labels[row, position : position + 2] = ids[row, position : position + 2]
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
@@ -560,7 +828,10 @@ def written_rows(chat: Chat, rows: int, length: int, fill) -> tuple[torch.Tensor
 
     Returns: ids (B, T), labels (B, T) as `copy_drill`.
     """
-    ids, labels = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), -100, dtype=np.int64)
+    ids, labels = (
+        np.zeros((rows, length), dtype=np.int64),
+        np.full((rows, length), -100, dtype=np.int64),
+    )
     for row in range(rows):
         row_ids, row_labels = [], []
 
@@ -568,12 +839,15 @@ def written_rows(chat: Chat, rows: int, length: int, fill) -> tuple[torch.Tensor
             new = chat.trusted(text)
             row_ids.extend(new)
             row_labels.extend(new if learn else [-100] * len(new))
+
         fill(write, lambda: len(row_ids) >= length)
         ids[row], labels[row] = row_ids[:length], row_labels[:length]
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
-def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plan_drill(
+    rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Plans worked off in thoughts alone: a fact is noted, the plan gets shorter, the next query follows from it.
 
     "Kor: mayor, teacher." and "The mayor of Kor is Bel." give "The mayor of Kor is Bel. Bel: teacher." and the query "teacher
@@ -587,33 +861,64 @@ def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
 
     def fill(write, is_full) -> None:
         def results(facts: list[str]) -> None:
-            others = [f"The {rng.choice(relations)} of {name()} is {value()}." for _ in range(rng.integers(0, 3))]
-            write("<tool_response>" + " ".join(rng.permutation(facts + others)) + "</tool_response>", False)
+            others = [
+                f"The {rng.choice(relations)} of {name()} is {value()}."
+                for _ in range(rng.integers(0, 3))
+            ]
+            write(
+                "<tool_response>" + " ".join(rng.permutation(facts + others)) + "</tool_response>",
+                False,
+            )
 
         while not is_full():
             if rng.random() < 0.3:
-                operation, relation, names, numbers = rng.choice(sorted(OPERATIONS)), rng.choice(relations), [name(), name()], [str(rng.integers(100, 1000)) for _ in range(2)]
-                write(f"<think>{operation}: {relation} of {names[0]}, {relation} of {names[1]}.</think>", False)
-                write(f'<tool_call>{{"name": "search", "arguments": {{"queries": ["{relation} of {names[0]}", "{relation} of {names[1]}"]}}}}</tool_call>', True)
+                operation, relation, names, numbers = (
+                    rng.choice(sorted(OPERATIONS)),
+                    rng.choice(relations),
+                    [name(), name()],
+                    [str(rng.integers(100, 1000)) for _ in range(2)],
+                )
+                write(
+                    f"<think>{operation}: {relation} of {names[0]}, {relation} of {names[1]}.</think>",
+                    False,
+                )
+                write(
+                    f'<tool_call>{{"name": "search", "arguments": {{"queries": ["{relation} of {names[0]}", "{relation} of {names[1]}"]}}}}</tool_call>',
+                    True,
+                )
                 facts = [f"The {relation} of {n} is {v}." for n, v in zip(names, numbers)]
                 results(facts)
                 a, b, sign = *numbers, OPERATIONS[operation]
                 code = f"print(abs({a} - {b}))" if sign == "-" else f"print({a} {sign} {b})"
-                write(f'<think>{" ".join(facts)} {operation}: {a}, {b}.</think><tool_call>{{"name": "python", "arguments": {{"code": "{code}"}}}}</tool_call>', True)
+                write(
+                    f'<think>{" ".join(facts)} {operation}: {a}, {b}.</think><tool_call>{{"name": "python", "arguments": {{"code": "{code}"}}}}</tool_call>',
+                    True,
+                )
                 continue
             subject, left = name(), list(rng.choice(relations, rng.integers(1, 5)))
             write(f"<think>{subject}: {', '.join(left)}.</think>", False)
             while left:
-                write(f'<tool_call>{{"name": "search", "arguments": {{"queries": ["{left[0]} of {subject}"]}}}}</tool_call>', True)
+                write(
+                    f'<tool_call>{{"name": "search", "arguments": {{"queries": ["{left[0]} of {subject}"]}}}}</tool_call>',
+                    True,
+                )
                 found = name() if len(left) > 1 else value()
                 fact = f"The {left.pop(0)} of {subject} is {found}."
                 results([fact])
                 subject = found
-                write(f"<think>{fact} {subject}: {', '.join(left)}.</think>" if left else f"<think>{fact}</think><answer>{found}</answer>", True)
+                write(
+                    f"<think>{fact} {subject}: {', '.join(left)}.</think>"
+                    if left
+                    else f"<think>{fact}</think><answer>{found}</answer>",
+                    True,
+                )
+
     return written_rows(chat, rows, length, fill)
 
 
-def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def walk_drill(
+    rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Walks in small: notes, then pages of one to four entries; each thought says what was found so far, each call follows "Next:".
 
     A real page of seven entries rarely has one that is looked for, so on real walks alone the rule is learned slowly.
@@ -626,36 +931,70 @@ def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, le
     def fill(write, is_full) -> None:
         while not is_full():
             host, extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.1
-            word = rng.choice(["greatest", "smallest"]) if extreme else deep.RARE_COLOUR if rng.random() < 0.7 else rng.choice(colours)
-            found = [f"{name()} {rng.integers(100, 1000)}"] if extreme else [name() for _ in range(rng.integers(0, 4))]
+            word = (
+                rng.choice(["greatest", "smallest"])
+                if extreme
+                else deep.RARE_COLOUR
+                if rng.random() < 0.7
+                else rng.choice(colours)
+            )
+            found = (
+                [f"{name()} {rng.integers(100, 1000)}"]
+                if extreme
+                else [name() for _ in range(rng.integers(0, 4))]
+            )
             state = lambda: f"{word}: {found[0]}." if extreme else listed(word, found)
             write(f"\nNotes: {state()} {name()}: catalogue, {word}.", False)
             while not is_full() and len(found) < 6 and rng.random() < 0.95:
-                colour = lambda: word if not extreme and rng.random() < 0.25 else rng.choice(colours)
-                entries = [(name(), colour(), int(rng.integers(100, 1000))) for _ in range(rng.integers(1, 5))]
+                colour = lambda: (
+                    word if not extreme and rng.random() < 0.25 else rng.choice(colours)
+                )
+                entries = [
+                    (name(), colour(), int(rng.integers(100, 1000)))
+                    for _ in range(rng.integers(1, 5))
+                ]
                 following, ends = name(), rng.random() < 0.25
-                write("<tool_response>" + "".join(f"{c} {n} {p} {host}/{n}\n" for n, c, p in entries)
-                      + ("The catalogue ends here." if ends else f"Next: {host}/{following}") + "</tool_response>", False)
+                write(
+                    "<tool_response>"
+                    + "".join(f"{c} {n} {p} {host}/{n}\n" for n, c, p in entries)
+                    + ("The catalogue ends here." if ends else f"Next: {host}/{following}")
+                    + "</tool_response>",
+                    False,
+                )
                 if extreme:
-                    found = [(max if word == "greatest" else min)([*found, *(f"{n} {p}" for n, _, p in entries)], key=lambda item: item.split()[1])]
+                    found = [
+                        (max if word == "greatest" else min)(
+                            [*found, *(f"{n} {p}" for n, _, p in entries)],
+                            key=lambda item: item.split()[1],
+                        )
+                    ]
                 else:
                     found += [n for n, c, _ in entries if c == word]
                 if ends:
-                    write(f"<think>{state()}</think><answer>{', '.join(item.split()[0] for item in found) or following}</answer>", True)
+                    write(
+                        f"<think>{state()}</think><answer>{', '.join(item.split()[0] for item in found) or following}</answer>",
+                        True,
+                    )
                     break
-                write(f'<think>{state()}</think><tool_call>{{"name": "browse", "arguments": {{"url": "{host}/{following}"}}}}</tool_call>', True)
+                write(
+                    f'<think>{state()}</think><tool_call>{{"name": "browse", "arguments": {{"url": "{host}/{following}"}}}}</tool_call>',
+                    True,
+                )
+
     return written_rows(chat, rows, length, fill)
 
 
-def pad(batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(
+    batch: list[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids (B, T) and labels (B, T): the explorer's tokens and a tenth of the others."""
     length = max(len(ids) for ids, _ in batch)
     ids = np.zeros((len(batch), length), dtype=np.int64)
     labels = np.full((len(batch), length), -100, dtype=np.int64)
     for row, (row_ids, mask) in enumerate(batch):
-        ids[row, :len(row_ids)] = row_ids
+        ids[row, : len(row_ids)] = row_ids
         keep = mask | (rng.random(len(row_ids)) < 0.1)
-        labels[row, :len(row_ids)] = np.where(keep, row_ids, -100)
+        labels[row, : len(row_ids)] = np.where(keep, row_ids, -100)
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
@@ -678,10 +1017,16 @@ def build_induction(model: LlamaForCausalLM) -> None:
     size = width // heads
     theta = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size)
     with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(0, width**-0.5)  # tied: also the scale of the logits
+        model.model.embed_tokens.weight.normal_(
+            0, width**-0.5
+        )  # tied: also the scale of the logits
         first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
-        shared = torch.linalg.qr(torch.randn(width, size))[0].T  # (size, width): what of a token is passed on
-        subspaces = torch.linalg.qr(torch.randn(width, width))[0].view(width, heads, size)  # U_j = subspaces[:, j]
+        shared = torch.linalg.qr(torch.randn(width, size))[
+            0
+        ].T  # (size, width): what of a token is passed on
+        subspaces = torch.linalg.qr(torch.randn(width, width))[0].view(
+            width, heads, size
+        )  # U_j = subspaces[:, j]
         pairs = torch.arange(6)
         for head, distance in enumerate((1, 2, 4, 5)):
             span = slice(head * size, (head + 1) * size)
@@ -696,50 +1041,88 @@ def build_induction(model: LlamaForCausalLM) -> None:
         slow = torch.cat([torch.arange(size // 2)[5:], torch.arange(size // 2)[5:] + size // 2])
         read = torch.zeros(size, size)
         read[slow] = torch.linalg.qr(torch.randn(size, len(slow)))[0].T
-        seen = lambda head: read @ subspaces[:, head].T  # (size, width): reads what the head of layer 0 saw
-        for head, (query, key) in enumerate(((read @ shared + seen(0), seen(0) + seen(1)), (seen(0) + seen(2), seen(1) + seen(3)))):
+        seen = lambda head: (
+            read @ subspaces[:, head].T
+        )  # (size, width): reads what the head of layer 0 saw
+        for head, (query, key) in enumerate(
+            ((read @ shared + seen(0), seen(0) + seen(1)), (seen(0) + seen(2), seen(1) + seen(3)))
+        ):
             span = slice(head * size, (head + 1) * size)
             second.q_proj.weight[span], second.k_proj.weight[span] = 1.5 * query, 1.5 * key
             copied = torch.linalg.qr(torch.randn(width, size))[0].T
             second.v_proj.weight[span], second.o_proj.weight[:, span] = 0.5 * copied, copied.T
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def loss_of(
+    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean cross-entropy, plus predictions and targets at the labelled positions (logits are computed there only)."""
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, D)
     targets = labels[:, 1:]
     keep = targets >= 0
     logits = model.lm_head(hidden[keep])  # (tokens in the loss, V)
-    return torch.nn.functional.cross_entropy(logits, targets[keep]), logits.argmax(-1), targets[keep]
+    return (
+        torch.nn.functional.cross_entropy(logits, targets[keep]),
+        logits.argmax(-1),
+        targets[keep],
+    )
 
 
 def main():
-    args, = parse_flags((Args,), __doc__)
+    (args,) = parse_flags((Args,), __doc__)
     if not 0 <= args.deep_share < 1:
         sys.exit("data/pretrain.py: --deep_share must be at least 0 and below 1")
     keep_memory()
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init) if args.init else train_tokenizer(tokenizer_corpus(args), 2560)
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(args.init)
+        if args.init
+        else train_tokenizer(tokenizer_corpus(args), 2560)
+    )
     tokenizer.save_pretrained(out)
     chat = Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
     transcripts = write_transcripts(args, chat)
-    walks, held_out_walks = write_walks(args, chat, round(len(transcripts) * args.deep_share / (1 - args.deep_share))) if args.deep_share else ([], [])
+    walks, held_out_walks = (
+        write_walks(args, chat, round(len(transcripts) * args.deep_share / (1 - args.deep_share)))
+        if args.deep_share
+        else ([], [])
+    )
 
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=4096, attention_bias=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True, eos_token_id=chat.end_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        attn_implementation="sdpa"))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden,
+            intermediate_size=3 * args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.heads,
+            max_position_embeddings=4096,
+            attention_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=True,
+            eos_token_id=chat.end_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            attn_implementation="sdpa",
+        )
+    )
     if args.init:
         model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     else:
         build_induction(model)
-    print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, prompt {len(chat.before_question)} tokens")
+    print(
+        f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, prompt {len(chat.before_question)} tokens"
+    )
     decay = [p for p in model.parameters() if p.dim() > 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
-                                   {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}],
-                                  lr=args.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decay, "weight_decay": 0.05},
+            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=args.learning_rate,
+        betas=(0.9, 0.98),
+    )
     rng = np.random.default_rng(args.seed)
     held_out, transcripts = transcripts[-200:], transcripts[:-200] + walks
     # rows of like length share a batch; the batches come in random order
@@ -761,11 +1144,23 @@ def main():
             break
         warm = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * warm * (1 / 30 + (1 - 1 / 30) * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = (
+                args.learning_rate
+                * warm
+                * (1 / 30 + (1 - 1 / 30) * 0.5 * (1 + math.cos(math.pi * done)))
+            )
         # First drills until facts are copied, then transcripts with some drills among them.
         learned = learned or average.get("facts copied", 0) > 0.9 or step >= args.drill_steps
         if not learned or (done < 0.8 and rng.random() < args.drill_share):
-            name = "walks" if walks and learned and rng.random() < 0.5 else "plans" if learned and rng.random() < 0.7 else "facts" if rng.random() < 0.8 else "spans"
+            name = (
+                "walks"
+                if walks and learned and rng.random() < 0.5
+                else "plans"
+                if learned and rng.random() < 0.7
+                else "facts"
+                if rng.random() < 0.8
+                else "spans"
+            )
         else:
             name = "transcripts"
         if name == "spans":
@@ -790,24 +1185,40 @@ def main():
         if name != "transcripts":
             hit = (predicted == targets).float().mean().item()
             average[f"{name} copied"] = 0.9 * average.get(f"{name} copied", hit) + 0.1 * hit
-        progress.set_postfix({k: f"{v:.3f}" for k, v in average.items()} | {"M tokens": f"{tokens / 1e6:.1f}"})
+        progress.set_postfix(
+            {k: f"{v:.3f}" for k, v in average.items()} | {"M tokens": f"{tokens / 1e6:.1f}"}
+        )
         if step % 200 == 199 and step < total - 1:
-            report(model, held_out, held_out_walks, chat, step, tokens, time.time() - start, average)
+            report(
+                model, held_out, held_out_walks, chat, step, tokens, time.time() - start, average
+            )
             model.save_pretrained(out)
     model.save_pretrained(out)
     report(model, held_out, held_out_walks, chat, step, tokens, time.time() - start, average)
 
 
 @torch.no_grad()
-def report(model, held_out, walks, chat, step: int, tokens: int, seconds: float, average: dict) -> None:
+def report(
+    model, held_out, walks, chat, step: int, tokens: int, seconds: float, average: dict
+) -> None:
     """Loss on held-out explorers' tokens, and how well values are copied: facts out of results into thoughts, and in the walks the
     next page's address, found names, and whole turns of notes (each token the likeliest one, given the right ones before it)."""
+
     def tokens_of(row) -> tuple[float, list[tuple[str, str, bool, bool]]]:
         """Loss, and (token before, token, whether it was predicted, whether the turn ends here) of the explorer's own tokens."""
         ids, mask = torch.from_numpy(row[0].astype(np.int64))[None], row[1]
-        loss, predicted, targets = loss_of(model, ids, torch.where(torch.from_numpy(mask)[None], ids, -100))
+        loss, predicted, targets = loss_of(
+            model, ids, torch.where(torch.from_numpy(mask)[None], ids, -100)
+        )
         text = chat.tokenizer.convert_ids_to_tokens(targets.tolist())
-        return loss.item(), list(zip([""] + text, text, (predicted == targets).tolist(), (targets == chat.end_id).tolist()))
+        return loss.item(), list(
+            zip(
+                [""] + text,
+                text,
+                (predicted == targets).tolist(),
+                (targets == chat.end_id).tolist(),
+            )
+        )
 
     def share(hits: list[bool]) -> str:
         return f"{np.mean(hits):.1%} of {len(hits)}" if hits else "0"
@@ -818,7 +1229,12 @@ def report(model, held_out, walks, chat, step: int, tokens: int, seconds: float,
     if walks:
         losses, tokens_seen = zip(*[tokens_of(row) for row in walks])
         urls = [hit for row in tokens_seen for before, _, hit, _ in row if before == "/"]
-        names = [hit for row in tokens_seen for before, token, hit, _ in row if before.endswith("Ġ") and token[0].isupper()]
+        names = [
+            hit
+            for row in tokens_seen
+            for before, token, hit, _ in row
+            if before.endswith("Ġ") and token[0].isupper()
+        ]
         turns, whole, notes = [], True, []
         for row in tokens_seen:
             kind = "notes"
@@ -827,9 +1243,14 @@ def report(model, held_out, walks, chat, step: int, tokens: int, seconds: float,
                 if ends:
                     (notes if kind == "notes" else turns).append(whole)
                     whole, kind = True, "notes"
-        line += (f" | walks: loss {np.mean(losses):.3f}, next page {share(urls)}, names {share(names)}, "
-                 f"whole turns {share(turns)}, whole notes {share(notes)}")
-    tqdm.write(f"step {step} {seconds / 60:.1f} min {tokens / 1e6:.1f}M tokens | {line} | {({k: round(v, 3) for k, v in average.items()})}", file=sys.stdout)
+        line += (
+            f" | walks: loss {np.mean(losses):.3f}, next page {share(urls)}, names {share(names)}, "
+            f"whole turns {share(turns)}, whole notes {share(notes)}"
+        )
+    tqdm.write(
+        f"step {step} {seconds / 60:.1f} min {tokens / 1e6:.1f}M tokens | {line} | { ({k: round(v, 3) for k, v in average.items()}) }",
+        file=sys.stdout,
+    )
     sys.stdout.flush()
 
 

@@ -35,16 +35,24 @@ class PageHandler(BaseHTTPRequestHandler):
             query = parse_qs(parts.query)
             k = query.get("k", ["5"])[0]
             with server.index() as index:
-                hits = search_index(index, query.get("q", [""])[0], min(int(k), 50) if k.isascii() and k.isdigit() else 5)
+                hits = search_index(
+                    index,
+                    query.get("q", [""])[0],
+                    min(int(k), 50) if k.isascii() and k.isdigit() else 5,
+                )
             self.reply(200, json.dumps(hits).encode(), "application/json")
             return
         with server.index() as index:
             page = None
             for path in dict.fromkeys((parts.path, unquote(parts.path))):
-                page = page or page_html_of(index, f"{server.base_url}{path}" + (f"?{parts.query}" if parts.query else ""))
+                page = page or page_html_of(
+                    index, f"{server.base_url}{path}" + (f"?{parts.query}" if parts.query else "")
+                )
             if page is None and parts.path == "/":  # a corpus without a home page: a way in
-                links = "".join(f'<li><a href="{html.escape(urlsplit(url).path)}">{html.escape(title)}</a></li>'
-                                for url, title in index.execute("select url, title from pages limit 100"))
+                links = "".join(
+                    f'<li><a href="{html.escape(urlsplit(url).path)}">{html.escape(title)}</a></li>'
+                    for url, title in index.execute("select url, title from pages limit 100")
+                )
                 page = f"<html><body><h1>{server.host}</h1><ul>{links}</ul></body></html>"
         if page is None:
             self.reply(404, b"<html><body>no such page</body></html>", "text/html; charset=utf-8")
@@ -66,7 +74,10 @@ class PageServer(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 256
 
     def __init__(self, db: Path | str, port: int = 0):
-        self.db, self.idle = db, []  # connections to the index that no request uses now: a slow search holds up nobody
+        self.db, self.idle = (
+            db,
+            [],
+        )  # connections to the index that no request uses now: a slow search holds up nobody
         with self.index() as index:
             meta = dict(index.execute("select key, value from meta"))
         self.host = meta.get("host") or "corpus.test"
@@ -106,17 +117,24 @@ def start_server(db: Path | str) -> PageServer:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Serve a world or a corpus on loopback: pages and /search?q=…")
+    parser = argparse.ArgumentParser(
+        description="Serve a world or a corpus on loopback: pages and /search?q=…"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--world", help="folder written by data/world.py")
     source.add_argument("--db", help="index written by data/index.py")
-    parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1 (0: any free one)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port on 127.0.0.1 (0: any free one)"
+    )
     args = parser.parse_args()
     try:
         server = PageServer(args.db or Path(args.world) / "pages.db", args.port)
     except (OSError, sqlite3.Error, OverflowError) as error:
         sys.exit(f"data/serve.py: {error}")
-    print(f"http://127.0.0.1:{server.server_address[1]}/ serves {server.base_url}/  (Ctrl-C ends it)", flush=True)
+    print(
+        f"http://127.0.0.1:{server.server_address[1]}/ serves {server.base_url}/  (Ctrl-C ends it)",
+        flush=True,
+    )
     try:
         server.serve_forever()
     except KeyboardInterrupt:

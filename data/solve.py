@@ -19,10 +19,15 @@ ORDINALS = {"second": 1, "third": 2, "fourth": 3}
 def parse_question(question: str) -> tuple[str | None, list[tuple[str, list[str]]]]:
     """The operation asked for, if any, and each (entity name, relations in the order to follow), from the words alone."""
     operation = re.search(r"\b(sum|difference|product) of\b", question, re.IGNORECASE)
-    rest = question[operation.end():] if operation else question
-    chains = [(m.group(2), re.findall(r"the (\w+) of", m.group(1), re.IGNORECASE)[::-1])
-              for m in re.finditer(r"((?:\bthe \w+ of )+)([A-Z]\w+)", rest, re.IGNORECASE)]
-    chains = chains or [(m.group(1), re.findall(r"'s (\w+)", m.group(2))) for m in re.finditer(r"\b([A-Z]\w+)((?:'s \w+)+)", rest)]
+    rest = question[operation.end() :] if operation else question
+    chains = [
+        (m.group(2), re.findall(r"the (\w+) of", m.group(1), re.IGNORECASE)[::-1])
+        for m in re.finditer(r"((?:\bthe \w+ of )+)([A-Z]\w+)", rest, re.IGNORECASE)
+    ]
+    chains = chains or [
+        (m.group(1), re.findall(r"'s (\w+)", m.group(2)))
+        for m in re.finditer(r"\b([A-Z]\w+)((?:'s \w+)+)", rest)
+    ]
     return (operation.group(1).lower() if operation else None), chains
 
 
@@ -35,7 +40,10 @@ def read_fact(text: str, name: str, relation: str) -> str | None:
 
 def read_entries(text: str) -> list[tuple[str, str, int]]:
     """(name, colour, price) of each entry on a page of a catalogue, from the page's text."""
-    return [(name, colour, int(price)) for colour, name, price in re.findall(r"([a-z]+) (\w+) (\d+) https?://", text)]
+    return [
+        (name, colour, int(price))
+        for colour, name, price in re.findall(r"([a-z]+) (\w+) (\d+) https?://", text)
+    ]
 
 
 def follow(name: str, relations: list[str], read) -> str | None:
@@ -99,7 +107,14 @@ def collection(question: str, read, find) -> list:
         return []
     question = question.replace(owner.group(0), "")
     if type := re.search(r"\bentries that are a (\w+)", question):
-        return [str(sum(bool(re.search(rf"{name} is a {type.group(1)}\.", read(name) or "")) for name, _, _ in entries))]
+        return [
+            str(
+                sum(
+                    bool(re.search(rf"{name} is a {type.group(1)}\.", read(name) or ""))
+                    for name, _, _ in entries
+                )
+            )
+        ]
     if colour := re.search(r"\b(red|blue|green|black|white|grey|gold)\b", question):
         entries = [entry for entry in entries if entry[1] == colour.group(1)]
     if re.search(r"\b(greatest|smallest)\b", question):
@@ -107,16 +122,25 @@ def collection(question: str, read, find) -> list:
         return [name for name, _, price in entries if price == wanted]
     if "total" in question:
         return [str(sum(price for _, _, price in entries))]
-    return [str(len(entries))] if "number of" in question or "count of" in question else [[name for name, _, _ in entries]]
+    return (
+        [str(len(entries))]
+        if "number of" in question or "count of" in question
+        else [[name for name, _, _ in entries]]
+    )
 
 
 def conflict(question: str, read, find) -> list:
     """Apply the rule on the rules page to all notices."""
-    subject = re.search(rf"(?:valid notice on|valid (\w+) of|(\w+) that is valid for) ({NP})", question)
+    subject = re.search(
+        rf"(?:valid notice on|valid (\w+) of|(\w+) that is valid for) ({NP})", question
+    )
     name, rules = subject and resolve(subject.group(3), read), read("rules") or ""
     relation = subject and (subject.group(1) or subject.group(2))
     which = re.search(r"the notice with the (latest|earliest) date counts", rules)
-    order = re.search(r"notice of the (\w+) counts before one of the (\w+), and one of the \w+ before one of the (\w+)", rules)
+    order = re.search(
+        r"notice of the (\w+) counts before one of the (\w+), and one of the \w+ before one of the (\w+)",
+        rules,
+    )
     if not name or not which:
         return []
     found, retracted = {}, set()
@@ -124,49 +148,79 @@ def conflict(question: str, read, find) -> list:
         text = read(f"{name}-notice-{number}")
         if text is None:
             break
-        claim = re.search(r"Published on (\S+) by the (\w+)\. It puts the (\w+) of \w+ at (\w+)\.", text)
+        claim = re.search(
+            r"Published on (\S+) by the (\w+)\. It puts the (\w+) of \w+ at (\w+)\.", text
+        )
         found[number] = claim.groups()
         retracted |= {int(n) for n in re.findall(rf"Notice (\d+) on {name} is retracted", text)}
-    left = [claim for number, claim in found.items() if number not in retracted and relation in (None, claim[2])]
+    left = [
+        claim
+        for number, claim in found.items()
+        if number not in retracted and relation in (None, claim[2])
+    ]
     if order and left:
         best = min(order.groups().index(claim[1]) for claim in left)
         left = [claim for claim in left if order.groups().index(claim[1]) == best]
     dates = sorted(claim[0] for claim in left)
-    return [claim[0] if relation is None else claim[3] for claim in left if claim[0] == (dates[-1] if which.group(1) == "latest" else dates[0])]
+    return [
+        claim[0] if relation is None else claim[3]
+        for claim in left
+        if claim[0] == (dates[-1] if which.group(1) == "latest" else dates[0])
+    ]
 
 
 def logic(question: str, read, find) -> list:
     """The entity that meets all conditions: among those named, or of its type in the whole world."""
     head, conditions = question.split(" whose ", 1)
-    conditions = re.findall(r"(\w+) is (above that of|above|below|not|) ?([A-Z]\w+|\d+)", conditions)
+    conditions = re.findall(
+        r"(\w+) is (above that of|above|below|not|) ?([A-Z]\w+|\d+)", conditions
+    )
     wanted = re.search(r"the (\w+) of (?:the one among|the (\w+)$)", head)
     if not wanted or not conditions:
         return []
     if among := re.search(r"among (.+)$", head):
         candidates = re.findall(r"[A-Z]\w+", among.group(1))
     else:  # every page that says "is X" or has X in its table is looked at
-        candidates = {path for relation, comparison, value in conditions if comparison == ""
-                      for phrase in (f"is {value}", f"{relation} {value}") for path in find(phrase)}
-        candidates = [c for c in sorted(candidates) if re.search(rf"\b{re.escape(c)} is a {wanted.group(2)}\.", read(c) or "")]
+        candidates = {
+            path
+            for relation, comparison, value in conditions
+            if comparison == ""
+            for phrase in (f"is {value}", f"{relation} {value}")
+            for path in find(phrase)
+        }
+        candidates = [
+            c
+            for c in sorted(candidates)
+            if re.search(rf"\b{re.escape(c)} is a {wanted.group(2)}\.", read(c) or "")
+        ]
 
     def holds(name: str, relation: str, comparison: str, value: str) -> bool:
         fact = read_fact(read(name) or "", name, relation)
         if fact is None or comparison in ("", "not"):
             return fact is not None and (fact == value) == (comparison == "")
         bound = follow(value, [relation], read) if comparison == "above that of" else value
-        return bound is not None and (int(fact) < int(bound) if comparison == "below" else int(fact) > int(bound))
+        return bound is not None and (
+            int(fact) < int(bound) if comparison == "below" else int(fact) > int(bound)
+        )
 
     fits = [name for name in candidates if all(holds(name, *condition) for condition in conditions)]
     return [value for name in fits if (value := read_fact(read(name) or "", name, wanted.group(1)))]
 
 
 def roads_of(name: str, read) -> dict[str, int]:
-    return {other: int(miles) for other, miles in re.findall(rf"The road from {name} to (\w+) is (\d+) miles long", read(name) or "")}
+    return {
+        other: int(miles)
+        for other, miles in re.findall(
+            rf"The road from {name} to (\w+) is (\d+) miles long", read(name) or ""
+        )
+    }
 
 
 def way(question: str, read, find) -> list:
     """Shortest ways by Dijkstra's algorithm, reading a city's page when it is reached; all equally short ones are found."""
-    start, goal = (resolve(phrase, read) for phrase in re.search(rf"from ({NP}) to ({NP})", question).groups())
+    start, goal = (
+        resolve(phrase, read) for phrase in re.search(rf"from ({NP}) to ({NP})", question).groups()
+    )
     if not start or not goal:
         return []
     distance, before, heap = {start: 0}, {start: []}, [(0, start)]
@@ -197,7 +251,9 @@ def way(question: str, read, find) -> list:
 
 def rank(question: str, read, find) -> list:
     """The fact about the second, third … greatest of the named ones."""
-    wanted, place, relation, names = re.search(r"the (\w+) of the one with the (\w+) greatest (\w+) among (.+)", question).groups()
+    wanted, place, relation, names = re.search(
+        r"the (\w+) of the one with the (\w+) greatest (\w+) among (.+)", question
+    ).groups()
     names = re.findall(r"[A-Z]\w+", names)
     values = {name: follow(name, [relation], read) for name in names}
     if None in values.values() or place not in ORDINALS:
@@ -209,13 +265,26 @@ def rank(question: str, read, find) -> list:
 def schedule(question: str, read, find) -> list:
     """Most days at whole festivals: every choice of festivals is tried."""
     names = re.findall(r"[A-Z]\w+", question.split("among", 1)[1])
-    held = [re.search(rf"{name} is held from day (\d+) to day (\d+)", read(name) or "") for name in names]
+    held = [
+        re.search(rf"{name} is held from day (\d+) to day (\d+)", read(name) or "")
+        for name in names
+    ]
     if not all(held):
         return []
     spans = [(int(m.group(1)), int(m.group(2))) for m in held]
-    free = lambda chosen: all(a[1] < b[0] or b[1] < a[0] for a, b in itertools.combinations(chosen, 2))
-    return [str(max(sum(last - first + 1 for first, last in chosen) for size in range(1, len(spans) + 1)
-                    for chosen in itertools.combinations(spans, size) if free(chosen)))]
+    free = lambda chosen: all(
+        a[1] < b[0] or b[1] < a[0] for a, b in itertools.combinations(chosen, 2)
+    )
+    return [
+        str(
+            max(
+                sum(last - first + 1 for first, last in chosen)
+                for size in range(1, len(spans) + 1)
+                for chosen in itertools.combinations(spans, size)
+                if free(chosen)
+            )
+        )
+    ]
 
 
 def mathematics(question: str, read, find) -> list:
@@ -234,7 +303,15 @@ def mathematics(question: str, read, find) -> list:
     if "divisible" in question:
         return [str(sum(k % n[2] == 0 and k % n[3] != 0 for k in range(n[0], n[1] + 1)))]
     if "primes" in question:
-        return [str(sum(k for k in range(max(2, n[0]), n[1] + 1) if all(k % d for d in range(2, math.isqrt(k) + 1))))]
+        return [
+            str(
+                sum(
+                    k
+                    for k in range(max(2, n[0]), n[1] + 1)
+                    if all(k % d for d in range(2, math.isqrt(k) + 1))
+                )
+            )
+        ]
     return []
 
 
@@ -242,6 +319,7 @@ def mathematics(question: str, read, find) -> list:
 def python_session():
     """One session for all programs: a start takes longer than a program. It ends with the process."""
     from tools import Python
+
     return Python()
 
 
@@ -251,9 +329,18 @@ def code(question: str, read, find) -> list:
     return [output.strip()] if re.fullmatch(r"-?\w+", output.strip()) else []
 
 
-FORMS = [(r"```", code), (r"\d+ to the power|integers from|primes from", mathematics), (r"catalogue", collection), (r"\bvalid\b", conflict),
-         (r"by road", way), (r"greatest \w+ among", rank), (r"days at whole festivals", schedule), (r" whose ", logic),
-         (r"these numbers", compute), (r"", chain)]
+FORMS = [
+    (r"```", code),
+    (r"\d+ to the power|integers from|primes from", mathematics),
+    (r"catalogue", collection),
+    (r"\bvalid\b", conflict),
+    (r"by road", way),
+    (r"greatest \w+ among", rank),
+    (r"days at whole festivals", schedule),
+    (r" whose ", logic),
+    (r"these numbers", compute),
+    (r"", chain),
+]
 
 
 def solutions(question: str, read, find) -> list:
@@ -267,5 +354,10 @@ def solutions(question: str, read, find) -> list:
     solve = next(function for pattern, function in FORMS if re.search(pattern, question))
     try:
         return solve(question, read, find)
-    except (AttributeError, ValueError, IndexError, TypeError):  # the question is not of the form it looked like
+    except (
+        AttributeError,
+        ValueError,
+        IndexError,
+        TypeError,
+    ):  # the question is not of the form it looked like
         return []

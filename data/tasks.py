@@ -40,6 +40,7 @@ DATA = Path(__file__).resolve().parent
 @dataclass
 class Task:
     """One question. A user's own file needs only `question` and `answer` on each line."""
+
     id: str
     question: str
     answer: str | list[str]
@@ -67,14 +68,29 @@ def parse_task(line: str) -> Task:
         if not record.get(key):
             raise ValueError(f"the task has no {key!r}")
     answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
-    if not isinstance(record["question"], str) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise ValueError("'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)")
+    if not isinstance(record["question"], str) or not all(
+        isinstance(answer, str) and answer.strip() for answer in answers
+    ):
+        raise ValueError(
+            "'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)"
+        )
     if record.get("answer_type", "name") not in ("name", "number", "date", "list"):
         raise ValueError(f"'answer_type' {record['answer_type']!r}: use name, number, date or list")
-    for key, kind in (("id", str), ("family", str), ("split", str), ("hops", int), ("evidence", list), ("meta", dict)):
+    for key, kind in (
+        ("id", str),
+        ("family", str),
+        ("split", str),
+        ("hops", int),
+        ("evidence", list),
+        ("meta", dict),
+    ):
         if key in record and not isinstance(record[key], kind):
-            raise ValueError(f"{key!r} must be of type {kind.__name__}, not {type(record[key]).__name__}")
-    record.setdefault("id", hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()[:12])
+            raise ValueError(
+                f"{key!r} must be of type {kind.__name__}, not {type(record[key]).__name__}"
+            )
+    record.setdefault(
+        "id", hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()[:12]
+    )
     return Task(**{key: value for key, value in record.items() if key in Task.__dataclass_fields__})
 
 
@@ -94,7 +110,9 @@ def load_tasks(path: Path | str) -> list[Task]:
             try:
                 task = parse_task(line.decode("utf-8-sig"))
                 if task.id in seen:
-                    raise ValueError(f"the id {task.id!r} was used on an earlier line (without an id, the question stands for it)")
+                    raise ValueError(
+                        f"the id {task.id!r} was used on an earlier line (without an id, the question stands for it)"
+                    )
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
             seen.add(task.id)
@@ -105,37 +123,98 @@ def load_tasks(path: Path | str) -> list[Task]:
 
 
 def save_tasks(tasks: list[Task], path: Path | str) -> None:
-    Path(path).write_text("".join(json.dumps(asdict(task)) + "\n" for task in tasks), encoding="utf-8")
+    Path(path).write_text(
+        "".join(json.dumps(asdict(task)) + "\n" for task in tasks), encoding="utf-8"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
 
 # {np} is a noun phrase such as "the mayor of the capital of Norland". The splits share no frame.
 FRAMES = {
-    "pretrain": ["Find {np}.", "Look up {np}.", "Please find {np}.", "I need {np}.", "I want to know {np}.", "Give me {np}.",
-                 "Which is {np}?", "Search for {np}.", "Could you find {np}?", "My question: {np}?", "We want {np}.",
-                 "Who or what is {np}?", "Answer this: {np}?", "What do they call {np}?", "Find out {np} for me.",
-                 "It is about {np}. What is it?", "{np}?", "Can anyone say what {np} is?", "Say {np}, please.",
-                 "We would like to hear {np}.", "Name the answer: {np}.", "You should report {np}.", "Tell us {np}."],
-    "train": ["What is {np}?", "Tell me {np}.", "Can you name {np}?", "Do you know {np}?", "I would like {np}."],
+    "pretrain": [
+        "Find {np}.",
+        "Look up {np}.",
+        "Please find {np}.",
+        "I need {np}.",
+        "I want to know {np}.",
+        "Give me {np}.",
+        "Which is {np}?",
+        "Search for {np}.",
+        "Could you find {np}?",
+        "My question: {np}?",
+        "We want {np}.",
+        "Who or what is {np}?",
+        "Answer this: {np}?",
+        "What do they call {np}?",
+        "Find out {np} for me.",
+        "It is about {np}. What is it?",
+        "{np}?",
+        "Can anyone say what {np} is?",
+        "Say {np}, please.",
+        "We would like to hear {np}.",
+        "Name the answer: {np}.",
+        "You should report {np}.",
+        "Tell us {np}.",
+    ],
+    "train": [
+        "What is {np}?",
+        "Tell me {np}.",
+        "Can you name {np}?",
+        "Do you know {np}?",
+        "I would like {np}.",
+    ],
     "dev": ["Say what {np} is.", "Let me know {np}.", "What could {np} be?"],
-    "test": ["Name {np}.", "Report {np}.", "Which answer fits {np}?", "Can you tell me {np}?", "State {np}, please."],
+    "test": [
+        "Name {np}.",
+        "Report {np}.",
+        "Which answer fits {np}?",
+        "Can you tell me {np}?",
+        "State {np}, please.",
+    ],
 }
 OPERATIONS = {"sum": "+", "difference": "-", "product": "*"}
 # Shares of the families; a multihop entry is (family, hops). At least 40% of test is multi-hop, half of it 3 hops or more.
 SHARES = {
-    "train": {("lookup", 1): 0.20, ("browse", 1): 0.22, ("multihop", 2): 0.18, ("multihop", 3): 0.12, ("multihop", 4): 0.08,
-              ("compute", 1): 0.20},
-    "test": {("lookup", 1): 0.15, ("browse", 1): 0.22, ("multihop", 2): 0.19, ("multihop", 3): 0.14, ("multihop", 4): 0.08,
-             ("compute", 1): 0.22},
+    "train": {
+        ("lookup", 1): 0.20,
+        ("browse", 1): 0.22,
+        ("multihop", 2): 0.18,
+        ("multihop", 3): 0.12,
+        ("multihop", 4): 0.08,
+        ("compute", 1): 0.20,
+    },
+    "test": {
+        ("lookup", 1): 0.15,
+        ("browse", 1): 0.22,
+        ("multihop", 2): 0.19,
+        ("multihop", 3): 0.14,
+        ("multihop", 4): 0.08,
+        ("compute", 1): 0.22,
+    },
 }
 SHARES["pretrain"] = SHARES["train"]
 SHARES["dev"] = SHARES["test"]
 # A deep world asks every family; the second number is hops, or the level (1 to 3) of a family in data/families.py.
-DEEP_SHARES = {("lookup", 1): 0.04, ("browse", 1): 0.05, **{("multihop", hops): 0.03 for hops in range(2, 7)}, ("compute", 1): 0.05,
-               ("compute", 2): 0.04, ("compute", 3): 0.04, ("collection", 1): 0.07, ("collection", 2): 0.07, ("collection", 3): 0.02,
-               **{(family, level): 0.03 for family in ("conflict", "logic", "algorithmic") for level in (1, 2, 3)},
-               **{(family, level): 0.04 for family in ("math", "code") for level in (1, 2)}, ("math", 3): 0.02, ("code", 3): 0.02}
+DEEP_SHARES = {
+    ("lookup", 1): 0.04,
+    ("browse", 1): 0.05,
+    **{("multihop", hops): 0.03 for hops in range(2, 7)},
+    ("compute", 1): 0.05,
+    ("compute", 2): 0.04,
+    ("compute", 3): 0.04,
+    ("collection", 1): 0.07,
+    ("collection", 2): 0.07,
+    ("collection", 3): 0.02,
+    **{
+        (family, level): 0.03
+        for family in ("conflict", "logic", "algorithmic")
+        for level in (1, 2, 3)
+    },
+    **{(family, level): 0.04 for family in ("math", "code") for level in (1, 2)},
+    ("math", 3): 0.02,
+    ("code", 3): 0.02,
+}
 
 
 def noun_phrase(name: str, relations: list[str], possessive: bool) -> str:
@@ -145,14 +224,20 @@ def noun_phrase(name: str, relations: list[str], possessive: bool) -> str:
     return "".join(f"the {relation} of " for relation in reversed(relations)) + name
 
 
-def walk(world: World, start: int, hops: int, rng: random.Random, last_is_deep: bool) -> tuple[list[str], list[int], str]:
+def walk(
+    world: World, start: int, hops: int, rng: random.Random, last_is_deep: bool
+) -> tuple[list[str], list[int], str]:
     """Follow random lead relations from `start`; returns the relations, the entities passed, and the last value."""
     relations, passed = [], [start]
     for hop in range(hops):
         entity = world.entity(passed[-1])
         is_last = hop == hops - 1
         where = "deep" if is_last and last_is_deep else "lead"
-        choices = [r for r, _, place in RELATIONS[entity.type] if place == where and (is_last or r in entity.targets)]
+        choices = [
+            r
+            for r, _, place in RELATIONS[entity.type]
+            if place == where and (is_last or r in entity.targets)
+        ]
         relation = rng.choice(choices)
         relations.append(relation)
         if not is_last:
@@ -160,7 +245,9 @@ def walk(world: World, start: int, hops: int, rng: random.Random, last_is_deep: 
     return relations, passed, world.entity(passed[-1]).facts[relations[-1]]
 
 
-def draw_task(world: World, family: str, hops: int, rng: random.Random, possessive: bool = False) -> Task:
+def draw_task(
+    world: World, family: str, hops: int, rng: random.Random, possessive: bool = False
+) -> Task:
     """One random task of a family; `hops` counts pages to visit on the way (compute: 1, for each of two operands)."""
     if family in FAMILIES and (family, hops) != ("compute", 1):
         return draw_deep(world, family, hops, rng, possessive)
@@ -170,7 +257,9 @@ def draw_task(world: World, family: str, hops: int, rng: random.Random, possessi
         second = world.random_entity(type, rng)
         while second == first:
             second = world.random_entity(type, rng)
-        relation = next(r for r, kind, where in RELATIONS[type] if kind == "number" and where == "lead")
+        relation = next(
+            r for r, kind, where in RELATIONS[type] if kind == "number" and where == "lead"
+        )
         operation = rng.choice(list(OPERATIONS))
         a, b = (int(world.entity(i).facts[relation]) for i in (first, second))
         phrases = [noun_phrase(world.name(i), [relation], possessive) for i in (first, second)]
@@ -185,11 +274,21 @@ def draw_task(world: World, family: str, hops: int, rng: random.Random, possessi
         answer_type = "number" if answer.isdigit() else "name"
     question = rng.choice(FRAMES[world.split]).format(np=phrase)
     question = question[0].upper() + question[1:]
-    return Task(id=hashlib.sha256(f"{world.seed} {question}".encode()).hexdigest()[:12], question=question, answer=answer,
-                answer_type=answer_type, family=family, split=world.split, hops=hops,
-                evidence=[world.url(i) for i in passed],
-                meta={"template": "possessive" if possessive else "of", "relations": chain,
-                      "world": world.description()})
+    return Task(
+        id=hashlib.sha256(f"{world.seed} {question}".encode()).hexdigest()[:12],
+        question=question,
+        answer=answer,
+        answer_type=answer_type,
+        family=family,
+        split=world.split,
+        hops=hops,
+        evidence=[world.url(i) for i in passed],
+        meta={
+            "template": "possessive" if possessive else "of",
+            "relations": chain,
+            "world": world.description(),
+        },
+    )
 
 
 def draw_deep(world: World, family: str, level: int, rng: random.Random, held_out: bool) -> Task:
@@ -199,10 +298,21 @@ def draw_deep(world: World, family: str, level: int, rng: random.Random, held_ou
     wording = wordings[-1] if held_out else rng.choice(wordings[:-1] or wordings)
     question = rng.choice(FRAMES[world.split]).format(np=wording.format(**draft.slots))
     question = question[0].upper() + question[1:] + draft.suffix
-    return Task(id=hashlib.sha256(f"{world.seed} {question}".encode()).hexdigest()[:12], question=question, answer=draft.answer,
-                answer_type=draft.answer_type, family=family, split=world.split, hops=level,
-                evidence=[f"http://{world.host}/{path}" for path in draft.paths],
-                meta={"template": draft.form + (" held out" if held_out and len(wordings) > 1 else ""), "level": level, "world": world.description()})
+    return Task(
+        id=hashlib.sha256(f"{world.seed} {question}".encode()).hexdigest()[:12],
+        question=question,
+        answer=draft.answer,
+        answer_type=draft.answer_type,
+        family=family,
+        split=world.split,
+        hops=level,
+        evidence=[f"http://{world.host}/{path}" for path in draft.paths],
+        meta={
+            "template": draft.form + (" held out" if held_out and len(wordings) > 1 else ""),
+            "level": level,
+            "world": world.description(),
+        },
+    )
 
 
 def form_of(task: Task) -> str:
@@ -214,7 +324,9 @@ def form_of(task: Task) -> str:
 SHIPPED_STAGES = ("solver", "unique", "leak", "snippet", "repeat")
 
 
-def make_tasks(world: World, folder: Path | str, number: int, seed: int, families=(), forms=(), funnel=None) -> tuple:
+def make_tasks(
+    world: World, folder: Path | str, number: int, seed: int, families=(), forms=(), funnel=None
+) -> tuple:
     """Draw tasks until `number` have passed the funnel.
 
     Args:
@@ -237,30 +349,51 @@ def make_tasks(world: World, folder: Path | str, number: int, seed: int, familie
     funnel = funnel or Funnel(folder)
     shares = dict(DEEP_SHARES if world.kind == "deep" else SHARES[world.split])
     if families:
-        shares = {key: share for key, share in ((shares | DEEP_SHARES) if world.kind == "plain" and set(families) - {f for f, _ in shares} else shares).items()
-                  if key[0] in families}
-        missing = set(families) - {family for family, _ in shares} | (NEED_DEEP & set(families) if world.kind == "plain" else set())
+        shares = {
+            key: share
+            for key, share in (
+                (shares | DEEP_SHARES)
+                if world.kind == "plain" and set(families) - {f for f, _ in shares}
+                else shares
+            ).items()
+            if key[0] in families
+        }
+        missing = set(families) - {family for family, _ in shares} | (
+            NEED_DEEP & set(families) if world.kind == "plain" else set()
+        )
         if missing:
-            raise ValueError(f"this world has no tasks of the family {', '.join(sorted(missing))}: a deep one (data/world.py --kind deep) has "
-                             f"{', '.join(dict.fromkeys(family for family, _ in DEEP_SHARES))}")
+            raise ValueError(
+                f"this world has no tasks of the family {', '.join(sorted(missing))}: a deep one (data/world.py --kind deep) has "
+                f"{', '.join(dict.fromkeys(family for family, _ in DEEP_SHARES))}"
+            )
     if forms:
         trial = random.Random(0)
-        shares = {key: share for key, share in shares.items() if any(form_of(draw_task(world, *key, trial)) in forms for _ in range(50))}
+        shares = {
+            key: share
+            for key, share in shares.items()
+            if any(form_of(draw_task(world, *key, trial)) in forms for _ in range(50))
+        }
         if not shares:
-            raise ValueError(f"no task of these families has the form {', '.join(forms)}: forms are {', '.join(WORDINGS)}")
+            raise ValueError(
+                f"no task of these families has the form {', '.join(forms)}: forms are {', '.join(WORDINGS)}"
+            )
     shares = {key: share / sum(shares.values()) for key, share in shares.items()}
     rng = random.Random(f"tasks-{world.seed}-{world.split}-{seed}")
     tasks, drawn = [], Counter()
     while len(tasks) < number:
         # the family that lags furthest behind its share is drawn next
         family, hops = max(shares, key=lambda key: shares[key] - drawn[key] / (len(tasks) + 1))
-        possessive = rng.random() < {"train": 0.0, "dev": 0.0, "test": 0.25, "pretrain": 0.3}[world.split]
+        possessive = (
+            rng.random() < {"train": 0.0, "dev": 0.0, "test": 0.25, "pretrain": 0.3}[world.split]
+        )
         task = draw_task(world, family, hops, rng, possessive)
         if forms and form_of(task) not in forms:
             continue
         if not funnel.check(task):
             if len(funnel.rejects) > 20 * number + 1000:
-                raise ValueError(f"only {len(tasks)} of {number} tasks passed the funnel ({dict(funnel.counts)}): use a larger world")
+                raise ValueError(
+                    f"only {len(tasks)} of {number} tasks passed the funnel ({dict(funnel.counts)}): use a larger world"
+                )
             continue
         drawn[family, hops] += 1
         tasks.append(task)
@@ -268,9 +401,14 @@ def make_tasks(world: World, folder: Path | str, number: int, seed: int, familie
 
 
 # What ships in data/: world, number of tasks, forms (none: all). Walks of 30 steps are learned from the deep ones.
-SHIPPED = {"train": (World(1, 1000, "train"), 4000, ()), "dev": (World(2, 400, "dev"), 200, ()), "test": (World(3, 600, "test"), 500, ()),
-           "deep-train": (World(6, 3000, "train", "deep"), 240, ("list",)), "deep-dev": (World(7, 1500, "dev", "deep"), 60, ("list",)),
-           "deep-test": (World(8, 1500, "test", "deep"), 120, ("list",))}
+SHIPPED = {
+    "train": (World(1, 1000, "train"), 4000, ()),
+    "dev": (World(2, 400, "dev"), 200, ()),
+    "test": (World(3, 600, "test"), 500, ()),
+    "deep-train": (World(6, 3000, "train", "deep"), 240, ("list",)),
+    "deep-dev": (World(7, 1500, "dev", "deep"), 60, ("list",)),
+    "deep-test": (World(8, 1500, "test", "deep"), 120, ("list",)),
+}
 
 
 def world_folder(meta_world: dict) -> Path:
@@ -284,39 +422,76 @@ def world_folder(meta_world: dict) -> Path:
 
 def print_funnel(tasks: list[Task], funnel) -> None:
     print(f"drawn {len(tasks) + len(funnel.rejects)}\n{funnel.table()}\nkept {len(tasks)}")
-    for (family, grade), count in sorted(Counter((t.family, f"level {t.meta['level']}" if "level" in t.meta else f"hops {t.hops}") for t in tasks).items()):
+    for (family, grade), count in sorted(
+        Counter(
+            (t.family, f"level {t.meta['level']}" if "level" in t.meta else f"hops {t.hops}")
+            for t in tasks
+        ).items()
+    ):
         print(f"  {family:11s} {grade:8s} {count:5d}  {count / len(tasks):.0%}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Synthesise and check tasks over a world; prints the funnel.")
+    parser = argparse.ArgumentParser(
+        description="Synthesise and check tasks over a world; prints the funnel."
+    )
     parser.add_argument("--world", help="folder written by data/world.py")
     parser.add_argument("--out", help="task file to write (JSON lines)")
     parser.add_argument("--number", type=int, default=200, help="tasks to keep")
-    parser.add_argument("--families", nargs="*", default=[], choices=sorted({f for f, _ in DEEP_SHARES}),
-                        help="families to draw (default: lookup, browse, multihop and compute; all of them in a deep world)")
-    parser.add_argument("--forms", nargs="*", default=[], choices=sorted(WORDINGS), help="forms of question to draw (default: all)")
-    parser.add_argument("--rejects", help="file for what the funnel rejected, with stage and reason")
+    parser.add_argument(
+        "--families",
+        nargs="*",
+        default=[],
+        choices=sorted({f for f, _ in DEEP_SHARES}),
+        help="families to draw (default: lookup, browse, multihop and compute; all of them in a deep world)",
+    )
+    parser.add_argument(
+        "--forms",
+        nargs="*",
+        default=[],
+        choices=sorted(WORDINGS),
+        help="forms of question to draw (default: all)",
+    )
+    parser.add_argument(
+        "--rejects", help="file for what the funnel rejected, with stage and reason"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides every draw")
-    parser.add_argument("--shipped", action="store_true", help="rebuild data/train.jsonl, dev.jsonl, test.jsonl and the deep ones")
+    parser.add_argument(
+        "--shipped",
+        action="store_true",
+        help="rebuild data/train.jsonl, dev.jsonl, test.jsonl and the deep ones",
+    )
     args = parser.parse_args()
     if not args.shipped and not (args.world and args.out):
         parser.error("give --world DIR and --out FILE, or --shipped")
     from data.validate import Funnel
+
     try:
         if args.shipped:
             for name, (world, number, forms) in SHIPPED.items():
                 folder = world_folder(world.description())
                 funnel = Funnel(folder, SHIPPED_STAGES) if world.kind == "plain" else None
-                tasks, funnel = make_tasks(world, folder, number, args.seed, forms=forms, funnel=funnel)
+                tasks, funnel = make_tasks(
+                    world, folder, number, args.seed, forms=forms, funnel=funnel
+                )
                 save_tasks(tasks, DATA / f"{name}.jsonl")
                 print(f"--- {name}")
                 print_funnel(tasks, funnel)
         else:
-            tasks, funnel = make_tasks(load_world(args.world), args.world, args.number, args.seed, args.families, args.forms)
+            tasks, funnel = make_tasks(
+                load_world(args.world),
+                args.world,
+                args.number,
+                args.seed,
+                args.families,
+                args.forms,
+            )
             save_tasks(tasks, args.out)
             if args.rejects:
-                Path(args.rejects).write_text("".join(json.dumps(reject) + "\n" for reject in funnel.rejects), encoding="utf-8")
+                Path(args.rejects).write_text(
+                    "".join(json.dumps(reject) + "\n" for reject in funnel.rejects),
+                    encoding="utf-8",
+                )
             print_funnel(tasks, funnel)
     except (OSError, ValueError) as error:
         sys.exit(f"data/tasks.py: {error}")

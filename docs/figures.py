@@ -22,7 +22,10 @@ GAMMA = 0.95
 
 
 def lines_of(run: str, name: str) -> list[dict]:
-    return [json.loads(line) for line in (DOCS / "results" / run / f"{name}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (DOCS / "results" / run / f"{name}.jsonl").read_text().splitlines()
+    ]
 
 
 def test_of(run: str) -> dict:
@@ -30,7 +33,9 @@ def test_of(run: str) -> dict:
 
 
 def runs(prefix: str) -> list[str]:
-    return sorted(folder.name for folder in (DOCS / "results").iterdir() if folder.name.startswith(prefix))
+    return sorted(
+        folder.name for folder in (DOCS / "results").iterdir() if folder.name.startswith(prefix)
+    )
 
 
 def draw_learning() -> None:
@@ -38,10 +43,19 @@ def draw_learning() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     metrics = [lines_of(run, "metrics") for run in runs("seed")]
     steps = [m["step"] for m in metrics[0]]
-    for axis, key, title in ((axes[0], "pass_rate", "Pass@1"), (axes[1], "turns", "turns a trajectory"), (axes[2], "entropy", "entropy, nats a token")):
+    for axis, key, title in (
+        (axes[0], "pass_rate", "Pass@1"),
+        (axes[1], "turns", "turns a trajectory"),
+        (axes[2], "entropy", "entropy, nats a token"),
+    ):
         curves = np.array([[m[key] for m in run] for run in metrics])  # (seeds, steps)
         axis.plot(steps, curves.T, color="tab:blue", alpha=0.25, linewidth=1)
-        axis.plot(steps, curves.mean(0), color="tab:blue", label=f"training tasks, mean of {len(curves)} seeds")
+        axis.plot(
+            steps,
+            curves.mean(0),
+            color="tab:blue",
+            label=f"training tasks, mean of {len(curves)} seeds",
+        )
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -54,9 +68,19 @@ def draw_learning() -> None:
                     points.setdefault(evaluation["step"], []).append(evaluation["pass@1"])
         x = sorted(points)
         y = [float(np.mean(points[step])) for step in x]
-        spread = [[v - min(points[s]) for s, v in zip(x, y)], [max(points[s]) - v for s, v in zip(x, y)]]
-        axes[0].errorbar([s + offset for s in x], y, yerr=spread, fmt="o-" if split == "dev" else "s", color=colour, capsize=3,
-                         label=f"held-out {split} tasks, lowest to highest seed")
+        spread = [
+            [v - min(points[s]) for s, v in zip(x, y)],
+            [max(points[s]) - v for s, v in zip(x, y)],
+        ]
+        axes[0].errorbar(
+            [s + offset for s in x],
+            y,
+            yerr=spread,
+            fmt="o-" if split == "dev" else "s",
+            color=colour,
+            capsize=3,
+            label=f"held-out {split} tasks, lowest to highest seed",
+        )
     axes[0].set_ylim(0, 1)
     axes[0].legend(fontsize=7, loc="lower right")
     figure.savefig(DOCS / "learning.png", dpi=110)
@@ -66,7 +90,10 @@ def draw_learning() -> None:
 def draw_gamma() -> None:
     """Decay makes correct trajectories shorter: steps of correct test trajectories and Pass@1, a dot a seed."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for axis, key, title in ((axes[0], "steps_mean_correct", "steps of correct trajectories"), (axes[1], "pass@1", "held-out Pass@1")):
+    for axis, key, title in (
+        (axes[0], "steps_mean_correct", "steps of correct trajectories"),
+        (axes[1], "pass@1", "held-out Pass@1"),
+    ):
         for x, gamma in enumerate(("1.0", "0.9")):
             values = [test_of(run)[key] for run in runs(f"gamma{gamma}")]
             axis.bar(x, np.mean(values), width=0.5, color=["tab:gray", "tab:blue"][x], alpha=0.5)
@@ -81,25 +108,46 @@ def draw_gamma() -> None:
 def draw_trajectory() -> None:
     """One trajectory as training sees it: what the policy sampled (in the loss, with its step's reward) and what it only read."""
     record = json.loads((DOCS / "results" / "trajectory.json").read_text())
-    pieces = re.split(r"(?<=<\|im_start\|>assistant\n)|(?<=<\|im_end\|>)", record["text"])  # prompt, action, observation, action, …
+    pieces = re.split(
+        r"(?<=<\|im_start\|>assistant\n)|(?<=<\|im_end\|>)", record["text"]
+    )  # prompt, action, observation, action, …
     pieces = [piece for piece in pieces if piece.strip()]
-    sampled = [index > 0 and pieces[index - 1].endswith("assistant\n") for index in range(len(pieces))]
+    sampled = [
+        index > 0 and pieces[index - 1].endswith("assistant\n") for index in range(len(pieces))
+    ]
     T, turn, rows = sum(sampled), 0, []
     for piece, ours in zip(pieces, sampled):
         turn += ours
         note = f"step {turn}: {GAMMA ** (T - turn):.3f}" if ours else ""
-        for number, line in enumerate(line for text in piece.strip().split("\n") for line in textwrap.wrap(text, 118) or [""]):
+        for number, line in enumerate(
+            line for text in piece.strip().split("\n") for line in textwrap.wrap(text, 118) or [""]
+        ):
             rows.append((line, ours, note if number == 0 else ""))
     figure = plt.figure(figsize=(11, 0.19 * len(rows) + 0.5))
     axis = figure.add_axes([0, 0, 1, 1])
     axis.set_axis_off()
     axis.set_xlim(0, 1)
     axis.set_ylim(len(rows) + 0.4, -1.6)
-    axis.text(0.01, -0.7, "blue: sampled by the policy, in the loss, with the reward of its step (gamma 0.95)   |   grey: prompt and tool results, no loss", fontsize=9)
+    axis.text(
+        0.01,
+        -0.7,
+        "blue: sampled by the policy, in the loss, with the reward of its step (gamma 0.95)   |   grey: prompt and tool results, no loss",
+        fontsize=9,
+    )
     for y, (line, ours, note) in enumerate(rows):
         if ours:
-            axis.axhspan(y - 0.5, y + 0.5, xmin=0.005, xmax=0.9, color="tab:blue", alpha=0.22, linewidth=0)
-        axis.text(0.01, y, line.replace("$", r"\$"), family="monospace", fontsize=7.5, color="black" if ours else "dimgray", va="center")
+            axis.axhspan(
+                y - 0.5, y + 0.5, xmin=0.005, xmax=0.9, color="tab:blue", alpha=0.22, linewidth=0
+            )
+        axis.text(
+            0.01,
+            y,
+            line.replace("$", r"\$"),
+            family="monospace",
+            fontsize=7.5,
+            color="black" if ours else "dimgray",
+            va="center",
+        )
         axis.text(0.91, y, note, fontsize=8, color="tab:blue", va="center")
     figure.savefig(DOCS / "trajectory.png", dpi=110)
     plt.close(figure)
@@ -108,19 +156,46 @@ def draw_trajectory() -> None:
 def draw_partial() -> None:
     """Learning with parked trajectories beside learning in sync: held-out Pass@1, age of the tokens, tokens that were trained on."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    modes = [("sync", "--rollout sync", "tab:gray"), ("mask", "--partial --stale mask", "tab:blue"), ("is", "--partial --stale is", "tab:green")]
+    modes = [
+        ("sync", "--rollout sync", "tab:gray"),
+        ("mask", "--partial --stale mask", "tab:blue"),
+        ("is", "--partial --stale is", "tab:green"),
+    ]
     for offset, (mode, label, colour) in enumerate(modes):
         curves = []
         for run in runs(f"partial-{mode}-seed"):
-            evaluations = [e for e in lines_of(run, "evaluations") if e["split"] == "test" or e["step"] not in (0, 30)]
+            evaluations = [
+                e
+                for e in lines_of(run, "evaluations")
+                if e["split"] == "test" or e["step"] not in (0, 30)
+            ]
             curves.append([e["pass@1"] for e in sorted(evaluations, key=lambda e: e["step"])])
         curves, x = np.array(curves), np.array(sorted({e["step"] for e in evaluations}))
-        axes[0].errorbar(x + 0.4 * offset, curves.mean(0), yerr=[curves.mean(0) - curves.min(0), curves.max(0) - curves.mean(0)], fmt="o-", capsize=3,
-                         color=colour, label=label)
+        axes[0].errorbar(
+            x + 0.4 * offset,
+            curves.mean(0),
+            yerr=[curves.mean(0) - curves.min(0), curves.max(0) - curves.mean(0)],
+            fmt="o-",
+            capsize=3,
+            color=colour,
+            label=label,
+        )
         metrics = [lines_of(run, "metrics") for run in runs(f"partial-{mode}-seed")]
         for axis, key in ((axes[1], "stale_share"), (axes[2], "trained_share")):
-            axis.plot([m["step"] for m in metrics[0]], np.mean([[m[key] for m in run] for run in metrics], axis=0), color=colour, label=label)
-    for axis, title in zip(axes, ("held-out Pass@1, lowest to highest seed", "tokens sampled by older weights", "sampled tokens in the loss")):
+            axis.plot(
+                [m["step"] for m in metrics[0]],
+                np.mean([[m[key] for m in run] for run in metrics], axis=0),
+                color=colour,
+                label=label,
+            )
+    for axis, title in zip(
+        axes,
+        (
+            "held-out Pass@1, lowest to highest seed",
+            "tokens sampled by older weights",
+            "sampled tokens in the loss",
+        ),
+    ):
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.set_ylim(0, 1)
@@ -133,21 +208,43 @@ def draw_partial() -> None:
 def draw_deep() -> None:
     """Context managers on walks of thirty pages: training Pass@1 and turns over steps, held-out Pass@1 before and after."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    kinds = [("none", "--context none", "tab:gray"), ("elide", "--context elide", "tab:orange"),
-             ("stubs", "--context elide, its own base", "tab:red"), ("summarize", "--context summarize", "tab:blue")]
+    kinds = [
+        ("none", "--context none", "tab:gray"),
+        ("elide", "--context elide", "tab:orange"),
+        ("stubs", "--context elide, its own base", "tab:red"),
+        ("summarize", "--context summarize", "tab:blue"),
+    ]
     for number, (kind, label, colour) in enumerate(kinds):
         trained = runs(f"deep-{kind}-seed")
         metrics = [lines_of(run, "metrics") for run in trained]
         for axis, key in ((axes[0], "pass_rate"), (axes[1], "turns")):
             curves = np.array([[m[key] for m in run] for run in metrics])  # (seeds, steps)
-            axis.plot([m["step"] for m in metrics[0]], curves.T, color=colour, alpha=0.25, linewidth=1)
+            axis.plot(
+                [m["step"] for m in metrics[0]], curves.T, color=colour, alpha=0.25, linewidth=1
+            )
             axis.plot([m["step"] for m in metrics[0]], curves.mean(0), color=colour, label=label)
         for k, test in enumerate(map(test_of, [f"deep-base-{kind}", *trained])):
             low, high = test["pass@1_ci"]
-            axes[2].bar(number + 0.2 * k, test["pass@1"], 0.18, color=colour, alpha=0.35 if k == 0 else 0.9)
-            axes[2].errorbar(number + 0.2 * k, test["pass@1"], yerr=[[test["pass@1"] - low], [high - test["pass@1"]]], color="black", capsize=2, linewidth=1)
+            axes[2].bar(
+                number + 0.2 * k, test["pass@1"], 0.18, color=colour, alpha=0.35 if k == 0 else 0.9
+            )
+            axes[2].errorbar(
+                number + 0.2 * k,
+                test["pass@1"],
+                yerr=[[test["pass@1"] - low], [high - test["pass@1"]]],
+                color="black",
+                capsize=2,
+                linewidth=1,
+            )
     axes[2].set_xticks([0.3, 1.3, 2.3, 3.3], ["none", "elide", "elide,\nits own base", "summarize"])
-    for axis, title in zip(axes, ("Pass@1 on training tasks", "turns a trajectory", "held-out Pass@1: base (pale), seeds 0, 1, 2")):
+    for axis, title in zip(
+        axes,
+        (
+            "Pass@1 on training tasks",
+            "turns a trajectory",
+            "held-out Pass@1: base (pale), seeds 0, 1, 2",
+        ),
+    ):
         axis.set_title(title, fontsize=11)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

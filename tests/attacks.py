@@ -49,39 +49,93 @@ ATTACKS = {
     # ---- ordinary work must go on
     "compute": ("sum(range(10))", "^45$"),
     "state": ("x = 5\nassert x == 5\nprint('said'); x", "^said\n5$"),
-    "threads": ("import threading\nt = [threading.Thread(target=print, args=('hi',)) for _ in range(4)]\n[a.start() for a in t]; [a.join() for a in t]; 'end'", "(hi\n+){4}'end'"),
-    "own file": ("open('a.txt', 'w').write('text'); os.mkdir('d'); os.rename('a.txt', 'd/b.txt'); open('d/b.txt').read()", "^'text'$"),
-    "temporary file": ("import tempfile\nf = tempfile.NamedTemporaryFile('w+'); f.write('ok'); f.seek(0); f.read()", "^'ok'$"),
-    "asyncio": ("import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    return 7\nasyncio.run(f())", "^7$"),
+    "threads": (
+        "import threading\nt = [threading.Thread(target=print, args=('hi',)) for _ in range(4)]\n[a.start() for a in t]; [a.join() for a in t]; 'end'",
+        "(hi\n+){4}'end'",
+    ),
+    "own file": (
+        "open('a.txt', 'w').write('text'); os.mkdir('d'); os.rename('a.txt', 'd/b.txt'); open('d/b.txt').read()",
+        "^'text'$",
+    ),
+    "temporary file": (
+        "import tempfile\nf = tempfile.NamedTemporaryFile('w+'); f.write('ok'); f.seek(0); f.read()",
+        "^'ok'$",
+    ),
+    "asyncio": (
+        "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    return 7\nasyncio.run(f())",
+        "^7$",
+    ),
     # ---- time, memory, output, descriptors
     "infinite loop": ("while True: pass", "^timeout"),
     "sleep": ("time.sleep(60)", "^timeout"),
-    "signals ignored": ("import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass", "^timeout"),
-    "except everything": ("while True:\n    try:\n        while True: time.sleep(1)\n    except BaseException: pass", "^timeout"),
+    "signals ignored": (
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+        "^timeout",
+    ),
+    "except everything": (
+        "while True:\n    try:\n        while True: time.sleep(1)\n    except BaseException: pass",
+        "^timeout",
+    ),
     "regular expression": ("import re\nre.match('(a+)+b', 'a' * 60)", "^timeout"),
     "recursion": ("def f(): return f()\nf()", "RecursionError"),
-    "recursion without limit": ("sys.setrecursionlimit(10**9)\ndef f(): return f()\nf()", "^timeout|died|Error"),
+    "recursion without limit": (
+        "sys.setrecursionlimit(10**9)\ndef f(): return f()\nf()",
+        "^timeout|died|Error",
+    ),
     "memory bomb": ("b = []\nwhile True: b.append(bytearray(10 << 20))", "MemoryError|died"),
     "giant integer": ("len(bytes(10**10))", "MemoryError"),
     "print forever": ("while True: print('x' * 1000)", "more than 1000000 bytes of output"),
-    "os.write forever": ("while True: os.write(1, b'x' * 65536)", "more than 1000000 bytes of output"),
+    "os.write forever": (
+        "while True: os.write(1, b'x' * 65536)",
+        "more than 1000000 bytes of output",
+    ),
     "print 300 MB": ("print('x' * (300 << 20))", "more than 1000000 bytes of output|MemoryError"),
-    "descriptor bomb": ("n = 0\ntry:\n    while True: open('/dev/null'); f = os.dup(1); n += 1\nexcept OSError as e: print(e)\nprint('BREACH' if n >= 64 else 'stopped')", "stopped"),
-    "file of 400 MB": ("f = open('big', 'wb')\nfor _ in range(40): f.write(bytes(10 << 20))\nprint('BREACH')", "File too large|died"),
-    "60 files of 10 MB": ("for i in range(60): open(f'f{i}', 'wb').write(bytes(10 << 20))\ntime.sleep(0.6); print('BREACH')", "MiB in files"),
+    "descriptor bomb": (
+        "n = 0\ntry:\n    while True: open('/dev/null'); f = os.dup(1); n += 1\nexcept OSError as e: print(e)\nprint('BREACH' if n >= 64 else 'stopped')",
+        "stopped",
+    ),
+    "file of 400 MB": (
+        "f = open('big', 'wb')\nfor _ in range(40): f.write(bytes(10 << 20))\nprint('BREACH')",
+        "File too large|died",
+    ),
+    "60 files of 10 MB": (
+        "for i in range(60): open(f'f{i}', 'wb').write(bytes(10 << 20))\ntime.sleep(0.6); print('BREACH')",
+        "MiB in files",
+    ),
     "5,000 files": ("for i in range(5_000): open(f'f{i}', 'w')", "MiB in files"),
-    "deep folders": ("for i in range(1100): os.mkdir('d'); os.chdir('d')", "MiB in files|OSError|no output"),
+    "deep folders": (
+        "for i in range(1100): os.mkdir('d'); os.chdir('d')",
+        "MiB in files|OSError|no output",
+    ),
     # ---- processes
     "fork": ("denied(lambda: os.fork() or os._exit(0))", DENIED),
-    "fork by ctypes": ("pid = libc.fork()\nif pid == 0: os._exit(0)\nprint('BREACH' if pid > 0 else 'PermissionError')", DENIED),
-    "vfork, clone, clone3": ("for n, a in ((58, ()), (56, (17, 0, 0, 0, 0)), (435, (bytes(88), 88)), (57, ())):\n    try: pid = syscall(n, *a)\n    except OSError as e: print('OSError', e); continue\n    if pid == 0: os._exit(0)\n    print('BREACH')", DENIED),
+    "fork by ctypes": (
+        "pid = libc.fork()\nif pid == 0: os._exit(0)\nprint('BREACH' if pid > 0 else 'PermissionError')",
+        DENIED,
+    ),
+    "vfork, clone, clone3": (
+        "for n, a in ((58, ()), (56, (17, 0, 0, 0, 0)), (435, (bytes(88), 88)), (57, ())):\n    try: pid = syscall(n, *a)\n    except OSError as e: print('OSError', e); continue\n    if pid == 0: os._exit(0)\n    print('BREACH')",
+        DENIED,
+    ),
     "subprocess": ("import subprocess\ndenied(lambda: subprocess.run(['/bin/true']))", DENIED),
     "os.system": ("print('BREACH' if os.system('true') == 0 else 'OSError')", DENIED),
     "exec": ("denied(lambda: os.execv('/bin/true', ['true']))", DENIED),
-    "multiprocessing": ("import multiprocessing\ndenied(lambda: multiprocessing.get_context('fork').Process(target=print).start())", DENIED),
-    "thread bomb": ("import threading\nn = 0\ntry:\n    while n < 5000: threading.Thread(target=time.sleep, args=(9,), daemon=True).start(); n += 1\nexcept (RuntimeError, MemoryError): pass\nprint('BREACH' if n >= 2000 else f'stopped')", "stopped|died"),
-    "daemon": ("if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        open('/proc/self/comm', 'w').write('nanoattack'); time.sleep(20)\n    os._exit(0)\ntime.sleep(0.3)", DENIED),
-    "daemon by ctypes": ("if libc.fork() == 0:\n    libc.setsid()\n    if libc.fork() == 0:\n        libc.prctl(15, b'nanoattack', 0, 0, 0); time.sleep(20)\n    os._exit(0)\ntime.sleep(0.3)", ""),
+    "multiprocessing": (
+        "import multiprocessing\ndenied(lambda: multiprocessing.get_context('fork').Process(target=print).start())",
+        DENIED,
+    ),
+    "thread bomb": (
+        "import threading\nn = 0\ntry:\n    while n < 5000: threading.Thread(target=time.sleep, args=(9,), daemon=True).start(); n += 1\nexcept (RuntimeError, MemoryError): pass\nprint('BREACH' if n >= 2000 else f'stopped')",
+        "stopped|died",
+    ),
+    "daemon": (
+        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        open('/proc/self/comm', 'w').write('nanoattack'); time.sleep(20)\n    os._exit(0)\ntime.sleep(0.3)",
+        DENIED,
+    ),
+    "daemon by ctypes": (
+        "if libc.fork() == 0:\n    libc.setsid()\n    if libc.fork() == 0:\n        libc.prctl(15, b'nanoattack', 0, 0, 0); time.sleep(20)\n    os._exit(0)\ntime.sleep(0.3)",
+        "",
+    ),
     "setsid": ("denied(os.setsid)", DENIED),
     "setpgid": ("denied(lambda: syscall(109, 0, 0))", DENIED),
     "signal to the parent": ("denied(lambda: os.kill(PARENT, 0))", DENIED),
@@ -92,20 +146,44 @@ ATTACKS = {
     "kill by pidfd": ("denied(lambda: syscall(424, syscall(434, DECOY, 0), 9, None, 0))", DENIED),
     "kill everything": ("denied(lambda: os.kill(-1, 0))", DENIED),
     "kill a group": ("denied(lambda: os.killpg(os.getpgid(PARENT), 0))", DENIED),
-    "prlimit of another": ("import resource\ndenied(lambda: resource.prlimit(DECOY, resource.RLIMIT_NOFILE, (3, 3)))", DENIED),
-    "raise own limits": ("import resource\ndenied(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100000, 100000)))", "ValueError"),
+    "prlimit of another": (
+        "import resource\ndenied(lambda: resource.prlimit(DECOY, resource.RLIMIT_NOFILE, (3, 3)))",
+        DENIED,
+    ),
+    "raise own limits": (
+        "import resource\ndenied(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100000, 100000)))",
+        "ValueError",
+    ),
     "ptrace": ("denied(lambda: syscall(101, 16, DECOY, 0, 0))", DENIED),
-    "read memory of another": ("b = ctypes.create_string_buffer(16)\ndenied(lambda: syscall(310, DECOY, b, 1, b, 1, 0))", DENIED),
-    "environment of the parent": ("denied(lambda: open(f'/proc/{PARENT}/environ').read(20))", DENIED),
+    "read memory of another": (
+        "b = ctypes.create_string_buffer(16)\ndenied(lambda: syscall(310, DECOY, b, 1, b, 1, 0))",
+        DENIED,
+    ),
+    "environment of the parent": (
+        "denied(lambda: open(f'/proc/{PARENT}/environ').read(20))",
+        DENIED,
+    ),
     "memory of the parent": ("denied(lambda: open(f'/proc/{PARENT}/mem', 'rb'))", DENIED),
     "descriptors of the parent": ("denied(lambda: os.listdir(f'/proc/{PARENT}/fd'))", DENIED),
     "priority of another": ("denied(lambda: os.setpriority(os.PRIO_PROCESS, DECOY, 19))", DENIED),
     "scheduler": ("denied(lambda: os.sched_setaffinity(DECOY, {0}))", DENIED),
-    "keep alive": ("result = libc.prctl(1, 0, 0, 0, 0)\nprint('BREACH' if result == 0 else 'OSError')", DENIED),
+    "keep alive": (
+        "result = libc.prctl(1, 0, 0, 0, 0)\nprint('BREACH' if result == 0 else 'OSError')",
+        DENIED,
+    ),
     # ---- secrets
-    "own environment": ("print('BREACH' if 'NANO_API_KEY' in os.environ else sorted(os.environ)[0])", "HOME|LANG|LC_"),
-    "own environment by /proc": ("denied(lambda: [x for x in open('/proc/self/environ').read().split('\\0') if 'NANO_API_KEY' in x][0])", DENIED + "|IndexError"),
-    "inherited descriptor": ("denied(lambda: [os.pread(fd, 9, 0) for fd in range(3, 64) if not os.get_blocking(fd) or True and os.fstat(fd).st_ino == INODE][0])", DENIED + "|IndexError|Bad file"),
+    "own environment": (
+        "print('BREACH' if 'NANO_API_KEY' in os.environ else sorted(os.environ)[0])",
+        "HOME|LANG|LC_",
+    ),
+    "own environment by /proc": (
+        "denied(lambda: [x for x in open('/proc/self/environ').read().split('\\0') if 'NANO_API_KEY' in x][0])",
+        DENIED + "|IndexError",
+    ),
+    "inherited descriptor": (
+        "denied(lambda: [os.pread(fd, 9, 0) for fd in range(3, 64) if not os.get_blocking(fd) or True and os.fstat(fd).st_ino == INODE][0])",
+        DENIED + "|IndexError|Bad file",
+    ),
     "read a file": ("denied(lambda: open(SECRET).read())", DENIED),
     "read through ..": ("denied(lambda: open('../' * 12 + SECRET).read())", DENIED),
     "read /etc/shadow": ("denied(lambda: open('/etc/shadow').read())", DENIED),
@@ -114,31 +192,55 @@ ATTACKS = {
     "read the answers": ("denied(lambda: open(REPOSITORY + '/data/test.jsonl').read(5))", DENIED),
     "read by symlink": ("denied(lambda: os.symlink(SECRET, 'l') or open('l').read())", DENIED),
     "read by hard link": ("denied(lambda: os.link(SECRET, 'h') or open('h').read())", DENIED),
-    "open by handle": ("b = ctypes.create_string_buffer(struct_size := 136); b[0] = 128\nm = ctypes.c_int()\ndenied(lambda: syscall(303, -100, SECRET.encode(), b, ctypes.byref(m), 0))", DENIED),
-    "open by openat2": ("denied(lambda: syscall(437, -100, SECRET.encode(), bytes(24), 24))", DENIED),
-    "core file": ("import resource\nprint('BREACH' if resource.getrlimit(resource.RLIMIT_CORE)[1] else 'none')", "none"),
+    "open by handle": (
+        "b = ctypes.create_string_buffer(struct_size := 136); b[0] = 128\nm = ctypes.c_int()\ndenied(lambda: syscall(303, -100, SECRET.encode(), b, ctypes.byref(m), 0))",
+        DENIED,
+    ),
+    "open by openat2": (
+        "denied(lambda: syscall(437, -100, SECRET.encode(), bytes(24), 24))",
+        DENIED,
+    ),
+    "core file": (
+        "import resource\nprint('BREACH' if resource.getrlimit(resource.RLIMIT_CORE)[1] else 'none')",
+        "none",
+    ),
     # ---- changes outside
     "write outside": ("denied(lambda: open(VICTIMS + '/new', 'w'))", DENIED),
     "write to the home folder": ("denied(lambda: open(HOME + '/nano-attack', 'w'))", DENIED),
-    "write to site-packages": ("import sysconfig\ndenied(lambda: open(sysconfig.get_path('purelib') + '/nano_attack.py', 'w'))", DENIED),
+    "write to site-packages": (
+        "import sysconfig\ndenied(lambda: open(sysconfig.get_path('purelib') + '/nano_attack.py', 'w'))",
+        DENIED,
+    ),
     "write to /dev/shm": ("denied(lambda: open('/dev/shm/nano-attack', 'w'))", DENIED),
     "append": ("denied(lambda: open(VICTIMS + '/append', 'a').write('x'))", DENIED),
     "truncate": ("denied(lambda: os.truncate(VICTIMS + '/truncate', 0))", DENIED),
     "delete": ("denied(lambda: os.remove(VICTIMS + '/delete'))", DENIED),
     "rename": ("denied(lambda: os.rename(VICTIMS + '/rename', VICTIMS + '/renamed'))", DENIED),
-    "move out": ("open('x', 'w').write('x')\ndenied(lambda: os.rename('x', VICTIMS + '/moved'))", DENIED),
+    "move out": (
+        "open('x', 'w').write('x')\ndenied(lambda: os.rename('x', VICTIMS + '/moved'))",
+        DENIED,
+    ),
     "make a folder": ("denied(lambda: os.mkdir(VICTIMS + '/folder'))", DENIED),
     "chmod": ("denied(lambda: os.chmod(VICTIMS + '/chmod', 0o777))", DENIED),
-    "chmod by fchmodat2": ("denied(lambda: syscall(452, -100, (VICTIMS + '/chmod').encode(), 0o777, 0))", DENIED),
+    "chmod by fchmodat2": (
+        "denied(lambda: syscall(452, -100, (VICTIMS + '/chmod').encode(), 0o777, 0))",
+        DENIED,
+    ),
     "chown": ("denied(lambda: os.chown(VICTIMS + '/chown', os.getuid(), os.getgid()))", DENIED),
     "times": ("denied(lambda: os.utime(VICTIMS + '/times', (0, 0)))", DENIED),
     "attributes": ("denied(lambda: os.setxattr(VICTIMS + '/xattr', 'user.x', b'1'))", DENIED),
     "setuid file": ("open('s', 'w'); denied(lambda: os.chmod('s', 0o4777))", DENIED),
     "device file": ("denied(lambda: os.mknod('dev', 0o20666, os.makedev(1, 1)))", DENIED),
-    "watch a folder": ("denied(lambda: libc.inotify_add_watch(syscall(294, 0), VICTIMS.encode(), 0xfff))", DENIED),
+    "watch a folder": (
+        "denied(lambda: libc.inotify_add_watch(syscall(294, 0), VICTIMS.encode(), 0xfff))",
+        DENIED,
+    ),
     # ---- privileges and kernel surface
     "become root": ("denied(lambda: os.setuid(0) if os.getuid() else 1)", DENIED),
-    "capabilities": ("b = (ctypes.c_uint32 * 6)()\nlibc.capget(bytes([0x22, 5, 8, 0x20, 0, 0, 0, 0]), b)\nprint('BREACH' if b[1] & ~4 else 'few')", "few"),
+    "capabilities": (
+        "b = (ctypes.c_uint32 * 6)()\nlibc.capget(bytes([0x22, 5, 8, 0x20, 0, 0, 0, 0]), b)\nprint('BREACH' if b[1] & ~4 else 'few')",
+        "few",
+    ),
     "user namespace": ("denied(lambda: syscall(272, 0x10000000))", DENIED),
     "enter a namespace": ("denied(lambda: syscall(308, 1, 0))", DENIED),
     "chroot": ("denied(lambda: os.chroot('.'))", DENIED),
@@ -149,19 +251,37 @@ ATTACKS = {
     "message queue": ("denied(lambda: syscall(68, 0x6e616e6f, 0o1600))", DENIED),
     "keyring": ("denied(lambda: syscall(250, 0, -4, 1))", DENIED),
     "bpf": ("denied(lambda: syscall(321, 0, ctypes.create_string_buffer(120), 120))", DENIED),
-    "perf": ("denied(lambda: syscall(298, ctypes.create_string_buffer(120), 0, -1, -1, 0))", DENIED),
+    "perf": (
+        "denied(lambda: syscall(298, ctypes.create_string_buffer(120), 0, -1, -1, 0))",
+        DENIED,
+    ),
     "userfaultfd": ("denied(lambda: syscall(323, 1))", DENIED),
     "x32 system call": ("denied(lambda: syscall(0x40000000 | 39))", DENIED),
     # ---- network
-    "loopback": ("denied(lambda: __import__('urllib.request').request.urlopen(f'http://127.0.0.1:{PORT}/search?q=answer').read())", DENIED + "|URLError"),
+    "loopback": (
+        "denied(lambda: __import__('urllib.request').request.urlopen(f'http://127.0.0.1:{PORT}/search?q=answer').read())",
+        DENIED + "|URLError",
+    ),
     "socket by ctypes": ("denied(lambda: syscall(41, 2, 1, 0))", DENIED),
-    "UDP": ("denied(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT)))", DENIED),
+    "UDP": (
+        "denied(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT)))",
+        DENIED,
+    ),
     "listen": ("s = None\ndenied(lambda: socket.create_server(('127.0.0.1', 0)))", DENIED),
     "unix socket": ("denied(lambda: socket.socket(socket.AF_UNIX).connect(UNIX))", DENIED),
-    "abstract unix socket": ("denied(lambda: socket.socket(socket.AF_UNIX).connect('\\0nano-attack'))", DENIED + "|refused"),
+    "abstract unix socket": (
+        "denied(lambda: socket.socket(socket.AF_UNIX).connect('\\0nano-attack'))",
+        DENIED + "|refused",
+    ),
     "netlink": ("denied(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))", DENIED),
-    "datagram pair": ("denied(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', DATAGRAM))", DENIED),
-    "stream pair that connects": ("a, b = socket.socketpair(); b.close()\ndenied(lambda: a.connect(UNIX))", DENIED),
+    "datagram pair": (
+        "denied(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', DATAGRAM))",
+        DENIED,
+    ),
+    "stream pair that connects": (
+        "a, b = socket.socketpair(); b.close()\ndenied(lambda: a.connect(UNIX))",
+        DENIED,
+    ),
     # ---- the session itself
     "stdin": ("input()", "EOFError"),
     "sys.exit": ("sys.exit(3)", "SystemExit: 3"),
@@ -176,10 +296,19 @@ ATTACKS = {
     "100,000 parentheses": ("(" * 100_000, "characters|Error|died"),
     "empty code": ("", r"\(no output\)"),
     "code of 1 MB": ("x = '" + "x" * 1_000_000 + "'; len(x)", "^1000000$"),
-    "forged end": ("[os.write(fd, b'done\\n') for fd in range(3, 9) if fd and os.path.exists]\nprint('later')", ""),
+    "forged end": (
+        "[os.write(fd, b'done\\n') for fd in range(3, 9) if fd and os.path.exists]\nprint('later')",
+        "",
+    ),
     "stop itself": ("os.kill(os.getpid(), 19); print('went on')", "^timeout"),
-    "broken exception": ("class E(Exception):\n    def __str__(self): raise ValueError\nraise E", "E"),
-    "print replaced": ("import builtins\nbuiltins.print = None\n1/0", "died|ZeroDivisionError|TypeError"),
+    "broken exception": (
+        "class E(Exception):\n    def __str__(self): raise ValueError\nraise E",
+        "E",
+    ),
+    "print replaced": (
+        "import builtins\nbuiltins.print = None\n1/0",
+        "died|ZeroDivisionError|TypeError",
+    ),
 }
 
 
@@ -230,44 +359,84 @@ def main():
         for name in ("append", "truncate", "delete", "rename", "chmod", "chown", "times", "xattr"):
             (victims / name).write_text("whole")
             (victims / name).chmod(0o666)
-        listeners = [socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)]
-        for listener, address in zip(listeners, (str(folder / "unix"), "\0nano-attack", str(folder / "datagram"))):
+        listeners = [
+            socket.socket(socket.AF_UNIX),
+            socket.socket(socket.AF_UNIX),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+        ]
+        for listener, address in zip(
+            listeners, (str(folder / "unix"), "\0nano-attack", str(folder / "datagram"))
+        ):
             listener.bind(address)
         for name in ("unix", "datagram"):
             (folder / name).chmod(0o777)
         listeners[0].listen()
         listeners[1].listen()
-        state = lambda: sorted((p.name, p.stat().st_mode, p.stat().st_uid, p.stat().st_size, p.stat().st_mtime) for p in victims.iterdir())
+        state = lambda: sorted(
+            (p.name, p.stat().st_mode, p.stat().st_uid, p.stat().st_size, p.stat().st_mtime)
+            for p in victims.iterdir()
+        )
         before = state()
 
         def attack(name: str) -> list:
             code, pattern = ATTACKS[name]
             decoy = subprocess.Popen(["sleep", "60"])
             limits = resource.prlimit(decoy.pid, resource.RLIMIT_NOFILE)
-            names = dict(SECRET=str(secret), INODE=secret.stat().st_ino, VICTIMS=str(victims), HOME=os.path.expanduser("~"), PARENT=os.getpid(),
-                         REPOSITORY=str(Path(__file__).resolve().parent.parent), DECOY=decoy.pid, PORT=web.server_address[1],
-                         UNIX=str(folder / "unix"), DATAGRAM=str(folder / "datagram"))
+            names = dict(
+                SECRET=str(secret),
+                INODE=secret.stat().st_ino,
+                VICTIMS=str(victims),
+                HOME=os.path.expanduser("~"),
+                PARENT=os.getpid(),
+                REPOSITORY=str(Path(__file__).resolve().parent.parent),
+                DECOY=decoy.pid,
+                PORT=web.server_address[1],
+                UNIX=str(folder / "unix"),
+                DATAGRAM=str(folder / "datagram"),
+            )
             session = Python(timeout_s=60, unsafe=args.unsafe)
             try:
                 session(code=HELP + "".join(f"{key} = {value!r}\n" for key, value in names.items()))
-                session.timeout_s = 0.7 if pattern.startswith("^timeout") else 60 if not args.unsafe else 3
+                session.timeout_s = (
+                    0.7 if pattern.startswith("^timeout") else 60 if not args.unsafe else 3
+                )
                 text = session(code=code)
-                alive = decoy.poll() is None and resource.prlimit(decoy.pid, resource.RLIMIT_NOFILE) == limits
+                alive = (
+                    decoy.poll() is None
+                    and resource.prlimit(decoy.pid, resource.RLIMIT_NOFILE) == limits
+                )
                 session.timeout_s = 60
-                again = [session(code="40 + 2"), session(code="40 + 2")]  # whatever happened: the session works again
-                return ["BREACH" in text or not alive, text[:150] + text[150:][-150:] + ("" if again[1].endswith("42") else f" [next call: {again}]")]
+                again = [
+                    session(code="40 + 2"),
+                    session(code="40 + 2"),
+                ]  # whatever happened: the session works again
+                return [
+                    "BREACH" in text or not alive,
+                    text[:150]
+                    + text[150:][-150:]
+                    + ("" if again[1].endswith("42") else f" [next call: {again}]"),
+                ]
             finally:
                 session.close()
                 decoy.kill()
                 decoy.wait()
 
-        chosen = [name for name, (_, pattern) in ATTACKS.items() if args.only in name and (not args.unsafe or pattern.startswith(DENIED))]
+        chosen = [
+            name
+            for name, (_, pattern) in ATTACKS.items()
+            if args.only in name and (not args.unsafe or pattern.startswith(DENIED))
+        ]
         with concurrent.futures.ThreadPoolExecutor(1 if args.unsafe else 6) as pool:
             results = dict(zip(chosen, pool.map(attack, chosen)))
         comms = []
         for process in Path("/proc").iterdir():
             try:
-                comms += [process.name] if process.name.isdigit() and (process / "comm").read_text().strip() == "nanoattack" else []
+                comms += (
+                    [process.name]
+                    if process.name.isdigit()
+                    and (process / "comm").read_text().strip() == "nanoattack"
+                    else []
+                )
             except OSError:
                 pass
         for pid in map(int, comms):
@@ -279,11 +448,17 @@ def main():
         results["files outside are unchanged"] = [state() != before, ""]
         results["no request arrived"] = [bool(hits), ""]
         results["no process is left"] = [bool(comms), " ".join(comms)]
-    for trace in ("/dev/shm/nano-attack", os.path.expanduser("~/nano-attack"), sysconfig.get_path("purelib") + "/nano_attack.py"):
+    for trace in (
+        "/dev/shm/nano-attack",
+        os.path.expanduser("~/nano-attack"),
+        sysconfig.get_path("purelib") + "/nano_attack.py",
+    ):
         if os.path.exists(trace):
             os.remove(trace)
     if args.unsafe:
-        subprocess.run("ipcrm -M 0x6e616e6f; ipcrm -Q 0x6e616e6f", shell=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            "ipcrm -M 0x6e616e6f; ipcrm -Q 0x6e616e6f", shell=True, stderr=subprocess.DEVNULL
+        )
     print(json.dumps(results))
 
 

@@ -28,19 +28,34 @@ from accelerate import Accelerator
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
 
 from context import Chat
-from rollout import RolloutArgs, Trajectory, engine_for, keep_memory, load_policy, parse_flags, rollout
+from rollout import (
+    RolloutArgs,
+    Trajectory,
+    engine_for,
+    keep_memory,
+    load_policy,
+    parse_flags,
+    rollout,
+)
 from run_folder import cores_of
 from tools import SIGNATURES
 from train import Policy, TrainArgs, gradient, rows_of
 from workers import Group, Rollouts, Setup, make_group
 
-MODES = {"sync": {}, "async": {}, "async+partial": {"partial": True}, "+overlap": {"partial": True, "overlap": True}}
+MODES = {
+    "sync": {},
+    "async": {},
+    "async+partial": {"partial": True},
+    "+overlap": {"partial": True, "overlap": True},
+}
 COLOURS = {"decode": "#2a6fbb", "tool": "#f2b134", "idle": "#d0d0d0", "parked": "#b04a5a"}
 
 
 @dataclass
 class BenchArgs:
-    model: str = field(default="nano", metadata={"help": "nano, a checkpoint folder, a .gguf file or a hub name"})
+    model: str = field(
+        default="nano", metadata={"help": "nano, a checkpoint folder, a .gguf file or a hub name"}
+    )
     rounds: int = field(default=3, metadata={"help": "runs of each mode"})
     steps: int = field(default=6, metadata={"help": "steps' worth of tasks"})
     tasks_per_step: int = field(default=8, metadata={"help": "groups in a step"})
@@ -48,11 +63,22 @@ class BenchArgs:
     slots: int = field(default=64, metadata={"help": "trajectories in flight, over all workers"})
     workers: int = field(default=0, metadata={"help": "rollout processes (0: one a core)"})
     new_tokens: int = field(default=16, metadata={"help": "tokens of a turn at most"})
-    quick: bool = field(default=False, metadata={"help": "two rounds of 4 steps of 4 groups of 4: within five minutes on two quiet cores"})
-    peer: str = field(default="", metadata={"help": "trl: compare with TRL's GRPOTrainer too (pip install trl==1.16.0)"})
+    quick: bool = field(
+        default=False,
+        metadata={
+            "help": "two rounds of 4 steps of 4 groups of 4: within five minutes on two quiet cores"
+        },
+    )
+    peer: str = field(
+        default="",
+        metadata={"help": "trl: compare with TRL's GRPOTrainer too (pip install trl==1.16.0)"},
+    )
     seed: int = field(default=0, metadata={"help": "decides turns, latencies and sampling"})
     json: str = field(default="", metadata={"help": "write the figures to this file"})
-    picture: str = field(default="timeline.png", metadata={"help": "write the timeline of the last round to this file"})
+    picture: str = field(
+        default="timeline.png",
+        metadata={"help": "write the timeline of the last round to this file"},
+    )
 
 
 def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
@@ -72,17 +98,31 @@ def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
     train_args = TrainArgs()
     workers = args.workers or cores
-    rollout_args = RolloutArgs(slots=args.slots if mode == "sync" else max(1, args.slots // workers), max_new_tokens=args.new_tokens,
-                               max_context=2048, max_turns=99, observation_tokens=16)
+    rollout_args = RolloutArgs(
+        slots=args.slots if mode == "sync" else max(1, args.slots // workers),
+        max_new_tokens=args.new_tokens,
+        max_context=2048,
+        max_turns=99,
+        observation_tokens=16,
+    )
 
     def next_group(n: int, version: int) -> Group | None:
         return make_group(tasks[n], n, version, args.samples, seed) if n < len(tasks) else None
+
     if mode == "sync":
         engine = engine_for(model, chat, rollout_args)
         started_groups = 0
     else:
-        setup = Setup(args.model, rollout_args, threads=max(1, cores // workers), toolbox=ScriptedToolbox, act=scripted_turn)
-        none_yet = Rollouts(model, setup, workers, lambda n, version: None, args.tasks_per_step, **MODES[mode])
+        setup = Setup(
+            args.model,
+            rollout_args,
+            threads=max(1, cores // workers),
+            toolbox=ScriptedToolbox,
+            act=scripted_turn,
+        )
+        none_yet = Rollouts(
+            model, setup, workers, lambda n, version: None, args.tasks_per_step, **MODES[mode]
+        )
         while not all(worker.ready for worker in none_yet.workers):
             none_yet.pump(0.1)
         pool, pool.next_group = none_yet, next_group
@@ -93,10 +133,19 @@ def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
         while len(trained) < len(tasks) * args.samples:
             clock = time.perf_counter()
             if mode == "sync":
-                groups = [next_group(started_groups + n, version) for n in range(args.tasks_per_step)]
+                groups = [
+                    next_group(started_groups + n, version) for n in range(args.tasks_per_step)
+                ]
                 started_groups += len(groups)
                 idle_before = engine.stats["idle_s"]
-                rollout(engine, chat, [t for group in groups for t in group.trajectories], ScriptedToolbox(), rollout_args, act=scripted_turn)
+                rollout(
+                    engine,
+                    chat,
+                    [t for group in groups for t in group.trajectories],
+                    ScriptedToolbox(),
+                    rollout_args,
+                    act=scripted_turn,
+                )
                 idle_s += engine.stats["idle_s"] - idle_before
             else:
                 groups = pool.collect(version)
@@ -104,7 +153,11 @@ def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
             rollout_s += time.perf_counter() - clock
             clock = time.perf_counter()
             trajectories = [t for group in groups for t in group.trajectories]
-            rows = [row for k, t in enumerate(trajectories) for row in rows_of(t, [1.0 - 2.0 * (k % 2)] * len(t.turns), version, "keep")]
+            rows = [
+                row
+                for k, t in enumerate(trajectories)
+                for row in rows_of(t, [1.0 - 2.0 * (k % 2)] * len(t.turns), version, "keep")
+            ]
             gradient(policy, accelerator, rows, 1e4, train_args)
             optimizer.step()
             optimizer.zero_grad()
@@ -121,11 +174,23 @@ def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
     finally:
         if mode != "sync":
             pool.close()
-    assert len({t.key[2:4] for t in trained}) == len(trained) and all(len(t.turns) == turns_of(t) for t in trained)
+    assert len({t.key[2:4] for t in trained}) == len(trained) and all(
+        len(t.turns) == turns_of(t) for t in trained
+    )
     turns = [(turn, t.memory["trained_by"]) for t in trained for turn in t.turns]
     tokens = sum(len(turn.action_ids) for turn, _ in turns)
-    return {"seconds": seconds, "rollout_s": rollout_s, "update_s": update_s, "idle_share": idle_s / rollout_s, "steps": version, "trajectories": len(trained),
-            "tokens": tokens, "stale_share": sum(len(turn.action_ids) for turn, by in turns if turn.version < by) / tokens, "timeline": (began, trained)}
+    return {
+        "seconds": seconds,
+        "rollout_s": rollout_s,
+        "update_s": update_s,
+        "idle_share": idle_s / rollout_s,
+        "steps": version,
+        "trajectories": len(trained),
+        "tokens": tokens,
+        "stale_share": sum(len(turn.action_ids) for turn, by in turns if turn.version < by)
+        / tokens,
+        "timeline": (began, trained),
+    }
 
 
 def lanes(trajectories: list[Trajectory]) -> list[list[Trajectory]]:
@@ -146,11 +211,15 @@ def lanes(trajectories: list[Trajectory]) -> list[list[Trajectory]]:
 def draw_timeline(runs: dict[str, dict], path: str) -> None:
     """A panel a mode, a row a slot: what its trajectory did when. Grey: no trajectory, or one that waits to join the batch."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
+
     longest = max(run["seconds"] for run in runs.values())
-    figure, axes = plt.subplots(len(runs), 1, figsize=(12, 2.6 * len(runs)), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        len(runs), 1, figsize=(12, 2.6 * len(runs)), sharex=True, layout="constrained"
+    )
     for axis, (mode, run) in zip(axes, runs.items()):
         zero, trajectories = run["timeline"]
         for row, played in enumerate(lanes(trajectories)):
@@ -166,11 +235,20 @@ def draw_timeline(runs: dict[str, dict], path: str) -> None:
                         bars["parked"].append((decoded + turn.tool_s - zero, gap))
             for name in ("idle", "tool", "parked", "decode"):
                 axis.broken_barh(bars[name], (row, 0.9), color=COLOURS[name])
-        axis.set_title(f"{mode}: {run['seconds']:.1f} s, engines idle {run['idle_share']:.0%} of the rollout", loc="left", fontsize=10)
+        axis.set_title(
+            f"{mode}: {run['seconds']:.1f} s, engines idle {run['idle_share']:.0%} of the rollout",
+            loc="left",
+            fontsize=10,
+        )
         axis.set_ylabel("slot")
         axis.set_xlim(0, longest)
     axes[-1].set_xlabel("seconds")
-    axes[0].legend(handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()], ncol=4, loc="upper right", fontsize=8)
+    axes[0].legend(
+        handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()],
+        ncol=4,
+        loc="upper right",
+        fontsize=8,
+    )
     figure.savefig(path, dpi=100)
 
 
@@ -183,7 +261,11 @@ def main():
     for number in range(args.rounds):
         for mode in MODES:
             runs[mode].append(run := run_mode(mode, args, args.seed + number))
-            print(f"round {number + 1} {mode:14s} {run['seconds']:7.1f} s", file=sys.stderr, flush=True)
+            print(
+                f"round {number + 1} {mode:14s} {run['seconds']:7.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     draw_timeline({mode: of_mode[-1] for mode, of_mode in runs.items()}, args.picture)
     for of_mode in runs.values():
         for run in of_mode:
@@ -191,24 +273,40 @@ def main():
 
     def median(mode: str, key: str) -> float:
         return statistics.median(run[key] for run in runs[mode])
-    result = {"settings": asdict(args) | {"cores": cores_of(1), "torch": torch.__version__, "load": os.getloadavg()[0]}, "runs": runs}
+
+    result = {
+        "settings": asdict(args)
+        | {"cores": cores_of(1), "torch": torch.__version__, "load": os.getloadavg()[0]},
+        "runs": runs,
+    }
     for name, mode in (("async", "async"), ("partial", "async+partial"), ("overlap", "+overlap")):
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs["sync"], runs[mode])]
         result |= {f"{name}_over_sync": statistics.median(ratios), f"{name}_over_sync_runs": ratios}
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs["async"], runs["async+partial"])]
     result |= {"partial_over_async": statistics.median(ratios), "partial_over_async_runs": ratios}
 
-    print(f"{runs['sync'][0]['trajectories']} trajectories of 1 to 50 turns, {runs['sync'][0]['tokens']} sampled tokens, {cores_of(1)} cores, median of {args.rounds} rounds")
-    print(f"{'mode':14s}{'seconds':>9s}{'rollout':>9s}{'update':>9s}{'steps':>7s}{'idle':>7s}{'stale':>7s}{'tokens/s':>10s}{'over sync':>11s}  runs")
+    print(
+        f"{runs['sync'][0]['trajectories']} trajectories of 1 to 50 turns, {runs['sync'][0]['tokens']} sampled tokens, {cores_of(1)} cores, median of {args.rounds} rounds"
+    )
+    print(
+        f"{'mode':14s}{'seconds':>9s}{'rollout':>9s}{'update':>9s}{'steps':>7s}{'idle':>7s}{'stale':>7s}{'tokens/s':>10s}{'over sync':>11s}  runs"
+    )
     for mode, key in zip(MODES, ("", "async", "partial", "overlap")):
-        ratio, each = (result[f"{key}_over_sync"], result[f"{key}_over_sync_runs"]) if key else (1.0, [])
-        print(f"{mode:14s}{median(mode, 'seconds'):9.1f}{median(mode, 'rollout_s'):9.1f}{median(mode, 'update_s'):9.1f}{median(mode, 'steps'):7.0f}"
-              f"{median(mode, 'idle_share'):7.0%}{median(mode, 'stale_share'):7.0%}{median(mode, 'tokens') / median(mode, 'seconds'):10.0f}"
-              f"{ratio:10.2f}x  {' '.join(f'{r:.2f}' for r in each)}")
+        ratio, each = (
+            (result[f"{key}_over_sync"], result[f"{key}_over_sync_runs"]) if key else (1.0, [])
+        )
+        print(
+            f"{mode:14s}{median(mode, 'seconds'):9.1f}{median(mode, 'rollout_s'):9.1f}{median(mode, 'update_s'):9.1f}{median(mode, 'steps'):7.0f}"
+            f"{median(mode, 'idle_share'):7.0%}{median(mode, 'stale_share'):7.0%}{median(mode, 'tokens') / median(mode, 'seconds'):10.0f}"
+            f"{ratio:10.2f}x  {' '.join(f'{r:.2f}' for r in each)}"
+        )
     print(f"timeline: {args.picture}")
     try:
         from bench_engine import cost_of_turns
-        result["turn50_over_turn2"] = (turns := cost_of_turns(load_policy(args.model)[0], 50, 16, 1 if args.quick else 3))["turn50_over_turn2"]
+
+        result["turn50_over_turn2"] = (
+            turns := cost_of_turns(load_policy(args.model)[0], 50, 16, 1 if args.quick else 3)
+        )["turn50_over_turn2"]
         result["turns"] = turns
         print(f"turn 50 over turn 2: {result['turn50_over_turn2']:.2f}")
     except ImportError as error:
@@ -216,9 +314,17 @@ def main():
     if args.peer == "trl":
         try:
             from bench_peer import compare_with_trl
+
             peer = compare_with_trl(pairs=1 if args.quick else 3)
-            result |= {key: value for key, value in peer.items() if key.startswith("trl_")} | {"trl_runs": peer["runs"]}
-            print("TRL's seconds over ours: " + ", ".join(f"{key} {value:.2f}" for key, value in peer.items() if key.startswith("trl_")))
+            result |= {key: value for key, value in peer.items() if key.startswith("trl_")} | {
+                "trl_runs": peer["runs"]
+            }
+            print(
+                "TRL's seconds over ours: "
+                + ", ".join(
+                    f"{key} {value:.2f}" for key, value in peer.items() if key.startswith("trl_")
+                )
+            )
         except ImportError as error:
             print(f"TRL: not compared ({error})")
     elif args.peer:

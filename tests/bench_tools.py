@@ -3,6 +3,7 @@ once; cold and warm browse; search.
 
     python tests/bench_tools.py [--calls 1000] [--sandboxes 100] [--json FILE]
 """
+
 import argparse
 import json
 import math
@@ -52,9 +53,12 @@ def main():
         session = Python(timeout_s=60, unsafe=unsafe)
         session(code=code)
         session.close()
+
     session = Python(timeout_s=60, unsafe=unsafe)
     session.start()
-    rows["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}"
+    rows["machine"] = (
+        f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}"
+    )
     rows["sandbox"] = session.isolation
     starts = []
     for _ in range(args.sandboxes):
@@ -72,9 +76,13 @@ def main():
     times = timed(lambda n: session(code=f"x = {n}\nx + 1"), *range(args.calls))
     rows["python: a further call"] = summary(times)
     first, last = statistics.median(times[:tenth]), statistics.median(times[-tenth:])
-    rows[f"python: first and last tenth of {args.calls} calls"] = f"median {first:.2f} and {last:.2f} ms ({last / first - 1:+.0%})"
-    rows[f"python: growth over {args.calls} calls"] = (f"{(process.memory_info().rss - before[0]) >> 10} KiB of ours, {(child.memory_info().rss - before[2]) >> 10} KiB of the session, "
-                                                       f"{process.num_fds() - before[1]} descriptors")
+    rows[f"python: first and last tenth of {args.calls} calls"] = (
+        f"median {first:.2f} and {last:.2f} ms ({last / first - 1:+.0%})"
+    )
+    rows[f"python: growth over {args.calls} calls"] = (
+        f"{(process.memory_info().rss - before[0]) >> 10} KiB of ours, {(child.memory_info().rss - before[2]) >> 10} KiB of the session, "
+        f"{process.num_fds() - before[1]} descriptors"
+    )
     rows["python: memory of a session"] = f"{child.memory_info().rss / 2**20:.1f} MiB"
     session.close()
     with tempfile.TemporaryDirectory() as folder:
@@ -88,17 +96,30 @@ def main():
             memory = sum(child.memory_info().rss for child in process.children()) / 2**20
             list(pool.map(Python.close, sessions))
         closed_s = time.perf_counter() - started - started_s
-        rows[f"python: {args.sandboxes} sessions at once"] = f"{started_s:.2f} s to start all and call each, {closed_s:.2f} s to close; {memory:.0f} MiB resident, shared pages counted each time"
-        rows["python: left behind"] = f"{len(process.children()) - children} processes, {len(os.listdir(folder))} folders, {process.num_fds() - fds} descriptors"
+        rows[f"python: {args.sandboxes} sessions at once"] = (
+            f"{started_s:.2f} s to start all and call each, {closed_s:.2f} s to close; {memory:.0f} MiB resident, shared pages counted each time"
+        )
+        rows["python: left behind"] = (
+            f"{len(process.children()) - children} processes, {len(os.listdir(folder))} folders, {process.num_fds() - fds} descriptors"
+        )
         tempfile.tempdir = None
         world = World(7, 300, "train")
         write_world(world, folder)
         server = start_server(Path(folder) / "pages.db")
-        search, browse = Search(Path(folder) / "pages.db"), Browse({server.host: "127.0.0.1:%d" % server.server_address[1]})
+        search, browse = (
+            Search(Path(folder) / "pages.db"),
+            Browse({server.host: "127.0.0.1:%d" % server.server_address[1]}),
+        )
         urls = [world.url(n) for n in range(300)]
-        rows["browse: a page for the first time"] = summary(timed(lambda url: browse(url=url), *urls))
-        rows["browse: the same page again"] = summary(timed(lambda url: browse(url=url, page=2), *urls))
-        rows["search: one query"] = summary(timed(lambda n: search(queries=[f"mayor of {world.name(n)}"]), *range(300)))
+        rows["browse: a page for the first time"] = summary(
+            timed(lambda url: browse(url=url), *urls)
+        )
+        rows["browse: the same page again"] = summary(
+            timed(lambda url: browse(url=url, page=2), *urls)
+        )
+        rows["search: one query"] = summary(
+            timed(lambda n: search(queries=[f"mayor of {world.name(n)}"]), *range(300))
+        )
     print("| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))

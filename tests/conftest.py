@@ -5,7 +5,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background deaf to it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell starts what it puts into the background deaf to it
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 
@@ -39,7 +41,9 @@ def world_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def deep_dir(tmp_path_factory):
     """A small deep world of the test split, written once."""
-    return write_world(World(12, 300, "test", kind="deep"), tmp_path_factory.mktemp("worlds") / "d12")
+    return write_world(
+        World(12, 300, "test", kind="deep"), tmp_path_factory.mktemp("worlds") / "d12"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +60,17 @@ def dev_tasks():
 def tiny(tokenizer):
     """A random two-layer model with the nano tokenizer's vocabulary."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+    )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():  # far from uniform, so that wrong positions or masks show
         for parameter in model.parameters():
@@ -69,4 +82,5 @@ def tiny(tokenizer):
 def make_engine(chat):
     def make(model, args: RolloutArgs):
         return engine_for(model, chat, args)
+
     return make

@@ -4,6 +4,7 @@ In: the flags of evaluate.py, passed on. Out: a table. Each row is one evaluatio
 
     python tests/necessity.py --model runs/NAME/checkpoint --tasks data/test.jsonl --samples 4 [--json FILE]
 """
+
 import argparse
 import json
 import subprocess
@@ -12,8 +13,14 @@ import tempfile
 from pathlib import Path
 
 EVALUATE = Path(__file__).resolve().parent.parent / "evaluate.py"
-CONDITIONS = {"all tools": [], "no search": ["--without", "search"], "no browse": ["--without", "browse"], "no python": ["--without", "python"],
-              "random pages found": ["--retriever", "random"], "nothing found": ["--retriever", "empty"]}
+CONDITIONS = {
+    "all tools": [],
+    "no search": ["--without", "search"],
+    "no browse": ["--without", "browse"],
+    "no python": ["--without", "python"],
+    "random pages found": ["--retriever", "random"],
+    "nothing found": ["--retriever", "empty"],
+}
 
 
 def main():
@@ -21,16 +28,25 @@ def main():
     parser.add_argument("--json", default="", help="file for the figures of all rows")
     args, flags = parser.parse_known_args()
     results = {}
-    print(f"{'':20s} {'Pass@1':>7s}  {'95% interval':15s} {'steps':>5s} {'format errors':>13s}  calls a trajectory")
+    print(
+        f"{'':20s} {'Pass@1':>7s}  {'95% interval':15s} {'steps':>5s} {'format errors':>13s}  calls a trajectory"
+    )
     for name, condition in CONDITIONS.items():
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            done = subprocess.run([sys.executable, str(EVALUATE), *flags, *condition, "--json", file.name], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, str(EVALUATE), *flags, *condition, "--json", file.name],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 sys.exit(done.stderr or f"tests/necessity.py: evaluate.py failed for: {name}")
             result = results[name] = json.load(open(file.name))
         low, high = result["pass@1_ci"]
         calls = ", ".join(f"{tool} {count:.2f}" for tool, count in result["tool_calls"].items())
-        print(f"{name:20s} {result['pass@1']:7.1%}  {f'{low:.1%} to {high:.1%}':15s} {result['steps_mean']:5.2f} {result['format_error_rate']:13.1%}  {calls}", flush=True)
+        print(
+            f"{name:20s} {result['pass@1']:7.1%}  {f'{low:.1%} to {high:.1%}':15s} {result['steps_mean']:5.2f} {result['format_error_rate']:13.1%}  {calls}",
+            flush=True,
+        )
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
 

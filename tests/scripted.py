@@ -24,17 +24,29 @@ def heavy_turns(rng) -> int:
     return int(np.clip(np.ceil(4 * np.exp(0.95 * rng.standard_normal())), 1, 50))
 
 
-def scripted_tasks(count: int, samples: int, seed: int = 0, turns=heavy_turns, latency_s: float | str = "heavy") -> list[Task]:
+def scripted_tasks(
+    count: int, samples: int, seed: int = 0, turns=heavy_turns, latency_s: float | str = "heavy"
+) -> list[Task]:
     rng = np.random.default_rng(seed)
-    return [Task(f"scripted-{number}", f"How many steps does number {number} take?", "", family="scripted",
-                 meta={"turns": [turns(rng) for _ in range(samples)], "latency_s": latency_s}) for number in range(count)]
+    return [
+        Task(
+            f"scripted-{number}",
+            f"How many steps does number {number} take?",
+            "",
+            family="scripted",
+            meta={"turns": [turns(rng) for _ in range(samples)], "latency_s": latency_s},
+        )
+        for number in range(count)
+    ]
 
 
 def turns_of(trajectory: Trajectory) -> int:
     return trajectory.task.meta["turns"][trajectory.key[3]]
 
 
-def scripted_turn(trajectory: Trajectory, ids: list[int], logprobs: list[float], version: int, chat, tools: dict) -> list | None:
+def scripted_turn(
+    trajectory: Trajectory, ids: list[int], logprobs: list[float], version: int, chat, tools: dict
+) -> list | None:
     """In the place of rollout.finish_turn; like there, a turn of notes calls nothing."""
     is_notes = len(trajectory.turns) in trajectory.memory.get("notes_turns", [])
     trajectory.segments[-1].append(ids, len(trajectory.turns), logprobs)
@@ -46,8 +58,14 @@ def scripted_turn(trajectory: Trajectory, ids: list[int], logprobs: list[float],
     if is_notes:
         return []
     latency_s = trajectory.task.meta["latency_s"]
-    if latency_s == "heavy":  # the same call takes the same time, whoever makes it and however often
-        latency_s = heavy_latency(np.random.default_rng([zlib.crc32(trajectory.task.id.encode()), trajectory.key[3], len(trajectory.turns)]))
+    if (
+        latency_s == "heavy"
+    ):  # the same call takes the same time, whoever makes it and however often
+        latency_s = heavy_latency(
+            np.random.default_rng(
+                [zlib.crc32(trajectory.task.id.encode()), trajectory.key[3], len(trajectory.turns)]
+            )
+        )
     turn.calls = [{"name": "wait", "arguments": {"seconds": latency_s}}]
     return [ToolCall(**call) for call in turn.calls]
 

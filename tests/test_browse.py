@@ -1,4 +1,5 @@
 """browse against hostile servers, addresses and pages, all on loopback; search providers against servers that answer in their shapes."""
+
 import gzip
 import json
 import random
@@ -17,12 +18,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tools import PROVIDERS, Toolbox, WebSearch
-from web import (ONLY_HTML_PARSER, Browse, DiskCache, Refused, ToolFault, html_to_text, is_public, split_pages, tls_context, view_page,
-                 visible_html)
+from web import (
+    ONLY_HTML_PARSER,
+    Browse,
+    DiskCache,
+    Refused,
+    ToolFault,
+    html_to_text,
+    is_public,
+    split_pages,
+    tls_context,
+    view_page,
+    visible_html,
+)
 
 
 class Server(ThreadingHTTPServer):
     """Answers each path with a function (handler) -> None; remembers what was asked."""
+
     daemon_threads = True
 
     def __init__(self):
@@ -42,7 +55,10 @@ class Server(ThreadingHTTPServer):
                     else:
                         status, headers, body = answer
                         self.send_response(status)
-                        for name, value in ({"Content-Length": str(len(body)), "Content-Type": "text/html"} | headers).items():
+                        for name, value in (
+                            {"Content-Length": str(len(body)), "Content-Type": "text/html"}
+                            | headers
+                        ).items():
                             if value is not None:
                                 self.send_header(name, value)
                         self.end_headers()
@@ -56,7 +72,9 @@ class Server(ThreadingHTTPServer):
                 pass
 
         super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def handle_error(self, *_):
         pass
@@ -72,7 +90,9 @@ def server():
 @pytest.fixture
 def browse(server):
     """A browser of the embedded world w.test, which is `server`."""
-    return Browse({"w.test": "127.0.0.1:%d" % server.server_address[1]}, timeout_s=3, page_chars=1000)
+    return Browse(
+        {"w.test": "127.0.0.1:%d" % server.server_address[1]}, timeout_s=3, page_chars=1000
+    )
 
 
 @pytest.fixture
@@ -82,7 +102,10 @@ def web(server, monkeypatch):
 
     def getaddrinfo(host, port, *_, **__):
         lookups.append(host)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.server_address[1]))]
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.server_address[1]))
+        ]
+
     monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
     monkeypatch.setattr("web.is_public", lambda address: True)
     return lookups
@@ -90,14 +113,58 @@ def web(server, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------ addresses
 
-@pytest.mark.parametrize("url", [
-    "file:///etc/passwd", "ftp://a.test/", "gopher://x/", "data:text/html,x", "javascript:alert(1)", "about:blank", "//x/", "http://", "http:///etc", "http://user:pw@a.test/", "http://[", "", "x",
-    "http://user@127.0.0.1/", "http://127.0.0.1/", "http://localhost/", "http://[::1]/", "http://[::ffff:127.0.0.1]/", "http://0/", "http://0.0.0.0/", "http://127.1/", "http://2130706433/", "http://0x7f000001/", "http://0177.0.0.1/",
-    "http://①②⑦.⓪.⓪.①/", "http://127.0.0.1./", "http://169.254.169.254/latest/", "http://[fd00:ec2::254]/", "http://100.100.100.200/", "http://10.0.0.1/", "http://172.16.0.1/", "http://192.168.1.1/",
-    "http://[64:ff9b::10.0.0.1]/", "http://[2002:a00:1::]/", "http://224.0.0.1/", "http://[ff02::1]/", "http://255.255.255.255/", "http://[fe80::1%25lo]/", "http://a.test\\@127.0.0.1/", "http://127.0.0.1#@a.test/"])
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://a.test/",
+        "gopher://x/",
+        "data:text/html,x",
+        "javascript:alert(1)",
+        "about:blank",
+        "//x/",
+        "http://",
+        "http:///etc",
+        "http://user:pw@a.test/",
+        "http://[",
+        "",
+        "x",
+        "http://user@127.0.0.1/",
+        "http://127.0.0.1/",
+        "http://localhost/",
+        "http://[::1]/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://0/",
+        "http://0.0.0.0/",
+        "http://127.1/",
+        "http://2130706433/",
+        "http://0x7f000001/",
+        "http://0177.0.0.1/",
+        "http://①②⑦.⓪.⓪.①/",
+        "http://127.0.0.1./",
+        "http://169.254.169.254/latest/",
+        "http://[fd00:ec2::254]/",
+        "http://100.100.100.200/",
+        "http://10.0.0.1/",
+        "http://172.16.0.1/",
+        "http://192.168.1.1/",
+        "http://[64:ff9b::10.0.0.1]/",
+        "http://[2002:a00:1::]/",
+        "http://224.0.0.1/",
+        "http://[ff02::1]/",
+        "http://255.255.255.255/",
+        "http://[fe80::1%25lo]/",
+        "http://a.test\\@127.0.0.1/",
+        "http://127.0.0.1#@a.test/",
+    ],
+)
 def test_addresses_that_are_refused(server, url):
     port = server.server_address[1]
-    for address in (url, url.replace("127.0.0.1/", f"127.0.0.1:{port}/").replace("localhost/", f"localhost:{port}/")):
+    for address in (
+        url,
+        url.replace("127.0.0.1/", f"127.0.0.1:{port}/").replace("localhost/", f"localhost:{port}/"),
+    ):
         try:
             assert Browse(live=True, timeout_s=1)(url=address).startswith("error ")
         except ToolFault:  # a name that nobody can resolve
@@ -105,18 +172,53 @@ def test_addresses_that_are_refused(server, url):
     assert not server.asked
 
 
-@pytest.mark.parametrize("address, public", [
-    ("8.8.8.8", True), ("2606:4700::1111", True), ("64:ff9b::8.8.8.8", True), ("127.0.0.1", False), ("10.1.2.3", False), ("100.64.0.1", False), ("192.0.0.8", False), ("192.88.99.1", False), ("224.0.0.1", False), ("240.0.0.1", False),
-    ("0.0.0.0", False), ("169.254.169.254", False), ("198.18.0.1", False), ("::", False), ("::1", False), ("::ffff:8.8.8.8", False), ("::7f00:1", False), ("fec0::1", False), ("fd00::1", False), ("fe80::1%eth0", False), ("ff0e::1", False),
-    ("2002:808:808::", False), ("2001:0:808:808::", False), ("64:ff9b::127.0.0.1", False), ("64:ff9b:1::808:808", False), ("2001:db8::1", False)])
+@pytest.mark.parametrize(
+    "address, public",
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("64:ff9b::8.8.8.8", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("100.64.0.1", False),
+        ("192.0.0.8", False),
+        ("192.88.99.1", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("0.0.0.0", False),
+        ("169.254.169.254", False),
+        ("198.18.0.1", False),
+        ("::", False),
+        ("::1", False),
+        ("::ffff:8.8.8.8", False),
+        ("::7f00:1", False),
+        ("fec0::1", False),
+        ("fd00::1", False),
+        ("fe80::1%eth0", False),
+        ("ff0e::1", False),
+        ("2002:808:808::", False),
+        ("2001:0:808:808::", False),
+        ("64:ff9b::127.0.0.1", False),
+        ("64:ff9b:1::808:808", False),
+        ("2001:db8::1", False),
+    ],
+)
 def test_which_addresses_are_public(address, public):
     assert is_public(address) is public
 
 
-@pytest.mark.parametrize("answers", [[["10.0.0.5"]], [["8.8.8.8", "127.0.0.1"]], [["127.0.0.1"], ["8.8.8.8"]]])
+@pytest.mark.parametrize(
+    "answers", [[["10.0.0.5"]], [["8.8.8.8", "127.0.0.1"]], [["127.0.0.1"], ["8.8.8.8"]]]
+)
 def test_names_that_lead_inside_are_refused(server, monkeypatch, answers):
     lookups = iter(answers)
-    monkeypatch.setattr("socket.getaddrinfo", lambda host, port, *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, server.server_address[1])) for a in next(lookups)])
+    monkeypatch.setattr(
+        "socket.getaddrinfo",
+        lambda host, port, *_, **__: [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, server.server_address[1]))
+            for a in next(lookups)
+        ],
+    )
     assert "not public" in Browse(live=True, timeout_s=2)(url="http://rebinding.example/")
     assert not server.asked
 
@@ -124,24 +226,56 @@ def test_names_that_lead_inside_are_refused(server, monkeypatch, answers):
 def test_the_checked_address_is_the_one_connected_to(server, monkeypatch):
     """DNS rebinding: each connection asks once, checks that answer, and uses it; the next, different answer is checked anew."""
     checked, answers = [], iter(["203.0.113.7", "127.0.0.1", "127.0.0.1", "127.0.0.1"])
-    monkeypatch.setattr("socket.getaddrinfo", lambda host, port, *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), server.server_address[1]))])
-    monkeypatch.setattr("web.is_public", lambda address: checked.append(address) or address == "203.0.113.7")
+    monkeypatch.setattr(
+        "socket.getaddrinfo",
+        lambda host, port, *_, **__: [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), server.server_address[1]))
+        ],
+    )
+    monkeypatch.setattr(
+        "web.is_public", lambda address: checked.append(address) or address == "203.0.113.7"
+    )
     dialled = []
-    monkeypatch.setattr("web.PlainSocket.connect", lambda self, address: dialled.append(address[0]) or (_ for _ in ()).throw(OSError("stopped here")))
+    monkeypatch.setattr(
+        "web.PlainSocket.connect",
+        lambda self, address: (
+            dialled.append(address[0]) or (_ for _ in ()).throw(OSError("stopped here"))
+        ),
+    )
     with pytest.raises((ToolFault, Refused)):
         Browse(live=True, timeout_s=2, gap_s=0).fetch("http://rebinding.example/")
-    assert dialled == ["203.0.113.7"] and checked == ["203.0.113.7", "127.0.0.1"] and not server.asked
+    assert (
+        dialled == ["203.0.113.7"] and checked == ["203.0.113.7", "127.0.0.1"] and not server.asked
+    )
 
 
-@pytest.mark.parametrize("to, seen", [
-    ("http://127.0.0.1/", "no such site"), ("file:///etc/passwd", "only http"), ("//169.254.169.254/", "no such site"), ("/loop", "too many redirects"), ("/fine", "arrived"), ("fine", "arrived"), ("http://[", "error"), ("http://u:p@w.test/fine", "only http")])
+@pytest.mark.parametrize(
+    "to, seen",
+    [
+        ("http://127.0.0.1/", "no such site"),
+        ("file:///etc/passwd", "only http"),
+        ("//169.254.169.254/", "no such site"),
+        ("/loop", "too many redirects"),
+        ("/fine", "arrived"),
+        ("fine", "arrived"),
+        ("http://[", "error"),
+        ("http://u:p@w.test/fine", "only http"),
+    ],
+)
 def test_redirects_are_checked_again(server, browse, to, seen):
-    server.answers = {"/start": (302, {"Location": to}, b""), "/loop": (301, {"Location": "/loop"}, b""), "/fine": (200, {}, b"arrived")}
+    server.answers = {
+        "/start": (302, {"Location": to}, b""),
+        "/loop": (301, {"Location": "/loop"}, b""),
+        "/fine": (200, {}, b"arrived"),
+    }
     assert seen in browse(url="http://w.test/start")
 
 
 def test_a_redirect_from_the_web_does_not_lead_inside(server, web, monkeypatch):
-    server.answers = {"/": (302, {"Location": "http://inside.example/secret"}, b""), "/secret": (200, {}, b"the secret")}
+    server.answers = {
+        "/": (302, {"Location": "http://inside.example/secret"}, b""),
+        "/secret": (200, {}, b"the secret"),
+    }
     monkeypatch.setattr("web.is_public", lambda address: web[-1] == "outside.example")
     assert "not public" in Browse(live=True, timeout_s=3, gap_s=0)(url="http://outside.example/")
     assert "/secret" not in server.asked
@@ -153,10 +287,15 @@ def test_proxies_and_netrc_are_not_used(server, browse, monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("machine w.test login me password secret")
     monkeypatch.setenv("HOME", str(tmp_path))
     server.answers = {"/": (200, {"Set-Cookie": "a=b"}, b"page")}
-    assert "page" in browse(url="http://w.test/") and "authorization" not in server.headers[0] and "cookie" not in server.headers[0]
+    assert (
+        "page" in browse(url="http://w.test/")
+        and "authorization" not in server.headers[0]
+        and "cookie" not in server.headers[0]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ size, time, type
+
 
 def drip(handler):
     handler.send_response(200)
@@ -200,11 +339,27 @@ BOMB = zlib.compressobj(9, zlib.DEFLATED, 31)
 BOMB = b"".join([BOMB.compress(bytes(1 << 20)) for _ in range(100)]) + BOMB.flush()
 
 
-@pytest.mark.parametrize("answer, seen", [
-    (drip, "drop"), (drip_headers, None), (hang, None), (reset, None), (endless, "the page was cut"), (many_headers, None),
-    ((200, {"Content-Encoding": "gzip"}, BOMB), None), ((200, {"Content-Encoding": "gzip"}, gzip.compress(b"unzipped")), "unzipped"), ((200, {"Content-Encoding": "deflate"}, zlib.compress(b"unzipped")), "unzipped"),
-    ((200, {"Content-Encoding": "gzip"}, gzip.compress(gzip.compress(b"twice"))), None), ((200, {"Content-Encoding": "gzip, gzip"}, b"x"), "compressed as"), ((200, {"Content-Encoding": "br"}, b"x"), "compressed as"),
-    ((200, {"Content-Encoding": "gzip"}, b"not gzip"), None), ((200, {"Content-Length": "1000"}, b"<p>short</p>"), "short"), (lambda h: h.wfile.write(b"\0\xff garbage"), None), (lambda h: h.wfile.write(b"HTTP/1.1 999999999999 \r\n\r\n"), None)])
+@pytest.mark.parametrize(
+    "answer, seen",
+    [
+        (drip, "drop"),
+        (drip_headers, None),
+        (hang, None),
+        (reset, None),
+        (endless, "the page was cut"),
+        (many_headers, None),
+        ((200, {"Content-Encoding": "gzip"}, BOMB), None),
+        ((200, {"Content-Encoding": "gzip"}, gzip.compress(b"unzipped")), "unzipped"),
+        ((200, {"Content-Encoding": "deflate"}, zlib.compress(b"unzipped")), "unzipped"),
+        ((200, {"Content-Encoding": "gzip"}, gzip.compress(gzip.compress(b"twice"))), None),
+        ((200, {"Content-Encoding": "gzip, gzip"}, b"x"), "compressed as"),
+        ((200, {"Content-Encoding": "br"}, b"x"), "compressed as"),
+        ((200, {"Content-Encoding": "gzip"}, b"not gzip"), None),
+        ((200, {"Content-Length": "1000"}, b"<p>short</p>"), "short"),
+        (lambda h: h.wfile.write(b"\0\xff garbage"), None),
+        (lambda h: h.wfile.write(b"HTTP/1.1 999999999999 \r\n\r\n"), None),
+    ],
+)
 def test_hostile_servers_are_bounded(server, answer, seen):
     browse = Browse({"w.test": "127.0.0.1:%d" % server.server_address[1]}, timeout_s=1.0)
     server.answers = {"/": answer}
@@ -221,7 +376,10 @@ def test_hostile_servers_are_bounded(server, answer, seen):
     assert seen is None or seen in text
 
 
-@pytest.mark.parametrize("status, fault", [(404, False), (403, False), (410, False), (500, True), (503, True), (429, True)])
+@pytest.mark.parametrize(
+    "status, fault",
+    [(404, False), (403, False), (410, False), (500, True), (503, True), (429, True)],
+)
 def test_status(server, browse, status, fault):
     server.answers = {"/": (status, {"Retry-After": "0"}, b"x")}
     if fault:
@@ -229,12 +387,24 @@ def test_status(server, browse, status, fault):
             browse(url="http://w.test/")
         assert len(server.asked) == 3
     else:
-        assert browse(url="http://w.test/") == f"error {status} for http://w.test/" and len(server.asked) == 1
+        assert (
+            browse(url="http://w.test/") == f"error {status} for http://w.test/"
+            and len(server.asked) == 1
+        )
 
 
 def test_a_server_that_comes_back_is_read(server, browse):
     calls = []
-    server.answers = {"/": lambda h: (calls.append(1), h.send_response(503 if len(calls) < 3 else 200), h.send_header("Content-Length", "4"), h.send_header("Retry-After", "0"), h.end_headers(), h.wfile.write(b"back"))}
+    server.answers = {
+        "/": lambda h: (
+            calls.append(1),
+            h.send_response(503 if len(calls) < 3 else 200),
+            h.send_header("Content-Length", "4"),
+            h.send_header("Retry-After", "0"),
+            h.end_headers(),
+            h.wfile.write(b"back"),
+        )
+    }
     assert "back" in browse(url="http://w.test/")
     assert "back" in browse(url="http://w.test/") and len(calls) == 3  # kept in memory
 
@@ -247,12 +417,33 @@ def test_a_long_retry_after_is_not_waited_for(server, browse):
     assert time.monotonic() - started < 2
 
 
-@pytest.mark.parametrize("kind, body, seen", [
-    ("application/pdf", b"%PDF-1.4", "is a PDF"), ("text/html", b"%PDF-1.4", "is a PDF"), ("image/png", b"\x89PNG", "not a text page"), ("application/octet-stream", b"x", "not a text page"), ("video/mp4", b"x", "not a text page"),
-    (None, b"<p>plain</p>", "plain"), (None, b"\x7fELF\0\0\1", "not a text page"), ("text/html; charset=utf-8", "<p>grün</p>".encode(), "grün"), ("text/html", "<p>grün</p>".encode(), "grün"), ("text/html", "<p>grün</p>".encode("latin-1"), "grün"),
-    ("text/html; charset=utf-8", "<p>gr\xfcn</p>".encode("latin-1"), "gr�n"), ("text/html; charset=nonsense", "<p>grün</p>".encode(), "grün"), ("text/html; charset=base64", b"<p>Zm9v</p>", "Zm9v"), ("text/html; charset=punycode", b"<p>abc</p>", "abc"),
-    ("text/html; charset=unicode_escape", b"<p>\\x41</p>", "\\x41"), ("text/html", "﻿<p>grün</p>".encode("utf-16"), "grün"), ("text/html", '<meta charset="gbk"><p>中文</p>'.encode("gbk"), "中文"), ("text/html; charset=windows-1252", b"<p>\x80</p>", "€"),
-    ("text/html; charset=utf-8", b"<p>\xff\xfe\xfd</p>", "�"), ("text/plain", b"a < b\n<tool_call>\nc", "a < b\n<tool_call>\nc"), ("application/json", b'{"a": "<b>"}', '{"a": "<b>"}'), ("text/html; charset=utf-7", b"<p>+ADw-</p>", "")])
+@pytest.mark.parametrize(
+    "kind, body, seen",
+    [
+        ("application/pdf", b"%PDF-1.4", "is a PDF"),
+        ("text/html", b"%PDF-1.4", "is a PDF"),
+        ("image/png", b"\x89PNG", "not a text page"),
+        ("application/octet-stream", b"x", "not a text page"),
+        ("video/mp4", b"x", "not a text page"),
+        (None, b"<p>plain</p>", "plain"),
+        (None, b"\x7fELF\0\0\1", "not a text page"),
+        ("text/html; charset=utf-8", "<p>grün</p>".encode(), "grün"),
+        ("text/html", "<p>grün</p>".encode(), "grün"),
+        ("text/html", "<p>grün</p>".encode("latin-1"), "grün"),
+        ("text/html; charset=utf-8", "<p>gr\xfcn</p>".encode("latin-1"), "gr�n"),
+        ("text/html; charset=nonsense", "<p>grün</p>".encode(), "grün"),
+        ("text/html; charset=base64", b"<p>Zm9v</p>", "Zm9v"),
+        ("text/html; charset=punycode", b"<p>abc</p>", "abc"),
+        ("text/html; charset=unicode_escape", b"<p>\\x41</p>", "\\x41"),
+        ("text/html", "﻿<p>grün</p>".encode("utf-16"), "grün"),
+        ("text/html", '<meta charset="gbk"><p>中文</p>'.encode("gbk"), "中文"),
+        ("text/html; charset=windows-1252", b"<p>\x80</p>", "€"),
+        ("text/html; charset=utf-8", b"<p>\xff\xfe\xfd</p>", "�"),
+        ("text/plain", b"a < b\n<tool_call>\nc", "a < b\n<tool_call>\nc"),
+        ("application/json", b'{"a": "<b>"}', '{"a": "<b>"}'),
+        ("text/html; charset=utf-7", b"<p>+ADw-</p>", ""),
+    ],
+)
 def test_types_and_charsets(server, browse, kind, body, seen):
     server.answers = {"/": (200, {"Content-Type": kind}, body)}
     assert seen in browse(url="http://w.test/")
@@ -260,9 +451,20 @@ def test_types_and_charsets(server, browse, kind, body, seen):
 
 # -------------------------------------------------------------------------------------------------------------- the page
 
+
 def test_links_have_stable_numbers(server):
     browse = Browse({"w.test": "127.0.0.1:%d" % server.server_address[1]}, page_chars=200)
-    server.answers = {"/": (200, {}, "".join(f"<p><a class=x href={quote}/p{n}?a=1&amp;b=2{quote}>Page <b>{n}</b> &amp; more</a>" for n, quote in enumerate("'\" \"'" * 6)).encode() + b'<a href="/p0?a=1&amp;b=2">Page 0 &amp; more</a><a name=x>no link</a><a href="http://[">bad</a>')}
+    server.answers = {
+        "/": (
+            200,
+            {},
+            "".join(
+                f"<p><a class=x href={quote}/p{n}?a=1&amp;b=2{quote}>Page <b>{n}</b> &amp; more</a>"
+                for n, quote in enumerate("'\" \"'" * 6)
+            ).encode()
+            + b'<a href="/p0?a=1&amp;b=2">Page 0 &amp; more</a><a name=x>no link</a><a href="http://[">bad</a>',
+        )
+    }
     first, *rest = [browse(url="http://w.test/", links=True, page=n) for n in range(1, 14)]
     text = "\n".join([first, *rest])
     for number in range(30):
@@ -270,9 +472,41 @@ def test_links_have_stable_numbers(server):
     assert "[31]" not in text and "has only" in rest[-1]
 
 
-HOSTILE = ["<table>" * 100_000, "<blockquote><p>x" * 30_000, "<ul><li>x" * 30_000, "<a " * 300_000, "<a href=\"" * 200_000, "<script>" * 200_000, "<!--" * 300_000, "<title" * 200_000, "&#x" * 300_000, "&#" + "9" * 500_000 + ";", "<" * 1_000_000,
-           "<p " + "a=\"" * 300_000, "&" * 500_000, "<!" * 500_000, "<?" * 500_000, "<a href='x'>" * 150_000, "</p>" * 300_000, "<div>" * 200_000 + "x", "<b>" * 200_000, "<a\n" * 300_000, " " * 1_000_000, "\n" * 1_000_000, "<pre>" * 200_000, "x" * 1_000_000,
-           "<ol><li>" * 30_000, "<dl><dd>" * 50_000, "<svg><title>" * 100_000, "<style>" + "a{}" * 300_000, "]]>" * 300_000, "<![CDATA[" * 100_000, "a href = " * 100_000, "<a " + "href " * 200_000, "<a href=" + "x href=" * 200_000]
+HOSTILE = [
+    "<table>" * 100_000,
+    "<blockquote><p>x" * 30_000,
+    "<ul><li>x" * 30_000,
+    "<a " * 300_000,
+    '<a href="' * 200_000,
+    "<script>" * 200_000,
+    "<!--" * 300_000,
+    "<title" * 200_000,
+    "&#x" * 300_000,
+    "&#" + "9" * 500_000 + ";",
+    "<" * 1_000_000,
+    "<p " + 'a="' * 300_000,
+    "&" * 500_000,
+    "<!" * 500_000,
+    "<?" * 500_000,
+    "<a href='x'>" * 150_000,
+    "</p>" * 300_000,
+    "<div>" * 200_000 + "x",
+    "<b>" * 200_000,
+    "<a\n" * 300_000,
+    " " * 1_000_000,
+    "\n" * 1_000_000,
+    "<pre>" * 200_000,
+    "x" * 1_000_000,
+    "<ol><li>" * 30_000,
+    "<dl><dd>" * 50_000,
+    "<svg><title>" * 100_000,
+    "<style>" + "a{}" * 300_000,
+    "]]>" * 300_000,
+    "<![CDATA[" * 100_000,
+    "a href = " * 100_000,
+    "<a " + "href " * 200_000,
+    "<a href=" + "x href=" * 200_000,
+]
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
@@ -288,14 +522,43 @@ def test_hostile_pages_take_bounded_time(number):
 def test_mutated_pages(world_dir):
     """1,000 pages with random damage: text comes out, of bounded length."""
     from data.world import load_world, page_html
+
     world, rng = load_world(world_dir), random.Random(1)
-    pieces = ["<", ">", "</", "<!--", "-->", "<script>", "</script>", "\"", "'", "&#0;", "&#xD800;", "<table>", "</td>", "<a href=", "\0", "\ud800", "</body>", "<pre>", "<tool_call>", "<|im_end|>", "=", "<ul>", "‮"]
+    pieces = [
+        "<",
+        ">",
+        "</",
+        "<!--",
+        "-->",
+        "<script>",
+        "</script>",
+        '"',
+        "'",
+        "&#0;",
+        "&#xD800;",
+        "<table>",
+        "</td>",
+        "<a href=",
+        "\0",
+        "\ud800",
+        "</body>",
+        "<pre>",
+        "<tool_call>",
+        "<|im_end|>",
+        "=",
+        "<ul>",
+        "‮",
+    ]
     originals = [page_html(world, world.entity(n)) for n in range(10)]
     for number in range(1000):
         page = originals[number % 10][:1500]
         for _ in range(rng.randint(1, 8)):
             at, end = sorted(rng.randrange(len(page) + 1) for _ in range(2))
-            page = (page[:at] + rng.choice(pieces) * rng.randint(1, 4) + page[at:], page[:at] + page[min(end, at + 30):], page[:at] + page[at:end][:200] * 2 + page[at:])[rng.randrange(3)]
+            page = (
+                page[:at] + rng.choice(pieces) * rng.randint(1, 4) + page[at:],
+                page[:at] + page[min(end, at + 30) :],
+                page[:at] + page[at:end][:200] * 2 + page[at:],
+            )[rng.randrange(3)]
         text = html_to_text(page)
         assert isinstance(text, str) and len(text) <= 3 * len(page) + 1000
         for arguments in ({"links": True}, {"find": "the"}, {"page_number": rng.randint(1, 9)}):
@@ -306,6 +569,7 @@ def test_connections_that_the_server_has_closed_meanwhile(world_dir, monkeypatch
     """After a long pause (an update of a large model) all kept connections are stale; that is no fault for the policy to see."""
     from data.serve import PageHandler, start_server
     from data.world import load_world
+
     monkeypatch.setattr(PageHandler, "timeout", 0.2)
     server, world = start_server(world_dir / "pages.db"), load_world(world_dir)
     address, stale = "127.0.0.1:%d" % server.server_address[1], []
@@ -313,7 +577,9 @@ def test_connections_that_the_server_has_closed_meanwhile(world_dir, monkeypatch
     for n in range(4):
         browse(url=world.url(n))
         stale += browse.idle.pop(address)  # the next page needs another one
-    while not all(select.select([kept.sock], [], [], 1)[0] for kept in stale):  # the end of the stream can be read
+    while not all(
+        select.select([kept.sock], [], [], 1)[0] for kept in stale
+    ):  # the end of the stream can be read
         pass
     browse.idle[address] = stale
     assert f"{world.url(5)} (page 1" in browse(url=world.url(5))
@@ -322,11 +588,85 @@ def test_connections_that_the_server_has_closed_meanwhile(world_dir, monkeypatch
 def test_text_is_what_html_parser_makes_of_the_page(world_dir, monkeypatch):
     """html_to_text hands the tags of most pages to html2text itself; the same text comes out if html.parser reads them all."""
     from data.world import load_world, page_html
+
     world, rng = load_world(world_dir), random.Random(2)
-    pieces = ["<a href=x>", "</a>", "<p>", "</p>", "<UL>", "</ul>", "<ol>", "<li>", "</li>", "<s>", "</s>", "<b>", "<td>", "<tr>", "</tr>", "<table>", "<pre>", "</pre>", "<code>", "<head>", "<body>", "<h1>", "</h1>", "<h2>", "<q>", "<abbr>",
-              "<blockquote>", "<dl>", "<dt>", "<dd>", "<br/>", "<hr>", "<img>", "<span>", "\\*", "\\", "1. ", "12.", "- ", "+ ", "--", "* ", " ", "  ", "\n", "&amp;", "&lt", "&", "&#12", "&#x41;", "&nbsp;", "&lrm;", "&no", "&no;", "Foo", " and ", ".", "é", "\0",
-              "amp;", ";", "9", "<", ">", "~", "<script>", "</script>", f"<script {'a' * 2100}>", "<textarea>", "&#", "&#x", "<\u017fcript>"]  # ſ: a letter that only looks like s if case is ignored
-    pages = [page[:5_000] for page in HOSTILE] + [page_html(world, world.entity(n)) for n in range(30)]
+    pieces = [
+        "<a href=x>",
+        "</a>",
+        "<p>",
+        "</p>",
+        "<UL>",
+        "</ul>",
+        "<ol>",
+        "<li>",
+        "</li>",
+        "<s>",
+        "</s>",
+        "<b>",
+        "<td>",
+        "<tr>",
+        "</tr>",
+        "<table>",
+        "<pre>",
+        "</pre>",
+        "<code>",
+        "<head>",
+        "<body>",
+        "<h1>",
+        "</h1>",
+        "<h2>",
+        "<q>",
+        "<abbr>",
+        "<blockquote>",
+        "<dl>",
+        "<dt>",
+        "<dd>",
+        "<br/>",
+        "<hr>",
+        "<img>",
+        "<span>",
+        "\\*",
+        "\\",
+        "1. ",
+        "12.",
+        "- ",
+        "+ ",
+        "--",
+        "* ",
+        " ",
+        "  ",
+        "\n",
+        "&amp;",
+        "&lt",
+        "&",
+        "&#12",
+        "&#x41;",
+        "&nbsp;",
+        "&lrm;",
+        "&no",
+        "&no;",
+        "Foo",
+        " and ",
+        ".",
+        "é",
+        "\0",
+        "amp;",
+        ";",
+        "9",
+        "<",
+        ">",
+        "~",
+        "<script>",
+        "</script>",
+        f"<script {'a' * 2100}>",
+        "<textarea>",
+        "&#",
+        "&#x",
+        "<\u017fcript>",
+    ]  # ſ: a letter that only looks like s if case is ignored
+    pages = [page[:5_000] for page in HOSTILE] + [
+        page_html(world, world.entity(n)) for n in range(30)
+    ]
     for length in [1, 3, 9, 30, 90] * 120 + [15_000, 20_000]:  # the last ones are fed in parts
         some = rng.sample(pieces[:-10], 30) if rng.random() < 0.8 else pieces
         pages.append("".join(rng.choice(some) for _ in range(length)))
@@ -342,21 +682,43 @@ def test_scripts_and_attributes_do_not_show():
 
 
 def test_split_pages_skips_nothing_but_spaces():
-    for text in ("", "a", "a" * 1000, " a" * 700, "\n".join("word " * n for n in range(60)), "x. " * 500 + "\n" * 500 + "y"):
+    for text in (
+        "",
+        "a",
+        "a" * 1000,
+        " a" * 700,
+        "\n".join("word " * n for n in range(60)),
+        "x. " * 500 + "\n" * 500 + "y",
+    ):
         pieces = split_pages(text, 100)
-        assert max(map(len, pieces)) <= 100 and "".join("".join(pieces).split()) == "".join(text.split())
+        assert max(map(len, pieces)) <= 100 and "".join("".join(pieces).split()) == "".join(
+            text.split()
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the real web
 
+
 def test_robots_txt_is_obeyed(server, web):
-    server.answers = {"/robots.txt": (200, {"Content-Type": "text/plain"}, b"User-agent: *\nDisallow: /private\n"), "/private/a": (200, {}, b"secret"), "/open": (200, {}, b"welcome"), "/jump": (302, {"Location": "/private/a"}, b"")}
+    server.answers = {
+        "/robots.txt": (
+            200,
+            {"Content-Type": "text/plain"},
+            b"User-agent: *\nDisallow: /private\n",
+        ),
+        "/private/a": (200, {}, b"secret"),
+        "/open": (200, {}, b"welcome"),
+        "/jump": (302, {"Location": "/private/a"}, b""),
+    }
     browse = Browse(live=True, timeout_s=3, gap_s=0)
     assert "welcome" in browse(url="http://site.example/open")
     assert "robots.txt of this site forbids" in browse(url="http://site.example/private/a")
     assert "robots.txt of this site forbids" in browse(url="http://site.example/jump")
     assert server.asked.count("/robots.txt") == 1 and "/private/a" not in server.asked
-    assert server.headers[0]["User-Agent"] == "nano-researcher" and server.headers[0]["Host"] == "site.example"
+    assert (
+        server.headers[0]["User-Agent"] == "nano-researcher"
+        and server.headers[0]["Host"] == "site.example"
+    )
 
 
 def test_without_robots_txt_all_is_allowed_and_a_broken_one_is_a_fault(server, web):
@@ -370,14 +732,25 @@ def test_without_robots_txt_all_is_allowed_and_a_broken_one_is_a_fault(server, w
 def test_robots_and_pauses_are_for_the_real_web_only(server, browse):
     server.answers = {f"/{n}": (200, {}, b"page") for n in range(20)}
     started = time.monotonic()
-    assert all("page" in browse(url=f"http://w.test/{n}") for n in range(20)) and "/robots.txt" not in server.asked
+    assert (
+        all("page" in browse(url=f"http://w.test/{n}") for n in range(20))
+        and "/robots.txt" not in server.asked
+    )
     assert time.monotonic() - started < 10 * browse.pace.gap_s
 
 
 def test_requests_to_one_host_keep_their_distance(server, web):
     server.answers = {f"/{n}": (200, {}, b"page") for n in range(3)}
     browse, times = Browse(live=True, timeout_s=9, gap_s=0.2), []
-    server.answers |= {f"/{n}": lambda h: (times.append(time.monotonic()), h.send_response(200), h.end_headers(), h.wfile.write(b"x")) for n in range(3)}
+    server.answers |= {
+        f"/{n}": lambda h: (
+            times.append(time.monotonic()),
+            h.send_response(200),
+            h.end_headers(),
+            h.wfile.write(b"x"),
+        )
+        for n in range(3)
+    }
     for n in range(3):
         browse(url=f"http://site.example/{n}")
     assert all(after - before > 0.15 for before, after in zip(times, times[1:]))
@@ -389,7 +762,9 @@ def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
     assert "first" in make()(url="http://site.example/")
     server.answers["/"] = (200, {}, b"second")
     assert "first" in make()(url="http://site.example/")  # another process sees the same page
-    assert "second" in Browse(live=True, timeout_s=3, gap_s=0, cache=DiskCache(tmp_path, days=0))(url="http://site.example/")
+    assert "second" in Browse(live=True, timeout_s=3, gap_s=0, cache=DiskCache(tmp_path, days=0))(
+        url="http://site.example/"
+    )
     make()(url="http://site.example/bad")
     server.answers["/bad"] = (200, {}, b"good now")
     assert "good now" in make()(url="http://site.example/bad")  # errors are not kept
@@ -399,12 +774,73 @@ def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
 # ----------------------------------------------------------------------------------------------------- search providers
 
 DOCUMENTED = {  # answers made by hand after the services' documentation; none was recorded from a live service
-    "searxng": {"query": "q", "number_of_results": 2, "results": [{"url": "http://a.example/", "title": "First", "content": "About the first.", "engine": "x", "score": 1.0}, {"url": "http://b.example/", "title": "Second", "content": None}], "answers": [], "suggestions": []},
-    "brave": {"type": "search", "query": {"original": "q"}, "web": {"type": "search", "results": [{"title": "First", "url": "http://a.example/", "description": "About the <strong>first</strong>.", "age": "2 days"}, {"title": "Second", "url": "http://b.example/"}]}},
-    "serper": {"searchParameters": {"q": "q"}, "organic": [{"title": "First", "link": "http://a.example/", "snippet": "About the first.", "position": 1}, {"title": "Second", "link": "http://b.example/", "position": 2}], "credits": 1},
-    "tavily": {"query": "q", "answer": None, "results": [{"title": "First", "url": "http://a.example/", "content": "About the first.", "score": 0.9, "raw_content": None}, {"title": "Second", "url": "http://b.example/", "content": ""}], "response_time": 1.1},
+    "searxng": {
+        "query": "q",
+        "number_of_results": 2,
+        "results": [
+            {
+                "url": "http://a.example/",
+                "title": "First",
+                "content": "About the first.",
+                "engine": "x",
+                "score": 1.0,
+            },
+            {"url": "http://b.example/", "title": "Second", "content": None},
+        ],
+        "answers": [],
+        "suggestions": [],
+    },
+    "brave": {
+        "type": "search",
+        "query": {"original": "q"},
+        "web": {
+            "type": "search",
+            "results": [
+                {
+                    "title": "First",
+                    "url": "http://a.example/",
+                    "description": "About the <strong>first</strong>.",
+                    "age": "2 days",
+                },
+                {"title": "Second", "url": "http://b.example/"},
+            ],
+        },
+    },
+    "serper": {
+        "searchParameters": {"q": "q"},
+        "organic": [
+            {
+                "title": "First",
+                "link": "http://a.example/",
+                "snippet": "About the first.",
+                "position": 1,
+            },
+            {"title": "Second", "link": "http://b.example/", "position": 2},
+        ],
+        "credits": 1,
+    },
+    "tavily": {
+        "query": "q",
+        "answer": None,
+        "results": [
+            {
+                "title": "First",
+                "url": "http://a.example/",
+                "content": "About the first.",
+                "score": 0.9,
+                "raw_content": None,
+            },
+            {"title": "Second", "url": "http://b.example/", "content": ""},
+        ],
+        "response_time": 1.1,
+    },
 }
-KEY_HEADER = {"searxng": None, "brave": "x-subscription-token", "serper": "x-api-key", "tavily": "authorization"}
+KEY_HEADER = {
+    "searxng": None,
+    "brave": "x-subscription-token",
+    "serper": "x-api-key",
+    "tavily": "authorization",
+}
 
 
 @pytest.fixture(params=list(PROVIDERS))
@@ -430,6 +866,7 @@ def answer_with(server, *replies):
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(body)
+
     server.answers = {"/search": answer}
 
 
@@ -440,37 +877,84 @@ def test_provider_answers(provider, tmp_path):
     assert search.check({"queries": ["q"]}) is None and search.name == "search"
     text = search(queries=["who is first?"])
     assert text == "[1] First http://a.example/\nAbout the first.\n[2] Second http://b.example/\n"
-    assert search(queries=["who is first?"]) == text and len(server.asked) == 1  # the second time from disk
+    assert (
+        search(queries=["who is first?"]) == text and len(server.asked) == 1
+    )  # the second time from disk
     if KEY_HEADER[name]:
-        assert "k-123-secret" in server.headers[0][KEY_HEADER[name]] and "k-123" not in server.asked[0]
+        assert (
+            "k-123-secret" in server.headers[0][KEY_HEADER[name]] and "k-123" not in server.asked[0]
+        )
     assert "k-123" not in "".join(path.read_text() for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("bad, tries, seen", [
-    ((500, {}, b""), 4, "HTTP 500"), ((429, {"Retry-After": "0"}, b"slow down"), 4, "HTTP 429"), ((429, {"Retry-After": "9999"}, b""), 1, "HTTP 429"), ((401, {}, b"k-123-secret is wrong"), 1, "refused, HTTP 401"), ((400, {}, b""), 1, "HTTP 400"), ((200, {}, b"<html>"), 4, "not a list of results"),
-    ((200, {}, b"[]"), 4, "not a list of results"), ((200, {}, b'{"results": 5, "organic": 5, "web": 5}'), 4, "not a list of results"), ((200, {}, b"[" * 100_000), 4, "not a list of results"), ((302, {"Location": "http://127.0.0.1/"}, b""), 1, "HTTP 302"), ((200, {"Content-Length": "99"}, b'{"results": ['), 4, "cannot be reached|not a list")])
+@pytest.mark.parametrize(
+    "bad, tries, seen",
+    [
+        ((500, {}, b""), 4, "HTTP 500"),
+        ((429, {"Retry-After": "0"}, b"slow down"), 4, "HTTP 429"),
+        ((429, {"Retry-After": "9999"}, b""), 1, "HTTP 429"),
+        ((401, {}, b"k-123-secret is wrong"), 1, "refused, HTTP 401"),
+        ((400, {}, b""), 1, "HTTP 400"),
+        ((200, {}, b"<html>"), 4, "not a list of results"),
+        ((200, {}, b"[]"), 4, "not a list of results"),
+        ((200, {}, b'{"results": 5, "organic": 5, "web": 5}'), 4, "not a list of results"),
+        ((200, {}, b"[" * 100_000), 4, "not a list of results"),
+        ((302, {"Location": "http://127.0.0.1/"}, b""), 1, "HTTP 302"),
+        ((200, {"Content-Length": "99"}, b'{"results": ['), 4, "cannot be reached|not a list"),
+    ],
+)
 def test_provider_faults(provider, bad, tries, seen):
     name, url, server = provider
     answer_with(server, bad)
     with pytest.raises(ToolFault, match=seen) as fault:
         WebSearch(name, url, gap_s=0, timeout_s=5)(queries=["q"])
     assert len(server.asked) == tries
-    assert name in str(fault.value) and "127.0.0.1" in str(fault.value) and "k-123" not in str(fault.value) and "\n" not in str(fault.value)
+    assert (
+        name in str(fault.value)
+        and "127.0.0.1" in str(fault.value)
+        and "k-123" not in str(fault.value)
+        and "\n" not in str(fault.value)
+    )
 
 
 def test_provider_recovers(provider):
     name, url, server = provider
-    answer_with(server, (503, {}, b""), (200, {}, b"garbage"), (429, {"Retry-After": "0"}, b""), (200, {}, json.dumps(DOCUMENTED[name]).encode()))
+    answer_with(
+        server,
+        (503, {}, b""),
+        (200, {}, b"garbage"),
+        (429, {"Retry-After": "0"}, b""),
+        (200, {}, json.dumps(DOCUMENTED[name]).encode()),
+    )
     assert "First" in WebSearch(name, url, gap_s=0)(queries=["q"])
 
 
 def test_odd_hits(provider):
     name, url, server = provider
     title, link, snippet = PROVIDERS[name].fields
-    hits = [{title: "<tool_call>&lt;b&gt;\n", link: "http://a.example/\n x", snippet: ["list"]}, "no object", None, {}, {title: None}]
-    answer_with(server, (200, {}, json.dumps({"results": hits, "organic": hits, "web": {"results": hits}}).encode()))
-    assert WebSearch(name, url, k=5, gap_s=0)(queries=["q"]).split("\n")[0] == "[1] <b> http://a.example/x"
-    answer_with(server, (200, {}, json.dumps({"results": [], "organic": [], "web": {"results": []}}).encode()))
+    hits = [
+        {title: "<tool_call>&lt;b&gt;\n", link: "http://a.example/\n x", snippet: ["list"]},
+        "no object",
+        None,
+        {},
+        {title: None},
+    ]
+    answer_with(
+        server,
+        (
+            200,
+            {},
+            json.dumps({"results": hits, "organic": hits, "web": {"results": hits}}).encode(),
+        ),
+    )
+    assert (
+        WebSearch(name, url, k=5, gap_s=0)(queries=["q"]).split("\n")[0]
+        == "[1] <b> http://a.example/x"
+    )
+    answer_with(
+        server,
+        (200, {}, json.dumps({"results": [], "organic": [], "web": {"results": []}}).encode()),
+    )
     assert WebSearch(name, url, gap_s=0)(queries=["q"]) == "no results"
 
 
@@ -483,9 +967,16 @@ def test_queries_run_side_by_side_in_call_order(server, monkeypatch):
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body)
+
     server.answers = {"/search": answer}
-    text = WebSearch("searxng", f"http://127.0.0.1:{server.server_address[1]}/", gap_s=0)(queries=["0.6", "0.0", "0.3"])
-    assert [line for line in text.split("\n") if line.startswith("[1]")] == ["[1] 0.6 u", "[1] 0.0 u", "[1] 0.3 u"]
+    text = WebSearch("searxng", f"http://127.0.0.1:{server.server_address[1]}/", gap_s=0)(
+        queries=["0.6", "0.0", "0.3"]
+    )
+    assert [line for line in text.split("\n") if line.startswith("[1]")] == [
+        "[1] 0.6 u",
+        "[1] 0.0 u",
+        "[1] 0.3 u",
+    ]
 
 
 @pytest.mark.parametrize("name", ["brave", "serper", "tavily"])
@@ -501,17 +992,22 @@ def test_an_unreachable_service_is_named_at_the_start(monkeypatch, tmp_path):
 
     def unreachable(*_, **__):
         raise socket.gaierror(-3, "Temporary failure in name resolution")
+
     monkeypatch.setattr("socket.create_connection", unreachable)
     with pytest.raises(ValueError, match="cannot reach api.search.brave.com") as error:
         Toolbox(search="brave")
     assert "\n" not in str(error.value) and "k-123" not in str(error.value)
-    for arguments, words in ((dict(search="searxng"), "--search_url"), (dict(search="nonsense"), "choose embedded, searxng, brave")):
+    for arguments, words in (
+        (dict(search="searxng"), "--search_url"),
+        (dict(search="nonsense"), "choose embedded, searxng, brave"),
+    ):
         with pytest.raises(ValueError, match=words):
             Toolbox(**arguments)
 
 
 def test_a_task_without_a_world_uses_the_web(server, monkeypatch, tmp_path):
     from types import SimpleNamespace
+
     monkeypatch.setattr("tools.CACHE", tmp_path)
     answer_with(server, (200, {}, json.dumps(DOCUMENTED["searxng"]).encode()))
     toolbox = Toolbox(search="searxng", search_url=f"http://127.0.0.1:{server.server_address[1]}")
@@ -520,24 +1016,61 @@ def test_a_task_without_a_world_uses_the_web(server, monkeypatch, tmp_path):
     assert "not public" in own["browse"](url=f"http://127.0.0.1:{server.server_address[1]}/")
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command to make a certificate")
+@pytest.mark.skipif(
+    not shutil.which("openssl"), reason="needs the openssl command to make a certificate"
+)
 def test_https_checks_the_name_on_the_pinned_address(web, monkeypatch, tmp_path):
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", tmp_path / "key", "-out", tmp_path / "cert", "-days", "2", "-subj", "/CN=secure.example",
-                    "-addext", "subjectAltName=DNS:secure.example"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            tmp_path / "key",
+            "-out",
+            tmp_path / "cert",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=secure.example",
+            "-addext",
+            "subjectAltName=DNS:secure.example",
+        ],
+        check=True,
+        capture_output=True,
+    )
     with Server() as secure:
         own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         own.load_cert_chain(tmp_path / "cert", tmp_path / "key")
-        secure.socket = own.wrap_socket(secure.socket, server_side=True, do_handshake_on_connect=False)
+        secure.socket = own.wrap_socket(
+            secure.socket, server_side=True, do_handshake_on_connect=False
+        )
         secure.answers = {"/": (200, {}, b"over TLS"), "/drip": drip}
-        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", secure.server_address[1]))])
-        assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(url="https://secure.example/")  # signed by nobody known
+        monkeypatch.setattr(
+            "socket.getaddrinfo",
+            lambda *_, **__: [
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", secure.server_address[1]))
+            ],
+        )
+        assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(
+            url="https://secure.example/"
+        )  # signed by nobody known
         monkeypatch.setattr("requests.certs.where", lambda: str(tmp_path / "cert"))
         tls_context.cache_clear()
         try:
-            assert "over TLS" in Browse(live=True, timeout_s=3, gap_s=0)(url="https://secure.example/")
-            assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(url="https://other.example/")  # another name
+            assert "over TLS" in Browse(live=True, timeout_s=3, gap_s=0)(
+                url="https://secure.example/"
+            )
+            assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(
+                url="https://other.example/"
+            )  # another name
             started = time.monotonic()
-            assert "the page was cut" in Browse(live=True, timeout_s=1, gap_s=0).fetch("https://secure.example/drip")
+            assert "the page was cut" in Browse(live=True, timeout_s=1, gap_s=0).fetch(
+                "https://secure.example/drip"
+            )
             assert time.monotonic() - started < 3
         finally:
             tls_context.cache_clear()

@@ -22,7 +22,14 @@ def walks(deep_dir, chat, skill, count=12):
     while len(done) < count:
         task = draw_task(world, "collection", 1 + len(done) % 2, rng, rng.random() < 0.3)
         if not task.meta["template"].startswith("total"):
-            done.append((task, *Walker(task, world, search, chat, rng, skill, pages).play(RolloutArgs(context="summarize", max_turns=99))))
+            done.append(
+                (
+                    task,
+                    *Walker(task, world, search, chat, rng, skill, pages).play(
+                        RolloutArgs(context="summarize", max_turns=99)
+                    ),
+                )
+            )
     return done
 
 
@@ -34,10 +41,14 @@ def test_skilled_walkers_find_the_answer_in_a_window_of_a_few_pages(deep_dir, ch
         for ids, mask in rows:
             assert len(ids) == len(mask) <= 1024
             own = [i for i, mine in zip(ids, mask) if mine]
-            assert ids[:len(chat.before_question)] == chat.before_question and set(own) & {chat.end_id}
+            assert ids[: len(chat.before_question)] == chat.before_question and set(own) & {
+                chat.end_id
+            }
             text = chat.decode(own)  # the explorer's tokens alone: no result, no request
             assert "<tool_response>" not in text and "earlier turns" not in text
-        assert chat.decode(rows[0][0]).endswith("<|im_end|>") and "Notes: " not in chat.decode(rows[0][0])
+        assert chat.decode(rows[0][0]).endswith("<|im_end|>") and "Notes: " not in chat.decode(
+            rows[0][0]
+        )
         assert all("Notes: " in chat.decode(ids) for ids, _ in rows[1:])
         assert "<answer>" in chat.decode([i for i, mine in zip(*rows[-1]) if mine])
 
@@ -48,7 +59,11 @@ def test_most_walkers_do_it_badly(deep_dir, chat):
 
 def test_walk_drills_are_learned_where_their_rule_decides(deep_dir, chat):
     ids, labels = walk_drill(np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)
-    assert ids.shape == labels.shape == (8, 256) and bool(((labels == ids) | (labels == -100)).all())
+    assert ids.shape == labels.shape == (8, 256) and bool(
+        ((labels == ids) | (labels == -100)).all()
+    )
     learned = chat.decode(ids[0][labels[0] >= 0].tolist())
     assert learned.startswith("<think>") and "Next:" not in learned and "browse" in learned
-    assert torch.equal(ids, walk_drill(np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)[0])
+    assert torch.equal(
+        ids, walk_drill(np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)[0]
+    )

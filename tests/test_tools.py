@@ -7,7 +7,19 @@ import time
 import pytest
 
 from data.world import load_world
-from tools import MAX_CALLS, Browse, FormatError, Python, Search, Toolbox, ToolCall, ToolFault, parse_action, parse_tool_calls, run_calls
+from tools import (
+    MAX_CALLS,
+    Browse,
+    FormatError,
+    Python,
+    Search,
+    Toolbox,
+    ToolCall,
+    ToolFault,
+    parse_action,
+    parse_tool_calls,
+    run_calls,
+)
 from web import html_to_text, split_pages, view_page
 
 GOOD = '<tool_call>{"name": "search", "arguments": {"queries": ["a"]}}</tool_call>'
@@ -25,17 +37,33 @@ class Echo:
 
 
 def test_parse_tool_calls():
-    assert parse_tool_calls(f"<think>x {GOOD}</think>{GOOD}{GOOD}") == [ToolCall("search", {"queries": ["a"]})] * 2
+    assert (
+        parse_tool_calls(f"<think>x {GOOD}</think>{GOOD}{GOOD}")
+        == [ToolCall("search", {"queries": ["a"]})] * 2
+    )
     assert parse_tool_calls("nothing") == []
 
 
-@pytest.mark.parametrize("text, kind", [
-    ("hello", "no_action"), ("", "no_action"), (GOOD + "<answer>a</answer>", "call_and_answer"), ("<answer>a</answer><answer>b</answer>", "two_answers"),
-    ("<tool_call>{}", "unclosed_tag"), ("<answer>a", "unclosed_tag"), ("<think>never closed " + GOOD, "unclosed_tag"),
-    ("<tool_call>{not json}</tool_call>", "bad_json"), ("<tool_call>[1]</tool_call>", "not_an_object"),
-    ('<tool_call>{"arguments": {}}</tool_call>', "missing_name"), ('<tool_call>{"name": "search", "arguments": [1]}</tool_call>', "bad_arguments"),
-    ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', "unknown_tool"), ('<tool_call>{"name": "search", "arguments": {"q": 1}}</tool_call>', "bad_arguments"),
-    (GOOD * (MAX_CALLS + 1), "too_many_calls"), ("<tool_call>" + "[" * 100000 + "</tool_call>", "bad_json")])
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("hello", "no_action"),
+        ("", "no_action"),
+        (GOOD + "<answer>a</answer>", "call_and_answer"),
+        ("<answer>a</answer><answer>b</answer>", "two_answers"),
+        ("<tool_call>{}", "unclosed_tag"),
+        ("<answer>a", "unclosed_tag"),
+        ("<think>never closed " + GOOD, "unclosed_tag"),
+        ("<tool_call>{not json}</tool_call>", "bad_json"),
+        ("<tool_call>[1]</tool_call>", "not_an_object"),
+        ('<tool_call>{"arguments": {}}</tool_call>', "missing_name"),
+        ('<tool_call>{"name": "search", "arguments": [1]}</tool_call>', "bad_arguments"),
+        ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', "unknown_tool"),
+        ('<tool_call>{"name": "search", "arguments": {"q": 1}}</tool_call>', "bad_arguments"),
+        (GOOD * (MAX_CALLS + 1), "too_many_calls"),
+        ("<tool_call>" + "[" * 100000 + "</tool_call>", "bad_json"),
+    ],
+)
 def test_format_error_kinds(text, kind):
     with pytest.raises(FormatError) as error:
         parse_action(text, {"search": Echo()})
@@ -55,8 +83,15 @@ def test_no_exception_of_a_tool_escapes():
     class Broken(Echo):
         def __call__(self, queries):
             raise ToolFault("HTTP 500") if queries == ["fault"] else KeyError("bug")
-    results = run_calls([ToolCall("search", {"queries": [q]}) for q in ("fault", "bug")], {"search": Broken()})
-    assert [fault for _, fault in results] == [True, True] and "HTTP 500" in results[0][0] and "KeyError" in results[1][0]
+
+    results = run_calls(
+        [ToolCall("search", {"queries": [q]}) for q in ("fault", "bug")], {"search": Broken()}
+    )
+    assert (
+        [fault for _, fault in results] == [True, True]
+        and "HTTP 500" in results[0][0]
+        and "KeyError" in results[1][0]
+    )
 
 
 def test_search_and_browse_an_embedded_world(world_dir):
@@ -68,7 +103,9 @@ def test_search_and_browse_an_embedded_world(world_dir):
     page = browse(url=world.url(0))
     assert page.startswith(f"{world.url(0)} (page 1 of ") and entity.name in page
     pages = int(re.search(r"of (\d+)", page).group(1))
-    assert pages >= 3 and "Records" in "".join(browse(url=world.url(0), page=n) for n in range(1, pages + 1))
+    assert pages >= 3 and "Records" in "".join(
+        browse(url=world.url(0), page=n) for n in range(1, pages + 1)
+    )
     assert "has only" in browse(url=world.url(0), page=99)
     deep = [r for r in entity.facts if r in ("teacher", "birth")][0]
     assert entity.facts[deep] in browse(url=world.url(0), find=deep)
@@ -91,24 +128,38 @@ def test_missing_index_is_named():
 def test_pages_of_text_lose_nothing():
     text = "\n".join(f"Line {i} says something. And more." for i in range(200))
     pieces = split_pages(text, 400)
-    assert max(map(len, pieces)) <= 400 and re.sub(r"\s", "", "".join(pieces)) == re.sub(r"\s", "", text)
+    assert max(map(len, pieces)) <= 400 and re.sub(r"\s", "", "".join(pieces)) == re.sub(
+        r"\s", "", text
+    )
 
 
 def test_embedded_pages_come_whole_over_one_connection(world_dir):
     from data.world import page_html
+
     _, browse = Toolbox().open(world_dir / "pages.db")
     world = load_world(world_dir)
     for number in range(10):
         url, page = world.url(number), page_html(world, world.entity(number))
         for arguments in ({}, {"page": 2}, {"page": 3}, {"find": "the"}, {"links": True}):
-            shown = view_page(page, url, arguments.get("page", 1), arguments.get("find"), arguments.get("links", False))
+            shown = view_page(
+                page,
+                url,
+                arguments.get("page", 1),
+                arguments.get("find"),
+                arguments.get("links", False),
+            )
             assert browse(url=url, **arguments) == shown and "was cut" not in shown
     assert [len(connections) for connections in browse.idle.values()] == [1]
 
 
-@pytest.mark.parametrize("page", ["", "<", "<table>" * 500, "<script>x</script>", "\0\ud800", "<a href=''>", "&#xFFFFFFFF;"])
+@pytest.mark.parametrize(
+    "page",
+    ["", "<", "<table>" * 500, "<script>x</script>", "\0\ud800", "<a href=''>", "&#xFFFFFFFF;"],
+)
 def test_hostile_html(page):
-    assert isinstance(html_to_text(page), str) and isinstance(view_page(page, "http://a.test/"), str)
+    assert isinstance(html_to_text(page), str) and isinstance(
+        view_page(page, "http://a.test/"), str
+    )
 
 
 def test_python_is_stateful_and_bounded():
@@ -136,14 +187,53 @@ def test_fuzzed_turns(world_dir):
     search, browse = Toolbox().open(world_dir / "pages.db")
     tools = {"search": search, "browse": browse, "python": Echo()}
     rng = random.Random(0)
-    good = [GOOD, '<tool_call>{"name": "browse", "arguments": {"url": "http://w11.test/", "page": 2}}</tool_call>', "<answer>Belin</answer>", "<think>I look.</think>", '<tool_call>{"name": "python", "arguments": {"queries": ["0"]}}</tool_call>']
-    pieces = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<answer>", "</answer>", "{", "}", "[", "]", '"', "\\", "\0", "\ud800", "\u202e", "1e999", "NaN", "-Infinity", "null", "true", ",", ":", '"name"', '"arguments"', "9" * 5000, "\\ud800", "<|im_end|>", "\u200b", "é", "\n", "file:///etc/passwd", "http://["]
+    good = [
+        GOOD,
+        '<tool_call>{"name": "browse", "arguments": {"url": "http://w11.test/", "page": 2}}</tool_call>',
+        "<answer>Belin</answer>",
+        "<think>I look.</think>",
+        '<tool_call>{"name": "python", "arguments": {"queries": ["0"]}}</tool_call>',
+    ]
+    pieces = [
+        "<tool_call>",
+        "</tool_call>",
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "\\",
+        "\0",
+        "\ud800",
+        "\u202e",
+        "1e999",
+        "NaN",
+        "-Infinity",
+        "null",
+        "true",
+        ",",
+        ":",
+        '"name"',
+        '"arguments"',
+        "9" * 5000,
+        "\\ud800",
+        "<|im_end|>",
+        "\u200b",
+        "é",
+        "\n",
+        "file:///etc/passwd",
+        "http://[",
+    ]
     parsed = ran = 0
     for _ in range(10_000):
         text = "".join(rng.choice(good) for _ in range(rng.randint(1, 4)))
         for _ in range(rng.choice((0, 0, 1, 1, 2, 5))):
             at = rng.randrange(len(text) + 1)
-            text = text[:at] + rng.choice(pieces) + text[at + rng.choice((0, 0, 1, 5, 20)):]
+            text = text[:at] + rng.choice(pieces) + text[at + rng.choice((0, 0, 1, 5, 20)) :]
         try:
             calls, answer = parse_action(text, tools)
         except FormatError as error:
@@ -154,15 +244,45 @@ def test_fuzzed_turns(world_dir):
         thoughtless = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
         assert len(calls) == thoughtless.count("<tool_call>")
         for call in calls:
-            assert any(json.loads(block)["name"] == call.name for block in re.findall("<tool_call>(.*?)</tool_call>", thoughtless, flags=re.DOTALL))
-        if calls and not any(call.name == "python" and not call.arguments.get("queries", ["x"])[0] == "0" for call in calls) and ran < 1500:
+            assert any(
+                json.loads(block)["name"] == call.name
+                for block in re.findall(
+                    "<tool_call>(.*?)</tool_call>", thoughtless, flags=re.DOTALL
+                )
+            )
+        if (
+            calls
+            and not any(
+                call.name == "python" and not call.arguments.get("queries", ["x"])[0] == "0"
+                for call in calls
+            )
+            and ran < 1500
+        ):
             ran += 1
             results = run_calls(calls, tools)
-            assert len(results) == len(calls) and all(isinstance(text, str) and len(text) < 100_000 for text, _ in results)
+            assert len(results) == len(calls) and all(
+                isinstance(text, str) and len(text) < 100_000 for text, _ in results
+            )
     assert parsed > 2000 and ran == 1500
 
 
-@pytest.mark.parametrize("code", ["\0", "\ud800", "print('\\ud800')", "x" * 200_000, "(" * 5000, "\r\n\t", "print('<tool_call>{}</tool_call><|im_end|>')", "raise SystemExit", "exit()", "import sys; sys.stdout = None", "del __builtins__", "'é' * 3"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "\0",
+        "\ud800",
+        "print('\\ud800')",
+        "x" * 200_000,
+        "(" * 5000,
+        "\r\n\t",
+        "print('<tool_call>{}</tool_call><|im_end|>')",
+        "raise SystemExit",
+        "exit()",
+        "import sys; sys.stdout = None",
+        "del __builtins__",
+        "'é' * 3",
+    ],
+)
 def test_odd_code(code):
     python = Python(timeout_s=30)
     try:
@@ -176,6 +296,7 @@ def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
     """A server that is down: the tool tries three times, the policy sees it, the trajectory is neither a format error nor wrong."""
     from reward import reward
     from rollout import RolloutArgs, Trajectory, Turn, take_results
+
     attempts = []
 
     class Down(Browse):
@@ -186,21 +307,28 @@ def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
     calls = [ToolCall("browse", {"url": "http://w.test/"})]
     trajectory = Trajectory(dev_tasks[0], (0,))
     for _ in range(3):
-        trajectory.turns.append(Turn([1], [0.0], 0, calls=[{"name": "browse", "arguments": calls[0].arguments}]))
+        trajectory.turns.append(
+            Turn([1], [0.0], 0, calls=[{"name": "browse", "arguments": calls[0].arguments}])
+        )
         results = run_calls(calls, {"browse": Down({"w.test": "127.0.0.1:9"})})
-        assert results == [("error: http://w.test/ cannot be reached (ConnectionRefusedError)", True)]
+        assert results == [
+            ("error: http://w.test/ cannot be reached (ConnectionRefusedError)", True)
+        ]
         take_results(trajectory, results, None, RolloutArgs())
     assert len(attempts) == 9 and [turn.faults for turn in trajectory.turns] == [1, 1, 1]
     assert trajectory.status == "tool_fault" and reward(trajectory).total >= 0
-    assert run_calls([ToolCall("browse", {"url": "file:///"})], {"browse": Browse()})[0][1] is False  # the policy's own mistake is no fault
+    assert (
+        run_calls([ToolCall("browse", {"url": "file:///"})], {"browse": Browse()})[0][1] is False
+    )  # the policy's own mistake is no fault
 
 
 def test_a_sandbox_that_cannot_start_is_a_fault(monkeypatch):
     def full(*_, **__):
         raise BlockingIOError(11, "Resource temporarily unavailable")
+
     monkeypatch.setattr("subprocess.Popen", full)
     before = len(os.listdir("/proc/self/fd"))
-    (text, fault), = run_calls([ToolCall("python", {"code": "1"})], {"python": Python()})
+    ((text, fault),) = run_calls([ToolCall("python", {"code": "1"})], {"python": Python()})
     assert fault and "python cannot be started" in text
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -214,27 +342,52 @@ def test_a_machine_without_a_sandbox_is_refused(monkeypatch):
 
 def test_frequent_words_are_left_out_of_a_large_index(tmp_path, monkeypatch):
     import data.index
+
     monkeypatch.setattr("data.index.LARGE_INDEX", 100)
-    documents = [{"url": f"http://c.test/{n}", "title": f"Page {n}", "text": f"the number of this page is w{n}" + " the" * (n == 7)} for n in range(200)]
+    documents = [
+        {
+            "url": f"http://c.test/{n}",
+            "title": f"Page {n}",
+            "text": f"the number of this page is w{n}" + " the" * (n == 7),
+        }
+        for n in range(200)
+    ]
     data.index.build_index(documents, tmp_path / "large.db")
     index = data.index.open_index(tmp_path / "large.db")
-    assert {word for word, in index.execute("select word from common")} == {"the", "number", "of", "this", "page", "is"}
+    assert {word for (word,) in index.execute("select word from common")} == {
+        "the",
+        "number",
+        "of",
+        "this",
+        "page",
+        "is",
+    }
     for query in ("what is the number of w42", "w42"):
-        assert [hit["url"] for hit in data.index.search_index(index, query, 3)] == ["http://c.test/42"]
-    assert len(data.index.search_index(index, "the page", 3)) == 3  # nothing but frequent words: the rarest is searched
+        assert [hit["url"] for hit in data.index.search_index(index, query, 3)] == [
+            "http://c.test/42"
+        ]
+    assert (
+        len(data.index.search_index(index, "the page", 3)) == 3
+    )  # nothing but frequent words: the rarest is searched
     monkeypatch.setattr("data.index.LARGE_INDEX", 1000)
     data.index.build_index(documents, tmp_path / "small.db")
-    assert data.index.search_index(data.index.open_index(tmp_path / "small.db"), "the", 1)[0]["url"] == "http://c.test/7"
+    assert (
+        data.index.search_index(data.index.open_index(tmp_path / "small.db"), "the", 1)[0]["url"]
+        == "http://c.test/7"
+    )
 
 
 def test_many_clients_search_one_index(world_dir):
     from concurrent.futures import ThreadPoolExecutor
+
     search, browse = Toolbox().open(world_dir / "pages.db")
     world = load_world(world_dir)
     names = [world.name(n % 60) for n in range(400)]
     alone = {name: search(queries=[name]) for name in names}
     with ThreadPoolExecutor(16) as pool:
-        assert list(pool.map(lambda name: search(queries=[name]), names)) == [alone[name] for name in names]
+        assert list(pool.map(lambda name: search(queries=[name]), names)) == [
+            alone[name] for name in names
+        ]
         pages = list(pool.map(lambda name: browse(url=f"http://{world.host}/{name}"), names))
     assert all(name in page for name, page in zip(names, pages))
     assert len(search.idle) <= 16

@@ -12,7 +12,17 @@ from context import Segment
 from data.tasks import Task
 from rollout import RolloutArgs, Trajectory, Turn
 from run_folder import cut_lines, load_state, save, save_atomically, sha256, share_of
-from train import Policy, Row, TrainArgs, check_args, collate, gradient, micro_batches, rows_of, tasks_of_step
+from train import (
+    Policy,
+    Row,
+    TrainArgs,
+    check_args,
+    collate,
+    gradient,
+    micro_batches,
+    rows_of,
+    tasks_of_step,
+)
 
 
 def made_up_rows(count, seed=0, vocabulary=2000):
@@ -25,7 +35,9 @@ def made_up_rows(count, seed=0, vocabulary=2000):
             ids = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 9))]
             segment.append(ids, turn, [-1.0] * len(ids))
         advantages = [rng.uniform(-1, 1) for _ in range(5)]
-        rows.append(Row(segment, [advantages[turn] if turn >= 0 else 0.0 for turn in segment.turn_of]))
+        rows.append(
+            Row(segment, [advantages[turn] if turn >= 0 else 0.0 for turn in segment.turn_of])
+        )
     return rows
 
 
@@ -50,7 +62,11 @@ def test_gradient_by_hand(tiny):
     loss = 0
     for row in rows:
         logprobs = torch.log_softmax(model(torch.tensor([row.segment.ids])).logits[0], -1)
-        loss = loss - sum(w * logprobs[t - 1, row.segment.ids[t]] for t, w in enumerate(row.weights) if w) / 100
+        loss = (
+            loss
+            - sum(w * logprobs[t - 1, row.segment.ids[t]] for t, w in enumerate(row.weights) if w)
+            / 100
+        )
     loss.backward()
     assert same({n: p.grad for n, p in model.named_parameters()}, gradient_of(tiny, rows, ARGS))
 
@@ -59,8 +75,12 @@ def test_micro_batches_and_padding_change_nothing(tiny):
     rows = made_up_rows(9)
     whole = gradient_of(tiny, rows, ARGS)
     for micro_tokens in (1, 150, 100000):
-        assert same(whole, gradient_of(tiny, rows, TrainArgs(max_grad_norm=1e9, micro_tokens=micro_tokens)))
-    assert sorted(id(row) for batch in micro_batches(rows, 150) for row in batch) == sorted(map(id, rows))
+        assert same(
+            whole, gradient_of(tiny, rows, TrainArgs(max_grad_norm=1e9, micro_tokens=micro_tokens))
+        )
+    assert sorted(id(row) for batch in micro_batches(rows, 150) for row in batch) == sorted(
+        map(id, rows)
+    )
 
 
 def test_observation_tokens_have_exactly_no_gradient(tiny):
@@ -69,16 +89,26 @@ def test_observation_tokens_have_exactly_no_gradient(tiny):
     ids, weights = collate(rows, "cpu")
     policy = Policy(tiny, 1.0)
     seen = {}
-    handle = tiny.lm_head.register_forward_hook(lambda m, inputs, logits: seen.update(rows=logits.shape[0]))
+    handle = tiny.lm_head.register_forward_hook(
+        lambda m, inputs, logits: seen.update(rows=logits.shape[0])
+    )
     policy(ids, weights != 0)
     handle.remove()
     assert seen["rows"] == int((weights != 0).sum())  # no logits exist where there is no loss
     hidden = {}
-    handle = tiny.model.register_forward_hook(lambda m, a, out: (hidden.update(h=out.last_hidden_state), out.last_hidden_state.retain_grad())[-1])
+    handle = tiny.model.register_forward_hook(
+        lambda m, a, out: (
+            hidden.update(h=out.last_hidden_state),
+            out.last_hidden_state.retain_grad(),
+        )[-1]
+    )
     (policy(ids, weights != 0) * weights[weights != 0]).sum().backward()
     handle.remove()
     not_in_loss = weights[:, 1:] == 0
-    assert float(hidden["h"].grad[not_in_loss].abs().max()) == 0.0 and float(hidden["h"].grad[~not_in_loss].abs().min(-1).values.max()) > 0
+    assert (
+        float(hidden["h"].grad[not_in_loss].abs().max()) == 0.0
+        and float(hidden["h"].grad[~not_in_loss].abs().min(-1).values.max()) > 0
+    )
 
 
 def trajectory(versions=(3, 3), segments=1):
@@ -89,14 +119,16 @@ def trajectory(versions=(3, 3), segments=1):
     for number in range(len(versions)):
         if number and segments == 2:
             t.segments.append(Segment([]))
-            t.segments[-1].append([1, 2, 5, 6, 7, 8])  # rewritten: old actions come back as context, not as actions
+            t.segments[-1].append(
+                [1, 2, 5, 6, 7, 8]
+            )  # rewritten: old actions come back as context, not as actions
         t.segments[-1].append([5, 6], number, [-1.0, -1.0])
         t.segments[-1].append([7, 8])
     return t
 
 
 def test_stale_turns_get_no_weight():
-    row, = rows_of(trajectory(versions=(2, 3)), [0.5, 0.7], version=3)
+    (row,) = rows_of(trajectory(versions=(2, 3)), [0.5, 0.7], version=3)
     assert row.weights == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0]
     assert rows_of(trajectory(versions=(2, 2)), [0.5, 0.7], version=3) == []
 
@@ -106,21 +138,38 @@ def test_what_stale_turns_weigh(tiny):
     t = trajectory(versions=(2, 3))
     mask, keep, corrected = (rows_of(t, [0.5, 0.7], 3, stale) for stale in ("mask", "keep", "is"))
     assert mask[0].weights == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0] and not mask[0].correct
-    assert keep[0].weights == corrected[0].weights == [0, 0, 0.5, 0.5, 0, 0, 0.7, 0.7, 0, 0] and not keep[0].correct
+    assert (
+        keep[0].weights == corrected[0].weights == [0, 0, 0.5, 0.5, 0, 0, 0.7, 0.7, 0, 0]
+        and not keep[0].correct
+    )
     assert corrected[0].correct == [False, False, True, True] + [False] * 6
     with torch.no_grad():
-        now = torch.log_softmax(tiny(torch.tensor([t.segments[0].ids])).logits[0], -1)[[1, 2], [5, 6]]
-    for gap, ratio in ((-0.3, math.exp(-0.3)), (0.2, math.exp(0.2)), (5.0, 2.0)):  # log p_now - log p_sampler; the last one is cut
+        now = torch.log_softmax(tiny(torch.tensor([t.segments[0].ids])).logits[0], -1)[
+            [1, 2], [5, 6]
+        ]
+    for gap, ratio in (
+        (-0.3, math.exp(-0.3)),
+        (0.2, math.exp(0.2)),
+        (5.0, 2.0),
+    ):  # log p_now - log p_sampler; the last one is cut
         t.segments[0].logprobs[2:4] = (now - gap).tolist()
         by_hand = copy.deepcopy(keep)
         by_hand[0].weights = [0, 0, 0.5 * ratio, 0.5 * ratio, 0, 0, 0.7, 0.7, 0, 0]
-        assert same(gradient_of(tiny, rows_of(t, [0.5, 0.7], 3, "is"), ARGS), gradient_of(tiny, by_hand, ARGS), 1e-6)
+        assert same(
+            gradient_of(tiny, rows_of(t, [0.5, 0.7], 3, "is"), ARGS),
+            gradient_of(tiny, by_hand, ARGS),
+            1e-6,
+        )
     assert not same(gradient_of(tiny, keep, ARGS), gradient_of(tiny, by_hand, ARGS), 1e-4)
 
 
 def test_parked_work_is_dealt_out_to_another_number_of_ranks():
     states = [{"next_number": 5, "groups": ["a", "b"]}, {"next_number": 4, "groups": ["c"]}]
-    assert share_of(states, 1, 2) == states[1] and share_of([None], 0, 1) is None and share_of([], 0, 1) is None
+    assert (
+        share_of(states, 1, 2) == states[1]
+        and share_of([None], 0, 1) is None
+        and share_of([], 0, 1) is None
+    )
     assert share_of(states, 0, 1) == {"next_number": 10, "groups": ["a", "b", "c"]}
     assert [share_of(states, rank, 3)["groups"] for rank in range(3)] == [["a"], ["b"], ["c"]]
 
@@ -134,14 +183,20 @@ def test_splitting_into_segments_leaves_the_gradient_unchanged(tiny):
 def test_a_longer_trajectory_does_not_thin_the_others(tiny):
     """Constant denominator: adding a row adds its gradient and changes nothing of the rest."""
     rows = made_up_rows(4)
-    all_of, first, rest = gradient_of(tiny, rows, ARGS), gradient_of(tiny, rows[:1], ARGS), gradient_of(tiny, rows[1:], ARGS)
+    all_of, first, rest = (
+        gradient_of(tiny, rows, ARGS),
+        gradient_of(tiny, rows[:1], ARGS),
+        gradient_of(tiny, rows[1:], ARGS),
+    )
     assert same(all_of, {name: first[name] + rest[name] for name in first})
 
 
 def test_a_gradient_that_is_not_finite_is_none(tiny):
     rows = made_up_rows(1)
     rows[0].weights = [float("nan") if w else 0.0 for w in rows[0].weights]
-    assert gradient(Policy(copy.deepcopy(tiny), 1.0), Accelerator(cpu=True), rows, 1.0, ARGS) is None
+    assert (
+        gradient(Policy(copy.deepcopy(tiny), 1.0), Accelerator(cpu=True), rows, 1.0, ARGS) is None
+    )
 
 
 def test_task_order_is_a_function_of_seed_and_step():
@@ -158,12 +213,17 @@ def test_a_failed_save_keeps_the_old_folder(tmp_path):
     def disk_full(folder):
         (folder / "x").write_text("half")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(OSError):
         save_atomically(tmp_path / "c", disk_full)
-    assert (tmp_path / "c" / "x").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert (tmp_path / "c" / "x").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [
+        "c"
+    ]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 2")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 2")]
+)
 def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, monkeypatch, error):
     policy, optimizer = Policy(tiny, 1.0), torch.optim.AdamW(tiny.parameters())
     save(tmp_path, 1, policy, optimizer, chat, [None])
@@ -171,11 +231,16 @@ def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, mon
     def full(what, path):
         path.write_bytes(b"half")
         raise error
+
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
         save(tmp_path, 2, policy, optimizer, chat, [None])
-    assert load_state(tmp_path)["step"] == 1 and [p.name[:11] for p in (tmp_path / "state").iterdir()] == ["step-000001"]
-    assert {p.name for p in tmp_path.iterdir()} == {"state", "checkpoint"} and (tmp_path / "checkpoint/model.safetensors").exists()
+    assert load_state(tmp_path)["step"] == 1 and [
+        p.name[:11] for p in (tmp_path / "state").iterdir()
+    ] == ["step-000001"]
+    assert {p.name for p in tmp_path.iterdir()} == {"state", "checkpoint"} and (
+        tmp_path / "checkpoint/model.safetensors"
+    ).exists()
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
@@ -195,15 +260,38 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
 
 def test_lines_of_undone_steps_are_cut(tmp_path):
     path = tmp_path / "m.jsonl"
-    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)) + '{"step": 6, "to')
+    path.write_text(
+        "".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)) + '{"step": 6, "to'
+    )
     cut_lines(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("changes, rollout_changes", [(dict(stale="some"), {}), (dict(partial=True), {}), (dict(rollout="async", overlap=True), {}), (dict(rollout="async", partial=True, max_age=0), {}),
-    ({}, dict(temperature=0.0)), (dict(samples=0), {}), (dict(gamma=0.0), {}),
-    (dict(learning_rate=float("nan")), {}), (dict(negatives=-1.0), {}), (dict(format_penalty=-1.0), {}), (dict(eval_every=-1), {}), (dict(max_grad_norm=0.0), {}), (dict(nominal_tokens=0), {}),
-    ({}, dict(max_turns=0)), ({}, dict(slots=0)), ({}, dict(context="forget")), ({}, dict(context="summarize", context_budget=900)), ({}, dict(max_context=96)), ({}, dict(page_chars=0)), ({}, dict(temperature=float("nan")))])
+@pytest.mark.parametrize(
+    "changes, rollout_changes",
+    [
+        (dict(stale="some"), {}),
+        (dict(partial=True), {}),
+        (dict(rollout="async", overlap=True), {}),
+        (dict(rollout="async", partial=True, max_age=0), {}),
+        ({}, dict(temperature=0.0)),
+        (dict(samples=0), {}),
+        (dict(gamma=0.0), {}),
+        (dict(learning_rate=float("nan")), {}),
+        (dict(negatives=-1.0), {}),
+        (dict(format_penalty=-1.0), {}),
+        (dict(eval_every=-1), {}),
+        (dict(max_grad_norm=0.0), {}),
+        (dict(nominal_tokens=0), {}),
+        ({}, dict(max_turns=0)),
+        ({}, dict(slots=0)),
+        ({}, dict(context="forget")),
+        ({}, dict(context="summarize", context_budget=900)),
+        ({}, dict(max_context=96)),
+        ({}, dict(page_chars=0)),
+        ({}, dict(temperature=float("nan"))),
+    ],
+)
 def test_flags_that_cannot_work(changes, rollout_changes):
     with pytest.raises(ValueError, match="--"):
         check_args(TrainArgs(**changes), RolloutArgs(**rollout_changes))

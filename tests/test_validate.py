@@ -21,22 +21,34 @@ def made(deep_dir):
 def test_every_family_and_level_passes_the_funnel(made):
     tasks, funnel = made
     assert {t.family for t in tasks} == {family for family, _ in DEEP_SHARES}
-    assert {(t.family, t.meta["level"]) for t in tasks if "level" in t.meta} == {key for key in DEEP_SHARES if key[0] not in ("lookup", "browse", "multihop") and key != ("compute", 1)}
+    assert {(t.family, t.meta["level"]) for t in tasks if "level" in t.meta} == {
+        key
+        for key in DEEP_SHARES
+        if key[0] not in ("lookup", "browse", "multihop") and key != ("compute", 1)
+    }
     assert {t.hops for t in tasks if t.family == "multihop"} == {2, 3, 4, 5, 6}
     assert {t.answer_type for t in tasks} == {"name", "number", "date", "list"}
-    assert funnel.counts["solver"] == funnel.counts["schema"] == 0  # raw draws are right: the truth comes from the facts
+    assert (
+        funnel.counts["solver"] == funnel.counts["schema"] == 0
+    )  # raw draws are right: the truth comes from the facts
     deep = [t for t in tasks if t.family == "collection"]
-    assert all(len(t.evidence) > 20 for t in deep) and any("held out" in t.meta["template"] for t in tasks)
+    assert all(len(t.evidence) > 20 for t in deep) and any(
+        "held out" in t.meta["template"] for t in tasks
+    )
 
 
 def test_same_seed_same_tasks(made, deep_dir):
-    assert [t.id for t in make_tasks(load_world(deep_dir), deep_dir, 40, seed=3)[0]] == [t.id for t in made[0][:40]]
+    assert [t.id for t in make_tasks(load_world(deep_dir), deep_dir, 40, seed=3)[0]] == [
+        t.id for t in made[0][:40]
+    ]
 
 
 def test_planted_damage_is_found(deep_dir):
     result = bench(deep_dir, load_world(deep_dir), 150, seed=5)
     assert result["found"]["wrong"] == result["total"]["wrong"]
-    assert sum(result["found"][kind] for kind in KINDS) >= 0.95 * sum(result["total"][kind] for kind in KINDS), result["missed"]
+    assert sum(result["found"][kind] for kind in KINDS) >= 0.95 * sum(
+        result["total"][kind] for kind in KINDS
+    ), result["missed"]
     assert result["found"]["good"] <= 0.01 * result["total"]["good"]
 
 
@@ -45,48 +57,132 @@ def damaged(made, family, **change) -> Task:
     return Task(**{**task.__dict__, "id": "x1", **change})
 
 
-@pytest.mark.parametrize("stage, family, change", [
-    ("schema", "math", {"answer": "many", "answer_type": "number"}), ("schema", "math", {"answer_type": "essay"}),
-    ("solver", "conflict", {"answer": "Nobody", "answer_type": "name"}), ("solver", "code", {"answer": "-7"}),
-    ("reach", "lookup", {"evidence": ["http://w12.test/Nowhere"]})])
+@pytest.mark.parametrize(
+    "stage, family, change",
+    [
+        ("schema", "math", {"answer": "many", "answer_type": "number"}),
+        ("schema", "math", {"answer_type": "essay"}),
+        ("solver", "conflict", {"answer": "Nobody", "answer_type": "name"}),
+        ("solver", "code", {"answer": "-7"}),
+        ("reach", "lookup", {"evidence": ["http://w12.test/Nowhere"]}),
+    ],
+)
 def test_each_stage_names_what_it_found(made, deep_dir, stage, family, change):
     funnel = Funnel(deep_dir)
     assert not funnel.check(damaged(made, family, **change))
-    assert funnel.rejects[0]["stage"] == stage and funnel.rejects[0]["reason"] and funnel.rejects[0]["task"]["id"] == "x1"
+    assert (
+        funnel.rejects[0]["stage"] == stage
+        and funnel.rejects[0]["reason"]
+        and funnel.rejects[0]["task"]["id"] == "x1"
+    )
 
 
 def test_two_equal_answers_make_a_question_ambiguous():
-    pages = {"Aa": "The road from Aa to Bb is 20 miles long. The road from Aa to Cc is 20 miles long.", "Bb": "The road from Bb to Dd is 30 miles long.",
-             "Cc": "The road from Cc to Dd is 30 miles long.", "Dd": ""}
-    assert solutions("State the length of the shortest way by road from Aa to Dd, please.", pages.get, lambda p: []) == ["50"]
-    assert sorted(solutions("Name the cities between on the shortest way by road from Aa to Dd.", pages.get, lambda p: [])) == [["Bb"], ["Cc"]]
-    pages = {f"{name}": f"{name} is a river. The length of {name} is {length}. The mouth of {name} is {mouth}."
-             for name, length, mouth in (("Ee", 900, "Kk"), ("Ff", 500, "Ll"), ("Gg", 500, "Mm"), ("Hh", 100, "Nn"))}
-    assert solutions("What is the mouth of the one with the second greatest length among Ee, Ff, Gg and Hh?", pages.get, lambda p: []) == ["Ll", "Mm"]
+    pages = {
+        "Aa": "The road from Aa to Bb is 20 miles long. The road from Aa to Cc is 20 miles long.",
+        "Bb": "The road from Bb to Dd is 30 miles long.",
+        "Cc": "The road from Cc to Dd is 30 miles long.",
+        "Dd": "",
+    }
+    assert solutions(
+        "State the length of the shortest way by road from Aa to Dd, please.",
+        pages.get,
+        lambda p: [],
+    ) == ["50"]
+    assert sorted(
+        solutions(
+            "Name the cities between on the shortest way by road from Aa to Dd.",
+            pages.get,
+            lambda p: [],
+        )
+    ) == [["Bb"], ["Cc"]]
+    pages = {
+        f"{name}": f"{name} is a river. The length of {name} is {length}. The mouth of {name} is {mouth}."
+        for name, length, mouth in (
+            ("Ee", 900, "Kk"),
+            ("Ff", 500, "Ll"),
+            ("Gg", 500, "Mm"),
+            ("Hh", 100, "Nn"),
+        )
+    }
+    assert solutions(
+        "What is the mouth of the one with the second greatest length among Ee, Ff, Gg and Hh?",
+        pages.get,
+        lambda p: [],
+    ) == ["Ll", "Mm"]
 
 
 def test_users_own_file_without_a_world(tmp_path):
-    lines = ['{"question": "Who painted the ceiling of the old hall?", "answer": "Moritz Vane"}', "{broken", '{"question": "Is it so?", "answer": "yes"}',
-             '{"question": "Tell me who painted the ceiling of the old hall.", "answer": "Moritz Vane"}',
-             '{"question": "Who wrote Rime, by Ada Low?", "answer": "Ada Low"}', '{"question": "What is 3 plus 4?", "answer": "7", "answer_type": "number"}',
-             '{"question": "How long is the wall of Orvel?", "answer": "5120", "answer_type": "number"}']
+    lines = [
+        '{"question": "Who painted the ceiling of the old hall?", "answer": "Moritz Vane"}',
+        "{broken",
+        '{"question": "Is it so?", "answer": "yes"}',
+        '{"question": "Tell me who painted the ceiling of the old hall.", "answer": "Moritz Vane"}',
+        '{"question": "Who wrote Rime, by Ada Low?", "answer": "Ada Low"}',
+        '{"question": "What is 3 plus 4?", "answer": "7", "answer_type": "number"}',
+        '{"question": "How long is the wall of Orvel?", "answer": "5120", "answer_type": "number"}',
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    done = subprocess.run([sys.executable, str(ROOT / "data" / "validate.py"), "--tasks", "in.jsonl", "--out", "good.jsonl", "--rejects", "rejects.jsonl"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "data" / "validate.py"),
+            "--tasks",
+            "in.jsonl",
+            "--out",
+            "good.jsonl",
+            "--rejects",
+            "rejects.jsonl",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     assert [t.answer for t in load_tasks(tmp_path / "good.jsonl")] == ["Moritz Vane", "5120"]
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
-    assert Counter(r["stage"] for r in rejects) == {"json": 1, "guess": 1, "near": 1, "leak": 1, "tools": 1}
+    assert Counter(r["stage"] for r in rejects) == {
+        "json": 1,
+        "guess": 1,
+        "near": 1,
+        "leak": 1,
+        "tools": 1,
+    }
     assert all(stage in done.stdout for stage in STAGES) and "kept 2 of 7" in done.stdout
 
 
 def test_pass_window_drops_what_is_never_solved(made, deep_dir, tmp_path):
     tasks = [t for t in made[0] if t.family == "code"][:2]
     save_tasks(tasks, tmp_path / "in.jsonl")
-    done = subprocess.run([sys.executable, str(ROOT / "data" / "validate.py"), "--tasks", tmp_path / "in.jsonl", "--world", deep_dir, "--out", tmp_path / "good.jsonl",
-                           "--rejects", tmp_path / "rejects.jsonl", "--model", "nano", "--pass_n", "2", "--max_turns", "2"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "data" / "validate.py"),
+            "--tasks",
+            tmp_path / "in.jsonl",
+            "--world",
+            deep_dir,
+            "--out",
+            tmp_path / "good.jsonl",
+            "--rejects",
+            tmp_path / "rejects.jsonl",
+            "--model",
+            "nano",
+            "--pass_n",
+            "2",
+            "--max_turns",
+            "2",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
-    assert "nano solved it in 0 of 2 attempts" in (tmp_path / "rejects.jsonl").read_text() and "kept 0 of 2" in done.stdout
+    assert (
+        "nano solved it in 0 of 2 attempts" in (tmp_path / "rejects.jsonl").read_text()
+        and "kept 0 of 2" in done.stdout
+    )
 
 
 def test_families_are_chosen_and_a_plain_world_says_what_it_lacks(world_dir, tmp_path):
@@ -99,6 +195,7 @@ def test_families_are_chosen_and_a_plain_world_says_what_it_lacks(world_dir, tmp
 def test_wordings_of_every_form_can_be_read_by_the_solver(deep_dir):
     """Every wording, the held-out ones too: ten raw draws of each family and level have the answer that the pages give."""
     import random
+
     world, funnel, rng = load_world(deep_dir), Funnel(deep_dir, ["solver"]), random.Random(1)
     for family, level in DEEP_SHARES:
         for number in range(3 if (family, level) == ("collection", 3) else 10):

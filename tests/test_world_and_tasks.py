@@ -16,7 +16,14 @@ from conftest import ROOT
 
 import data.world
 from data import deep
-from data.index import build_index, in_processes, jsonl_documents, open_index, page_html_of, search_index
+from data.index import (
+    build_index,
+    in_processes,
+    jsonl_documents,
+    open_index,
+    page_html_of,
+    search_index,
+)
 from data.serve import start_server
 from data.solve import solutions
 from data.tasks import FRAMES, form_of, load_tasks, make_tasks
@@ -27,14 +34,19 @@ from web import html_to_text, view_page
 
 
 def test_a_world_is_a_function_of_its_seed():
-    assert page_html(World(5, 100), World(5, 100).entity(7)) == page_html(World(5, 100), World(5, 100).entity(7))
+    assert page_html(World(5, 100), World(5, 100).entity(7)) == page_html(
+        World(5, 100), World(5, 100).entity(7)
+    )
     assert World(5, 100).name(7) != World(6, 100).name(7)
     with pytest.raises(ValueError, match="at least"):
         World(5, 3)
 
 
 def test_names_are_unique_and_splits_share_none():
-    names = {split: {World(seed, 3000, split).name(i) for seed in (1, 2) for i in range(3000)} for split in SPLITS}
+    names = {
+        split: {World(seed, 3000, split).name(i) for seed in (1, 2) for i in range(3000)}
+        for split in SPLITS
+    }
     assert len({World(1, 3000).name(i) for i in range(3000)}) == 3000
     for a in SPLITS:
         for b in SPLITS:
@@ -43,17 +55,30 @@ def test_names_are_unique_and_splits_share_none():
 
 def test_a_deep_world_only_adds_to_the_plain_one():
     plain, rich = World(5, 300), World(5, 300, kind="deep")
-    assert plain.description() == {"seed": 5, "entities": 300, "split": "train"} and World(**rich.description()).kind == "deep"
+    assert (
+        plain.description() == {"seed": 5, "entities": 300, "split": "train"}
+        and World(**rich.description()).kind == "deep"
+    )
     for index in range(30):
         assert plain.entity(index) == rich.entity(index)
-        assert page_html(rich, rich.entity(index)).startswith(page_html(plain, plain.entity(index)).removesuffix("</body></html>"))
+        assert page_html(rich, rich.entity(index)).startswith(
+            page_html(plain, plain.entity(index)).removesuffix("</body></html>")
+        )
     names = {rich.name(i) for i in range(300)}
     paths = [path for path, *_ in deep.pages(rich)]
     assert len(paths) == len(set(paths)) and not names & set(paths)
     for n in range(deep.catalogues(rich)):  # long enough for 20 steps and 200 addresses
-        assert len(deep.catalogue_paths(rich, n)) > 20 and len({index for index, _, _ in deep.catalogue(rich, n)}) > 200
-    for index in (i for i in range(300) if rich.type(i) == "city"):  # both ends of a road say the same
-        assert all(deep.roads(rich, other)[index] == miles for other, miles in deep.roads(rich, index).items())
+        assert (
+            len(deep.catalogue_paths(rich, n)) > 20
+            and len({index for index, _, _ in deep.catalogue(rich, n)}) > 200
+        )
+    for index in (
+        i for i in range(300) if rich.type(i) == "city"
+    ):  # both ends of a road say the same
+        assert all(
+            deep.roads(rich, other)[index] == miles
+            for other, miles in deep.roads(rich, index).items()
+        )
 
 
 def test_a_catalogue_page_fits_into_one_view(chat):
@@ -61,7 +86,11 @@ def test_a_catalogue_page_fits_into_one_view(chat):
     for path, title, _, page in deep.pages(rich):
         if title.startswith(("Catalogue", "More")):
             view = view_page(page, f"http://{rich.host}/{path}")
-            assert "(page 1 of 1)" in view and len(chat.untrusted(view)) <= 192 and len(urls_in(view)) >= 8
+            assert (
+                "(page 1 of 1)" in view
+                and len(chat.untrusted(view)) <= 192
+                and len(urls_in(view)) >= 8
+            )
 
 
 def test_large_world_needs_no_memory():
@@ -79,7 +108,11 @@ def test_shipped_tasks(split):
     assert all(not re.search(rf"\b{re.escape(t.answer)}\b", t.question) for t in tasks)
     assert all(t.answer not in json.dumps(t.evidence) for t in tasks if not t.answer.isdigit())
     if split == "test":
-        assert share["lookup"] <= 0.2 * total and share["browse"] >= 0.2 * total and share["compute"] >= 0.2 * total
+        assert (
+            share["lookup"] <= 0.2 * total
+            and share["browse"] >= 0.2 * total
+            and share["compute"] >= 0.2 * total
+        )
         assert share["multihop"] >= 0.4 * total
         assert sum(t.family == "multihop" and t.hops >= 3 for t in tasks) >= 0.5 * share["multihop"]
         assert Counter(t.meta["template"] for t in tasks)["possessive"] > 50
@@ -92,13 +125,25 @@ def test_shipped_walks_are_long(split):
     tasks = load_tasks(ROOT / "data" / f"deep-{split}.jsonl")
     assert len(tasks) >= 60 and len({t.question for t in tasks}) == len(tasks)
     for task in tasks:
-        assert task.split == split and task.answer_type == "list" and 2 <= len(task.answer) <= 3 and len(task.evidence) >= 30
+        assert (
+            task.split == split
+            and task.answer_type == "list"
+            and 2 <= len(task.answer) <= 3
+            and len(task.evidence) >= 30
+        )
         assert "gold" in task.question and not all(name in task.question for name in task.answer)
     assert any("held out" in t.meta["template"] for t in tasks) == (split == "test")
 
 
 def test_tasks_of_one_form(deep_dir):
-    tasks, _ = make_tasks(load_world(deep_dir), deep_dir, 6, seed=0, forms=["list", "primes"], funnel=Funnel(deep_dir, ("solver",)))
+    tasks, _ = make_tasks(
+        load_world(deep_dir),
+        deep_dir,
+        6,
+        seed=0,
+        forms=["list", "primes"],
+        funnel=Funnel(deep_dir, ("solver",)),
+    )
     assert {form_of(t) for t in tasks} == {"list", "primes"}
     with pytest.raises(ValueError, match="no task of these families has the form list"):
         make_tasks(load_world(deep_dir), deep_dir, 6, seed=0, families=["conflict"], forms=["list"])
@@ -107,21 +152,35 @@ def test_tasks_of_one_form(deep_dir):
 def test_splits_share_no_name_and_no_template():
     words = {}
     for split in ("train", "dev", "test"):
-        tasks = load_tasks(ROOT / "data" / f"{split}.jsonl") + load_tasks(ROOT / "data" / f"deep-{split}.jsonl")
-        words[split] = {name for t in tasks for name in re.findall(r"\b[A-Z][a-z]{5,}\b", t.question)} - {"Which", "Report", "Could"}
+        tasks = load_tasks(ROOT / "data" / f"{split}.jsonl") + load_tasks(
+            ROOT / "data" / f"deep-{split}.jsonl"
+        )
+        words[split] = {
+            name for t in tasks for name in re.findall(r"\b[A-Z][a-z]{5,}\b", t.question)
+        } - {"Which", "Report", "Could"}
     frames = [frame for group in FRAMES.values() for frame in group]
     assert len(frames) == len(set(frames))
-    assert not words["train"] & words["test"] and not words["dev"] & words["test"] and not words["train"] & words["dev"]
+    assert (
+        not words["train"] & words["test"]
+        and not words["dev"] & words["test"]
+        and not words["train"] & words["dev"]
+    )
 
 
 def test_second_solver_reads_pages_only_and_finds_corrupted_truth(world_dir):
     world = load_world(world_dir)
     tasks, _ = make_tasks(world, world_dir, 60, seed=1)
     index = open_index(world_dir / "pages.db")
-    read = lambda name: (lambda page: html_to_text(page) if page else None)(page_html_of(index, f"http://{world.host}/{name}"))
+    read = lambda name: (lambda page: html_to_text(page) if page else None)(
+        page_html_of(index, f"http://{world.host}/{name}")
+    )
     solve = lambda question: solutions(question, read, lambda phrase: [])
     assert all(solve(t.question) == [t.answer] for t in tasks)
-    wrong = [(t, tasks[(i + 1) % len(tasks)].answer) for i, t in enumerate(tasks) if tasks[(i + 1) % len(tasks)].answer != t.answer]
+    wrong = [
+        (t, tasks[(i + 1) % len(tasks)].answer)
+        for i, t in enumerate(tasks)
+        if tasks[(i + 1) % len(tasks)].answer != t.answer
+    ]
     assert sum(solve(t.question) != [corrupted] for t, corrupted in wrong) == len(wrong)
     assert solve("What is the meaning of life?") == []
 
@@ -135,9 +194,16 @@ def test_browse_facts_are_in_no_snippet(world_dir):
         assert f"{task.meta['relations'][0]} of" not in snippets
 
 
-@pytest.mark.parametrize("line, words", [
-    ("{broken", "not valid JSON"), ('{"question": "q"}', "no 'answer'"), ("[1]", "JSON object"), ('{"question": 3, "answer": "a"}', "must be a string"),
-    ('{"question": "q0", "answer": "a"}', "earlier line")])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{broken", "not valid JSON"),
+        ('{"question": "q"}', "no 'answer'"),
+        ("[1]", "JSON object"),
+        ('{"question": 3, "answer": "a"}', "must be a string"),
+        ('{"question": "q0", "answer": "a"}', "earlier line"),
+    ],
+)
 def test_a_broken_task_line_is_named(tmp_path, line, words):
     lines = [json.dumps({"question": f"q{i}", "answer": "a"}) for i in range(30)]
     lines[16] = line
@@ -155,8 +221,15 @@ def test_search_survives_odd_queries(world_dir):
 
 
 def test_jsonl_corpus_and_its_malformed_lines(tmp_path, capsys):
-    (tmp_path / "c.jsonl").write_text('{"text": "hens lay eggs", "title": "Hens"}\n{broken\n{"title": "no text"}\n{"contents": "cows give milk"}\n')
-    assert build_index(jsonl_documents(tmp_path / "c.jsonl", "http://c.test/", strict=False), tmp_path / "c.db") == 2
+    (tmp_path / "c.jsonl").write_text(
+        '{"text": "hens lay eggs", "title": "Hens"}\n{broken\n{"title": "no text"}\n{"contents": "cows give milk"}\n'
+    )
+    assert (
+        build_index(
+            jsonl_documents(tmp_path / "c.jsonl", "http://c.test/", strict=False), tmp_path / "c.db"
+        )
+        == 2
+    )
     report = capsys.readouterr().err
     assert "c.jsonl:2: skipped" in report and "c.jsonl:3: skipped" in report
     with pytest.raises(ValueError, match="c.jsonl:2:"):
@@ -170,30 +243,56 @@ def test_pages_and_search_over_http(world_dir):
     base = "http://127.0.0.1:%d" % server.server_address[1]
     assert world.entity(3).name in requests.get(f"{base}/{world.name(3)}", timeout=5).text
     assert requests.get(f"{base}/nothing-here", timeout=5).status_code == 404
-    assert requests.get(f"{base}/search", params={"q": world.name(3)}, timeout=5).json()[0]["title"] == world.name(3)
+    assert requests.get(f"{base}/search", params={"q": world.name(3)}, timeout=5).json()[0][
+        "title"
+    ] == world.name(3)
     assert "<a href" in requests.get(f"{base}/", timeout=5).text
     server.shutdown()
 
 
-@pytest.mark.parametrize("command, words", [
-    (["data/serve.py", "--world", "nowhere", "--port", "0"], "no search index"),
-    (["data/index.py", "--html", "nowhere", "--out", "x.db"], "no folder nowhere"),
-    (["data/tasks.py", "--world", "nowhere", "--out", "x.jsonl"], "no world at nowhere"),
-    (["data/world.py", "--entities", "2", "--out", "x"], "at least")])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["data/serve.py", "--world", "nowhere", "--port", "0"], "no search index"),
+        (["data/index.py", "--html", "nowhere", "--out", "x.db"], "no folder nowhere"),
+        (["data/tasks.py", "--world", "nowhere", "--out", "x.jsonl"], "no world at nowhere"),
+        (["data/world.py", "--entities", "2", "--out", "x"], "at least"),
+    ],
+)
 def test_bad_input_gives_one_line(command, words, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("line, words", [
-    ('{"question": "q", "answer": "a"', "not valid JSON"), ("[1]", "JSON object"), ('{"question": "q"}', "no 'answer'"), ('{"question": "q", "answer": 42}', "a string"),
-    ('{"question": "q", "answer": ["a", 3]}', "a string"), ('{"question": ["q"], "answer": "a"}', "a string"), ('{"question": "q", "answer": "a", "answer_type": "poem"}', "answer_type"),
-    ('{"question": "q", "answer": "a", "meta": []}', "'meta'"), ('{"question": "q", "answer": "a", "hops": "2"}', "'hops'"), ('{"question": "question 3", "answer": "a"}', "earlier line"),
-    ('{"id": 7, "question": "q", "answer": "a"}', "'id'"), (b'{"question": "\xff", "answer": "a"}', "17")])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"question": "q", "answer": "a"', "not valid JSON"),
+        ("[1]", "JSON object"),
+        ('{"question": "q"}', "no 'answer'"),
+        ('{"question": "q", "answer": 42}', "a string"),
+        ('{"question": "q", "answer": ["a", 3]}', "a string"),
+        ('{"question": ["q"], "answer": "a"}', "a string"),
+        ('{"question": "q", "answer": "a", "answer_type": "poem"}', "answer_type"),
+        ('{"question": "q", "answer": "a", "meta": []}', "'meta'"),
+        ('{"question": "q", "answer": "a", "hops": "2"}', "'hops'"),
+        ('{"question": "question 3", "answer": "a"}', "earlier line"),
+        ('{"id": 7, "question": "q", "answer": "a"}', "'id'"),
+        (b'{"question": "\xff", "answer": "a"}', "17"),
+    ],
+)
 def test_a_broken_line_17_is_named(tmp_path, line, words):
     good = [json.dumps({"question": f"question {n}", "answer": "a"}).encode() for n in range(16)]
-    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join([*good, line if isinstance(line, bytes) else line.encode()]))
+    (tmp_path / "t.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + b"\n".join([*good, line if isinstance(line, bytes) else line.encode()])
+    )
     with pytest.raises(ValueError, match="t.jsonl:17: .*") as caught:
         load_tasks(tmp_path / "t.jsonl")
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -210,6 +309,7 @@ def test_an_interrupted_world_is_no_world(tmp_path, monkeypatch):
 
     def interrupted(documents, out):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(data.index, "build_index", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -232,10 +332,25 @@ def test_any_number_of_processes_writes_the_same_index(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_build_leaves_no_process_and_no_world(tmp_path, stop):
-    command = [sys.executable, str(ROOT / "data" / "world.py"), "--entities", "20000", "--processes", "2", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as builder:
+    command = [
+        sys.executable,
+        str(ROOT / "data" / "world.py"),
+        "--entities",
+        "20000",
+        "--processes",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as builder:
         for _ in range(600):
-            if builder.poll() is not None or len(workers := psutil.Process(builder.pid).children(recursive=True)) >= 2 and list(tmp_path.glob("*.partial")):
+            if (
+                builder.poll() is not None
+                or len(workers := psutil.Process(builder.pid).children(recursive=True)) >= 2
+                and list(tmp_path.glob("*.partial"))
+            ):
                 break
             time.sleep(0.1)
         time.sleep(0.5)
@@ -244,10 +359,15 @@ def test_a_stopped_build_leaves_no_process_and_no_world(tmp_path, stop):
     assert len(psutil.wait_procs(workers, timeout=60)[1]) == 0 and len(workers) >= 2
     assert not (tmp_path / "pages.db").exists()
     if stop == signal.SIGINT:
-        assert errors.strip().splitlines()[-1].endswith("holds no whole world") and "Traceback" not in errors
+        assert (
+            errors.strip().splitlines()[-1].endswith("holds no whole world")
+            and "Traceback" not in errors
+        )
         assert not list(tmp_path.glob("*.partial"))
 
 
 def test_menus_around_a_page_are_not_its_text():
     page = '<nav>Menu</nav><div class="body" role="main"><h1>Zip<a class="headerlink" href="#z">¶</a></h1><p>Text</p></div><div class="sphinxsidebar">Contents</div>'
-    assert html_to_text(page) == "# Zip\nText" and "Menu" in html_to_text("<nav>Menu</nav><p>Text</p>")
+    assert html_to_text(page) == "# Zip\nText" and "Menu" in html_to_text(
+        "<nav>Menu</nav><p>Text</p>"
+    )
