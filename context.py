@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from data.task import Task
+
 SYSTEM_PROMPT = (
     "Answer the question. Think inside <think></think>, then call tools or give the answer.\n"
     "Tools: {signatures}.\n"
@@ -56,6 +58,40 @@ class Segment:
         self.ids.extend(ids)
         self.turn_of.extend([turn] * len(ids))
         self.logprobs.extend(logprobs if logprobs is not None else [0.0] * len(ids))
+
+
+@dataclass
+class Turn:
+    """One model step."""
+
+    action_ids: list[int]  # as sampled, the end-of-turn token included
+    logprobs: list[float]  # of action_ids under the distribution sampled from
+    version: int  # policy version that sampled them
+    observation_ids: list[int] = field(default_factory=list)  # what followed
+    calls: list[dict] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+    faults: int = 0  # results that were the environment's failure
+    began: float = 0.0  # when its prompt was queued, seconds on the clock that all processes of a machine share
+    generate_s: float = 0.0
+    tool_s: float = 0.0
+
+
+@dataclass
+class Trajectory:
+    """One attempt at one task. Plain data: it can be pickled at any turn boundary and continued elsewhere."""
+
+    task: Task
+    key: tuple[
+        int, ...
+    ]  # (run seed, version, task, index in the group, …): decides its random draws, whoever runs it
+    head_ids: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    status: str = "running"  # answered, format_error, over_context, over_turns, tool_fault
+    error: str = ""  # kind of format error
+    answer: str | None = None
+    memory: dict = field(default_factory=dict)  # the context manager's
+    urls: list[str] = field(default_factory=list)  # seen in results or opened
 
 
 class Chat:

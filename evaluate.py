@@ -35,24 +35,21 @@ import requests
 import torch
 from tqdm import tqdm
 
-from context import SYSTEM_PROMPT, Chat
+from context import SYSTEM_PROMPT, Chat, Trajectory, Turn
 from data.index import random_pages
-from data.tasks import Task, load_tasks
+from data.task import Task, load_tasks
+from engine import keep_memory, load_policy
 from reward import correct
 from rollout import (
     RolloutArgs,
-    Trajectory,
-    Turn,
     check_rollout_args,
     engine_for,
-    keep_memory,
-    load_policy,
     open_toolbox,
-    parse_flags,
     rollout,
     take_results,
     trajectory_key,
 )
+from support.flags import parse_flags
 from tools import SIGNATURES, FormatError, Toolbox, parse_action, run_calls
 
 

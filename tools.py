@@ -44,16 +44,24 @@ from urllib.parse import urlsplit
 
 import requests
 
-import sandbox
-from sandbox import FOLDER_BYTES
-from web import MAX_PAGE_BYTES, Browse, DiskCache, Pace, ToolFault, read_limited, retry_after
+from support import cpython_sandbox as sandbox
+from support.cpython_sandbox import FOLDER_BYTES
+from support.web import (
+    MAX_PAGE_BYTES,
+    Browse,
+    DiskCache,
+    Pace,
+    ToolFault,
+    read_limited,
+    retry_after,
+)
 
 CACHE = (
     Path(__file__).resolve().parent / "runs" / "cache"
 )  # pages and search results of the real web
 MAX_CALLS = 8  # in one turn
 RETRY_S = 0.5  # before a second request to a search service; then twice as long each time
-SANDBOX = Path(__file__).with_name("sandbox.py")
+SANDBOX = Path(__file__).resolve().parent / "support" / "cpython_sandbox.py"
 MAX_OUTPUT_BYTES = 1_000_000  # of one python call; more ends the session
 
 
@@ -761,7 +769,7 @@ class Toolbox:
             self.index_of(task)
 
     def index_of(self, task) -> tuple[Search, Browse]:
-        from data.tasks import world_folder
+        from data.world import world_folder
 
         world = task.meta.get("world")
         if world:

@@ -47,24 +47,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 
-from context import Chat, Segment
-from data.tasks import Task, load_tasks
+from context import Chat, Segment, Trajectory
+from data.task import Task, load_tasks
+from engine import check_full_attention, keep_memory, load_policy
 from evaluate import format_table, make_trajectories, summarise
 from reward import advantages, control_negatives, load_reward, step_rewards
 from rollout import (
     RolloutArgs,
-    Trajectory,
-    check_full_attention,
     check_rollout_args,
     engine_for,
-    keep_memory,
-    load_policy,
     open_toolbox,
-    parse_flags,
     rollout,
     trajectory_key,
 )
-from run_folder import (
+from support.flags import parse_flags
+from support.run_folder import (
     choose_folder,
     cores_of,
     cut_lines,

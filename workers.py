@@ -30,19 +30,10 @@ import torch
 import torch.multiprocessing
 import transformers
 
-from context import Chat, Segment
-from data.tasks import Task
-from rollout import (
-    RolloutArgs,
-    Trajectory,
-    Turn,
-    engine_for,
-    finish_turn,
-    keep_memory,
-    load_policy,
-    open_toolbox,
-    play,
-)
+from context import Chat, Segment, Trajectory, Turn
+from data.task import Task
+from engine import keep_memory, load_policy
+from rollout import RolloutArgs, engine_for, finish_turn, open_toolbox, play
 from tools import SIGNATURES
 
 SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading

@@ -40,23 +40,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from context import CHATML, Chat
-from data import deep
-from data.solve import NP, read_entries, read_fact
-from data.tasks import OPERATIONS, SHARES, draw_task, form_of, world_folder
-from data.world import RELATIONS, TYPES, World, page_html
+from context import CHATML, Chat, Trajectory
+from data.deep import pages as deep
+from data.deep.solve import NP, read_entries, read_fact
+from data.tasks import OPERATIONS, SHARES, draw_task, form_of
+from data.world import RELATIONS, TYPES, World, page_html, world_folder
+from engine import keep_memory
 from reward import correct
-from rollout import (
-    RolloutArgs,
-    Trajectory,
-    finish_turn,
-    keep_memory,
-    next_prompt,
-    parse_flags,
-    take_results,
-)
+from rollout import RolloutArgs, finish_turn, next_prompt, take_results
+from support.flags import parse_flags
+from support.web import html_to_text, view_page
 from tools import Browse, Python, Search
-from web import html_to_text, view_page
 
 
 @dataclass

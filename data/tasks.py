@@ -26,106 +26,15 @@ import json
 import random
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.families import FAMILIES, NEED_DEEP, WORDINGS
-from data.world import RELATIONS, TYPES, World, load_world, write_world
+from data.deep.families import FAMILIES, NEED_DEEP, WORDINGS
+from data.task import Task, load_tasks, parse_task, save_tasks  # noqa: F401
+from data.world import RELATIONS, TYPES, World, load_world, world_folder
 
 DATA = Path(__file__).resolve().parent
-
-
-@dataclass
-class Task:
-    """One question. A user's own file needs only `question` and `answer` on each line."""
-
-    id: str
-    question: str
-    answer: str | list[str]
-    answer_type: str = "name"  # name, number, date or list: decides how reward.correct compares
-    family: str = "own"
-    split: str = "own"
-    hops: int = 0  # pages on the way; for a family of data/families.py its level, 1 to 3
-    evidence: list[str] = field(default_factory=list)  # URLs of the pages that hold the answer
-    meta: dict = field(default_factory=dict)  # "world": arguments of the World it was made from
-
-
-def parse_task(line: str) -> Task:
-    """One line of a task file.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a task is a JSON object, not {type(record).__name__}")
-    for key in ("question", "answer"):
-        if not record.get(key):
-            raise ValueError(f"the task has no {key!r}")
-    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
-    if not isinstance(record["question"], str) or not all(
-        isinstance(answer, str) and answer.strip() for answer in answers
-    ):
-        raise ValueError(
-            "'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)"
-        )
-    if record.get("answer_type", "name") not in ("name", "number", "date", "list"):
-        raise ValueError(f"'answer_type' {record['answer_type']!r}: use name, number, date or list")
-    for key, kind in (
-        ("id", str),
-        ("family", str),
-        ("split", str),
-        ("hops", int),
-        ("evidence", list),
-        ("meta", dict),
-    ):
-        if key in record and not isinstance(record[key], kind):
-            raise ValueError(
-                f"{key!r} must be of type {kind.__name__}, not {type(record[key]).__name__}"
-            )
-    record.setdefault(
-        "id", hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()[:12]
-    )
-    return Task(**{key: value for key, value in record.items() if key in Task.__dataclass_fields__})
-
-
-def load_tasks(path: Path | str) -> list[Task]:
-    """Read a task file.
-
-    Raises:
-        FileNotFoundError, ValueError: one line that names the file, the line number and what is wrong with it.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no task file {path}")
-    tasks, seen = [], set()
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                task = parse_task(line.decode("utf-8-sig"))
-                if task.id in seen:
-                    raise ValueError(
-                        f"the id {task.id!r} was used on an earlier line (without an id, the question stands for it)"
-                    )
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            seen.add(task.id)
-            tasks.append(task)
-    if not tasks:
-        raise ValueError(f"{path}: no tasks in it")
-    return tasks
-
-
-def save_tasks(tasks: list[Task], path: Path | str) -> None:
-    Path(path).write_text(
-        "".join(json.dumps(asdict(task)) + "\n" for task in tasks), encoding="utf-8"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -409,15 +318,6 @@ SHIPPED = {
     "deep-dev": (World(7, 1500, "dev", "deep"), 60, ("list",)),
     "deep-test": (World(8, 1500, "test", "deep"), 120, ("list",)),
 }
-
-
-def world_folder(meta_world: dict) -> Path:
-    """Folder of the world a task was made from (`task.meta["world"]`), written on first use: a few seconds."""
-    kind = f"-{meta_world['kind']}" if "kind" in meta_world else ""
-    folder = DATA / "worlds" / ("{split}-{seed}-{entities}".format(**meta_world) + kind)
-    if not (folder / "pages.db").exists():
-        write_world(World(**meta_world), folder)
-    return folder
 
 
 def print_funnel(tasks: list[Task], funnel) -> None:

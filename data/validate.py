@@ -31,10 +31,12 @@ from urllib.parse import unquote, urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.deep.solve import parse_question, solutions
 from data.index import open_index
-from data.solve import parse_question, solutions
-from data.tasks import FRAMES, Task, parse_task, save_tasks
-from reward import correct, normalize, parse_date, parse_number
+from data.task import Task, parse_task, save_tasks
+from data.tasks import FRAMES
+from reward import correct
+from support.answers import normalize, parse_date, parse_number
 from tools import Toolbox
 
 PAGELESS = {"math", "code"}  # solved without pages

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import deep
+from data.deep import pages as deep
 
 # type -> relations: (keyword, type of the value, where it stands). "lead" facts show in search snippets, "deep" ones only
 # in the table of records at the end of the page, so that they need `browse`.
@@ -106,6 +106,7 @@ TYPE_OF_SLOT = [
     "city",
     "festival",
 ]
+WORLDS = Path(__file__).resolve().parent / "worlds"
 SPLITS = [
     "pretrain",
     "train",
@@ -308,7 +309,7 @@ def page_html(world: World, entity: Entity) -> str:
 
 def document(world: World, path: str, title: str, description: str, page: str) -> dict:
     """A page as data.index.build_index wants it."""
-    from web import html_to_text
+    from support.web import html_to_text
 
     return {
         "url": f"http://{world.host}/{path}",
@@ -454,6 +455,15 @@ def load_world(folder: Path | str) -> World:
             f"no world at {folder}: make one with `python data/world.py --out {folder}`"
         )
     return World(**json.loads(description.read_text()))
+
+
+def world_folder(meta_world: dict) -> Path:
+    """Folder of the world a task was made from (`task.meta["world"]`), written on first use: a few seconds."""
+    kind = f"-{meta_world['kind']}" if "kind" in meta_world else ""
+    folder = WORLDS / ("{split}-{seed}-{entities}".format(**meta_world) + kind)
+    if not (folder / "pages.db").exists():
+        write_world(World(**meta_world), folder)
+    return folder
 
 
 def main():

@@ -23,9 +23,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from data.tasks import Task
-from rollout import Engine, Slot, Trajectory, keep_memory, load_policy, parse_flags
-from run_folder import use_threads
+from context import Trajectory
+from data.task import Task
+from engine import Engine, Slot, keep_memory, load_policy
+from support.flags import parse_flags
+from support.run_folder import use_threads
 
 
 @dataclass

@@ -36,20 +36,13 @@ sys.path.insert(0, str(ROOT))
 import torch
 from accelerate import Accelerator
 
-from context import SYSTEM_PROMPT, Chat
-from data.tasks import load_tasks
+from context import SYSTEM_PROMPT, Chat, Trajectory
+from data.task import load_tasks
+from engine import keep_memory, load_policy
 from reward import correct
-from rollout import (
-    RolloutArgs,
-    Trajectory,
-    engine_for,
-    keep_memory,
-    load_policy,
-    parse_flags,
-    rollout,
-    trajectory_key,
-)
-from run_folder import cores_of, use_threads
+from rollout import RolloutArgs, engine_for, rollout, trajectory_key
+from support.flags import parse_flags
+from support.run_folder import cores_of, use_threads
 from tools import SIGNATURES, Toolbox
 from train import Policy, TrainArgs, gradient, rows_of
 from workers import Rollouts, Setup, make_group

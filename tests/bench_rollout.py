@@ -27,17 +27,11 @@ import torch
 from accelerate import Accelerator
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
 
-from context import Chat
-from rollout import (
-    RolloutArgs,
-    Trajectory,
-    engine_for,
-    keep_memory,
-    load_policy,
-    parse_flags,
-    rollout,
-)
-from run_folder import cores_of
+from context import Chat, Trajectory
+from engine import keep_memory, load_policy
+from rollout import RolloutArgs, engine_for, rollout
+from support.flags import parse_flags
+from support.run_folder import cores_of
 from tools import SIGNATURES
 from train import Policy, TrainArgs, gradient, rows_of
 from workers import Group, Rollouts, Setup, make_group

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
-import sandbox
 from data.serve import start_server
 from data.world import World, write_world
+from support import cpython_sandbox as sandbox
 from tools import Browse, Python, Search
 
 

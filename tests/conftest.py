@@ -16,9 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from context import Chat
-from data.tasks import load_tasks
+from data.task import load_tasks
 from data.world import World, write_world
-from rollout import RolloutArgs, engine_for, load_policy
+from engine import load_policy
+from rollout import RolloutArgs, engine_for
 from tools import SIGNATURES, Toolbox
 
 

@@ -9,8 +9,8 @@ import zlib
 
 import numpy as np
 
-from data.tasks import Task
-from rollout import Trajectory, Turn
+from context import Trajectory, Turn
+from data.task import Task
 from tools import ToolCall
 
 

@@ -17,8 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tools import PROVIDERS, Toolbox, WebSearch
-from web import (
+from support.web import (
     ONLY_HTML_PARSER,
     Browse,
     DiskCache,
@@ -31,6 +30,7 @@ from web import (
     view_page,
     visible_html,
 )
+from tools import PROVIDERS, Toolbox, WebSearch
 
 
 class Server(ThreadingHTTPServer):
@@ -107,7 +107,7 @@ def web(server, monkeypatch):
         ]
 
     monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
-    monkeypatch.setattr("web.is_public", lambda address: True)
+    monkeypatch.setattr("support.web.is_public", lambda address: True)
     return lookups
 
 
@@ -233,11 +233,11 @@ def test_the_checked_address_is_the_one_connected_to(server, monkeypatch):
         ],
     )
     monkeypatch.setattr(
-        "web.is_public", lambda address: checked.append(address) or address == "203.0.113.7"
+        "support.web.is_public", lambda address: checked.append(address) or address == "203.0.113.7"
     )
     dialled = []
     monkeypatch.setattr(
-        "web.PlainSocket.connect",
+        "support.web.PlainSocket.connect",
         lambda self, address: (
             dialled.append(address[0]) or (_ for _ in ()).throw(OSError("stopped here"))
         ),
@@ -276,7 +276,7 @@ def test_a_redirect_from_the_web_does_not_lead_inside(server, web, monkeypatch):
         "/": (302, {"Location": "http://inside.example/secret"}, b""),
         "/secret": (200, {}, b"the secret"),
     }
-    monkeypatch.setattr("web.is_public", lambda address: web[-1] == "outside.example")
+    monkeypatch.setattr("support.web.is_public", lambda address: web[-1] == "outside.example")
     assert "not public" in Browse(live=True, timeout_s=3, gap_s=0)(url="http://outside.example/")
     assert "/secret" not in server.asked
 
@@ -672,7 +672,7 @@ def test_text_is_what_html_parser_makes_of_the_page(world_dir, monkeypatch):
         pages.append("".join(rng.choice(some) for _ in range(length)))
     quick = [html_to_text(page) for page in pages]
     assert sum(not ONLY_HTML_PARSER.search(visible_html(page)) for page in pages) > 400
-    monkeypatch.setattr("web.ONLY_HTML_PARSER", re.compile(""))
+    monkeypatch.setattr("support.web.ONLY_HTML_PARSER", re.compile(""))
     assert quick == [html_to_text(page) for page in pages]
 
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from run_folder import load_state
+from support.run_folder import load_state
 
 SMALL = [
     "--tasks_per_step",

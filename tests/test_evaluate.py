@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from data.tasks import Task
+from context import Trajectory, Turn
+from data.task import Task
 from data.world import World
 from evaluate import (
     bootstrap_interval,
@@ -28,7 +29,6 @@ from evaluate import (
     weaken,
     wilson_interval,
 )
-from rollout import Trajectory, Turn
 from tools import Toolbox, ToolCall, parse_action, run_calls
 
 

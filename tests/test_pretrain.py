@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from data import deep
+from data.deep import pages as deep
 from data.pretrain import Explorer, Walker, walk_drill
 from data.tasks import draw_task
 from data.world import load_world, page_html

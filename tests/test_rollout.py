@@ -7,17 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rollout import (
-    RolloutArgs,
-    Slot,
-    Trajectory,
-    finish_turn,
-    load_policy,
-    next_prompt,
-    rollout,
-    take_results,
-    trajectory_key,
-)
+from context import Trajectory
+from engine import Slot, load_policy
+from rollout import RolloutArgs, finish_turn, next_prompt, rollout, take_results, trajectory_key
 from tools import run_calls
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from attacks import ATTACKS
 
-import sandbox
+from support import cpython_sandbox as sandbox
 from tools import Python, ToolFault
 
 ROOT = os.geteuid() == 0

@@ -12,22 +12,13 @@ from conftest import ROOT
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn
 from test_train import gradient_of
 
-from context import MANAGERS, summarize
+from context import MANAGERS, Trajectory, Turn, summarize
 from data.tasks import make_tasks
 from data.validate import Funnel
 from data.world import load_world
+from engine import load_policy
 from reward import Reward, step_rewards
-from rollout import (
-    RolloutArgs,
-    Trajectory,
-    Turn,
-    finish_turn,
-    load_policy,
-    next_prompt,
-    rollout,
-    take_results,
-    trajectory_key,
-)
+from rollout import RolloutArgs, finish_turn, next_prompt, rollout, take_results, trajectory_key
 from train import Policy, TrainArgs, logprob_gap, rows_of
 from workers import Group, group_from
 

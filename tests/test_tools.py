@@ -7,6 +7,7 @@ import time
 import pytest
 
 from data.world import load_world
+from support.web import html_to_text, split_pages, view_page
 from tools import (
     MAX_CALLS,
     Browse,
@@ -20,7 +21,6 @@ from tools import (
     parse_tool_calls,
     run_calls,
 )
-from web import html_to_text, split_pages, view_page
 
 GOOD = '<tool_call>{"name": "search", "arguments": {"queries": ["a"]}}</tool_call>'
 

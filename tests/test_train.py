@@ -8,10 +8,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from context import Segment
-from data.tasks import Task
-from rollout import RolloutArgs, Trajectory, Turn
-from run_folder import cut_lines, load_state, save, save_atomically, sha256, share_of
+from context import Segment, Trajectory, Turn
+from data.task import Task
+from rollout import RolloutArgs
+from support.run_folder import cut_lines, load_state, save, save_atomically, sha256, share_of
 from train import (
     Policy,
     Row,

@@ -7,8 +7,9 @@ import pytest
 from bench_funnel import KINDS, bench
 from conftest import ROOT
 
-from data.solve import solutions
-from data.tasks import DEEP_SHARES, Task, draw_task, load_tasks, make_tasks, save_tasks
+from data.deep.solve import solutions
+from data.task import Task, load_tasks, save_tasks
+from data.tasks import DEEP_SHARES, draw_task, make_tasks
 from data.validate import STAGES, Funnel
 from data.world import load_world
 

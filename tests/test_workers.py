@@ -13,18 +13,9 @@ import pytest
 import torch
 from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
 
-from rollout import (
-    Engine,
-    RolloutArgs,
-    ToolThreads,
-    Trajectory,
-    Turn,
-    next_prompt,
-    play,
-    rollout,
-    run_turn,
-    take_results,
-)
+from context import Trajectory, Turn
+from engine import Engine
+from rollout import RolloutArgs, ToolThreads, next_prompt, play, rollout, run_turn, take_results
 from tools import Toolbox, ToolCall
 from workers import (
     Channel,

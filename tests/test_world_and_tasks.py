@@ -15,7 +15,8 @@ import requests
 from conftest import ROOT
 
 import data.world
-from data import deep
+from data.deep import pages as deep
+from data.deep.solve import solutions
 from data.index import (
     build_index,
     in_processes,
@@ -25,12 +26,12 @@ from data.index import (
     search_index,
 )
 from data.serve import start_server
-from data.solve import solutions
-from data.tasks import FRAMES, form_of, load_tasks, make_tasks
+from data.task import load_tasks
+from data.tasks import FRAMES, form_of, make_tasks
 from data.validate import Funnel
 from data.world import SPLITS, World, load_world, page_html, write_world
+from support.web import html_to_text, view_page
 from tools import urls_in
-from web import html_to_text, view_page
 
 
 def test_a_world_is_a_function_of_its_seed():

@@ -17,7 +17,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from data import deep
+from data.deep import pages as deep
 from data.world import RELATIONS, TYPES
 
 WORDINGS = {
