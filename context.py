@@ -1,20 +1,18 @@
-"""Messages to token ids, loss masks, and the context manager: what the policy sees before each turn.
+"""What the policy sees before each turn: messages as token ids, and the context manager.
 
-Token-in, token-out: what the policy sampled is kept as ids and never decoded and re-encoded; everything else (question, tool
-results, error texts) is *untrusted text* and is encoded by a second tokenizer that has no control tokens at all, so a page
-that contains `<|im_end|>` or `<tool_call>` yields ordinary pieces of text. Role tags come from the model's own chat
-template, once, as constant ids.
+Token-in, token-out: what the policy sampled is kept as ids. It is never decoded and encoded again.
+Everything else (question, tool results, error texts) is *untrusted text*. A second tokenizer that
+has no control tokens at all encodes it, so a page that contains `<|im_end|>` or `<tool_call>` gives
+ordinary pieces of text. Role tags come from the model's own chat template, once, as constant ids.
 
-The context manager is the transition function of Kimi-Researcher's loop: s_{t+1} = context_manager(s_t, think_t, action_t,
-observation_t). Ours are plain functions `manager(trajectory, chat, budget_tokens) -> prompt ids`. Whenever the next prompt
-is not a pure extension of the last one, training sees a new segment (the prefix rule, `extend_segments`).
+The context manager is the transition function of Kimi-Researcher's loop: s_{t+1} =
+context_manager(s_t, think_t, action_t, observation_t). Ours are plain functions
+`manager(trajectory, chat, budget_tokens) -> prompt ids`. Whenever the next prompt is not a pure
+extension of the last one, training sees a new segment (the prefix rule, `extend_segments`).
 
-In: a tokenizer, a trajectory. Out: lists of token ids. To try an idea, write a function like `elide` and add it to MANAGERS.
-
-`summarize` lets the policy itself write what to keep. As in SUPO (Lu et al. 2025, arXiv:2510.06727) the notes are an action like
-any other: they are trained, under the context that produced them, with the return of the whole trajectory. (CompactionRL,
-arXiv:2607.05378, found that notes left out of the loss degenerate to mere brevity.) Moonshot says only that its mechanism lets the
-model "retain important information while discarding unnecessary documents".
+In: a tokenizer, a trajectory. Out: lists of token ids. This file also holds the types that
+everything else speaks of: Turn, Segment, Trajectory.
+To try an idea, write a function like `elide` and add it to MANAGERS.
 """
 
 import json
@@ -35,9 +33,11 @@ NOTES_REQUEST = (
     "Write down what to keep: earlier turns will be removed. The last result comes after that."
 )
 
-# Used when a tokenizer brings no chat template of its own (base models): ChatML, as Qwen and SmolLM2 write it.
+# A tokenizer without a chat template of its own (a base model's) gets ChatML, as Qwen and SmolLM2
+# use.
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -46,11 +46,13 @@ CHATML = (
 class Segment:
     """A token sequence that training sees: the exact context of each action in it.
 
-    ids, turn_of, logprobs all have length T. `turn_of[t]` is the index of the turn that sampled token t, or -1 for a token
-    the policy did not sample (prompt, observation): those carry no loss. `logprobs[t]` is the sampler's log-prob, 0 elsewhere.
+    The three lists have length T. `turn_of[t]` is the index of the turn that sampled token t. It is
+    -1 for a token that the policy did not sample (prompt, observation); such tokens are not in the
+    loss. `logprobs[t]` is the sampler's log-prob of token t, and 0 where the policy did not sample
+    it.
     """
 
-    ids: list[int]
+    ids: list[int] = field(default_factory=list)
     turn_of: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -62,36 +64,37 @@ class Segment:
 
 @dataclass
 class Turn:
-    """One model step."""
+    """What the policy sampled from one prompt, and what followed."""
 
     action_ids: list[int]  # as sampled, the end-of-turn token included
-    logprobs: list[float]  # of action_ids under the distribution sampled from
-    version: int  # policy version that sampled them
+    logprobs: list[float]  # of action_ids, under the distribution that they were sampled from
+    version: int  # of the policy that sampled them
     observation_ids: list[int] = field(default_factory=list)  # what followed
-    calls: list[dict] = field(default_factory=list)
-    results: list[str] = field(default_factory=list)
+    calls: list[dict] = field(default_factory=list)  # {"name": ..., "arguments": ...} each
+    results: list[str] = field(default_factory=list)  # of the calls, in their order
     faults: int = 0  # results that were the environment's failure
-    began: float = 0.0  # when its prompt was queued, seconds on the clock that all processes of a machine share
+    began: float = 0.0  # when its prompt was queued, in seconds of `time.perf_counter`
     generate_s: float = 0.0
     tool_s: float = 0.0
 
 
 @dataclass
 class Trajectory:
-    """One attempt at one task. Plain data: it can be pickled at any turn boundary and continued elsewhere."""
+    """One attempt at one task. It is plain data: at any turn boundary it can be pickled, and
+    another process, with another version of the policy, can go on with it.
+    """
 
     task: Task
-    key: tuple[
-        int, ...
-    ]  # (run seed, version, task, index in the group, …): decides its random draws, whoever runs it
-    head_ids: list[int] = field(default_factory=list)
+    key: tuple[int, ...]  # decides its random draws, whoever plays it; see rollout.new_group
+    head_ids: list[int] = field(default_factory=list)  # the first prompt
     turns: list[Turn] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     status: str = "running"  # answered, format_error, over_context, over_turns, tool_fault
-    error: str = ""  # kind of format error
+    error: str = ""  # the kind of a format error
     answer: str | None = None
-    memory: dict = field(default_factory=dict)  # the context manager's
-    urls: list[str] = field(default_factory=list)  # seen in results or opened
+    memory: dict = field(default_factory=dict)  # what context manager and tools want to keep
+    urls: list[str] = field(default_factory=list)  # addresses that it saw in results, or opened
+    pages: list[str] = field(default_factory=list)  # addresses of the pages that it opened
 
 
 class Chat:
@@ -104,45 +107,18 @@ class Chat:
 
     def __init__(self, tokenizer, signatures: list[str]):
         self.tokenizer = tokenizer
-        # The second tokenizer: the same vocabulary without added tokens. `split_special_tokens=True` is not enough, since
-        # tags such as <tool_call> are added tokens but not special ones (transformers#29279).
+        # The second tokenizer has the same vocabulary without added tokens. With
+        # `split_special_tokens=True` a tag such as <tool_call> would still become a control token,
+        # since it is an added token but not a special one (transformers#29279).
         stripped = json.loads(tokenizer.backend_tokenizer.to_str())
         stripped["added_tokens"], stripped["post_processor"] = [], None
         self.plain = Tokenizer.from_str(json.dumps(stripped))
         self.tags = list(tokenizer.get_added_vocab().items())
         self.control_ids = {id for _, id in self.tags}
 
-        # Render one conversation with sentinels and cut it at them: what stands between is the template's own text.
-        sentinels = ["SYSTEMTEXT", "QUESTIONTEXT", "ACTIONTEXT", "RESULTTEXT"]
-        roles = ["system", "user", "assistant", "user"]
-        rendered = tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in zip(roles, sentinels)],
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=tokenizer.chat_template or CHATML,
-        )
-        pieces = []
-        for sentinel in sentinels:
-            if sentinel not in rendered:
-                raise ValueError(
-                    "this chat template drops or rewrites a message (it needs system, user and assistant roles)"
-                )
-            piece, rendered = rendered.split(sentinel, 1)
-            pieces.append(piece)
-        before_system, before_question, before_action, before_result = pieces
-        before_next_action = rendered
-        if tokenizer.chat_template and tokenizer.eos_token and tokenizer.eos_token in before_result:
-            end_of_turn = tokenizer.eos_token
-        else:
-            end_of_turn = "<|im_end|>"
+        pieces, end_of_turn = template_pieces(tokenizer)
+        before_system, before_question, before_action, before_result, before_next_action = pieces
         self.end_id = tokenizer.convert_tokens_to_ids(end_of_turn)
-        if self.end_id is None or end_of_turn not in before_result:
-            raise ValueError(
-                "cannot find the token that ends an assistant's turn in this chat template"
-            )
-        before_result = before_result[
-            before_result.index(end_of_turn) + len(end_of_turn) :
-        ]  # the policy samples it itself
         system = SYSTEM_PROMPT.format(signatures="; ".join(signatures))
         self.before_question = self.trusted(before_system + system + before_question)
         self.before_action = self.trusted(before_action)
@@ -150,9 +126,8 @@ class Chat:
         self.before_next_action = self.trusted(before_next_action)
         self.open_response = self.trusted("<tool_response>")
         self.close_response = self.trusted("</tool_response>")
-        self.request_notes = (
-            self.before_result + self.trusted(NOTES_REQUEST) + self.before_next_action
-        )
+        request = self.trusted(NOTES_REQUEST)
+        self.request_notes = self.before_result + request + self.before_next_action
         self.before_notes = self.trusted("\nNotes: ")
 
     def trusted(self, text: str) -> list[int]:
@@ -160,24 +135,25 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def untrusted(self, text: str) -> list[int]:
-        """Encode text from outside: no id of the result is a control token, whatever the text says."""
+        """Encode text from outside: no id is a control token, whatever the text says."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
-        return [
-            i
-            for i in self.plain.encode(text, add_special_tokens=False).ids
-            if i not in self.control_ids
-        ]
+        ids = self.plain.encode(text, add_special_tokens=False).ids
+        return [i for i in ids if i not in self.control_ids]
 
     def head(self, question: str) -> list[int]:
-        """The first prompt: system prompt with tool declarations, question, and the tag that opens the policy's turn."""
+        """The first prompt: system prompt with tool declarations, question, and the tag that opens
+        the policy's turn.
+        """
         return self.before_question + self.untrusted(question) + self.before_action
 
     def observation(self, results: list[str], limit_tokens: int) -> list[int]:
-        """Ids that follow an action: each tool result in its own tags, then the tag that opens the policy's next turn.
+        """Ids that follow an action: each tool result in its own tags, then the tag that opens the
+        policy's next turn.
 
         Args:
             results: tool results in call order.
-            limit_tokens: the results together are cut to about this many tokens (on ids, never inside a tag).
+            limit_tokens: the results together are cut to about this many tokens. The cut is made on
+                ids, and never inside a tag.
         """
         ids = list(self.before_result)
         share = max(1, limit_tokens // max(1, len(results)))
@@ -186,53 +162,97 @@ class Chat:
         return ids + self.before_next_action
 
     def decode(self, ids: list[int]) -> str:
-        """Text of sampled ids for the parser and for people, with the tags visible; never encoded again.
+        """Text of sampled ids for the parser and for people, with the tags visible.
 
-        A tag that this tokenizer has as a control token counts only where that token was sampled. Spelled out of plain
-        pieces it is text that the policy quotes (from a page, say) and gets a zero-width space, so that the parser does not
-        see it. A tokenizer without such a token spells its tags, and then they count.
+        A tag that this tokenizer has as a control token counts only where that token was sampled.
+        Spelled out of plain pieces it is text that the policy quotes, from a page say. Such a tag
+        gets a zero-width space, so that the parser does not see it. A tokenizer without such a
+        token spells its tags, and then they count.
         """
-        text = lambda part: self.tokenizer.decode(
-            part, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        whole = text(ids)
+        whole = self.text_of(ids)
         if all(whole.count(tag) == ids.count(id) for tag, id in self.tags if tag in whole):
             return whole
-        pieces, plain = [], []
+        text, plain = "", []
         for id in [*ids, None]:
             if id is not None and id not in self.control_ids:
                 plain.append(id)
                 continue
-            spelled = text(plain)
+            spelled = self.text_of(plain)
             for tag, _ in self.tags:
                 spelled = spelled.replace(tag, f"{tag[0]}\u200b{tag[1:]}")
-            pieces += [spelled, text([id]) if id is not None else ""]
+            text += spelled + (self.text_of([id]) if id is not None else "")
             plain = []
-        return "".join(pieces)
+        return text
+
+    def text_of(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
 
-def elide_turns(trajectory, chat: Chat, old_turns: int) -> list[int]:
+def template_pieces(tokenizer) -> tuple[list[str], str]:
+    """The chat template's own texts, and the token with which an assistant's turn ends.
+
+    One conversation is rendered with sentinels in the place of its messages, and cut at them.
+
+    Returns:
+        ([before the system message, before the question, before an action, before a result, before
+        the next action], end of turn). The policy samples the end of its turn itself, so the piece
+        before a result begins behind it.
+
+    Raises:
+        ValueError: the template drops or rewrites a message, or no token ends a turn.
+    """
+    sentinels = ["SYSTEMTEXT", "QUESTIONTEXT", "ACTIONTEXT", "RESULTTEXT"]
+    roles = ["system", "user", "assistant", "user"]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in zip(roles, sentinels)],
+        tokenize=False,
+        add_generation_prompt=True,
+        chat_template=tokenizer.chat_template or CHATML,
+    )
+    pieces = []
+    for sentinel in sentinels:
+        if sentinel not in rendered:
+            raise ValueError(
+                "this chat template drops or rewrites a message: "
+                "it needs the roles system, user and assistant"
+            )
+        piece, rendered = rendered.split(sentinel, 1)
+        pieces.append(piece)
+    eos, end_of_turn = tokenizer.eos_token, "<|im_end|>"
+    if tokenizer.chat_template and eos and eos in pieces[3]:
+        end_of_turn = eos
+    known = tokenizer.convert_tokens_to_ids(end_of_turn) is not None
+    if not known or end_of_turn not in pieces[3]:
+        raise ValueError("cannot find the token that ends an assistant's turn in this template")
+    pieces[3] = pieces[3][pieces[3].index(end_of_turn) + len(end_of_turn) :]
+    return [*pieces, rendered], end_of_turn
+
+
+# ----------------------------------------------------------------------------- context managers
+
+
+def elide_turns(trajectory: Trajectory, chat: Chat, old_turns: int) -> list[int]:
     """The prompt in which the results of the first `old_turns` turns are stubs."""
     stub = chat.observation([ELIDED], 64)
     ids = list(trajectory.head_ids)
     for number, turn in enumerate(trajectory.turns):
-        ids += turn.action_ids + (
-            stub
-            if number < old_turns and len(turn.observation_ids) > len(stub)
-            else turn.observation_ids
-        )
+        is_stub = number < old_turns and len(turn.observation_ids) > len(stub)
+        ids += turn.action_ids + (stub if is_stub else turn.observation_ids)
     return ids
 
 
-def none(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
-    """Everything that was ever said; the trajectory dies when the window is full. The baseline."""
+def none(trajectory: Trajectory, chat: Chat, budget_tokens: int) -> list[int]:
+    """Everything that was ever said. The trajectory ends when the window is full: the baseline."""
     return elide_turns(trajectory, chat, 0)
 
 
-def elide(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
+def elide(trajectory: Trajectory, chat: Chat, budget_tokens: int) -> list[int]:
     """Replace the oldest tool results by stubs when the prompt passes its budget.
 
-    It then goes down to half the budget at once, so that the prefix (and its KV cache) changes once in many turns.
+    The prompt then goes down to half the budget at once, so that the prefix, and with it the KV
+    cache, changes once in many turns.
     """
     old_turns = trajectory.memory.get("elided_turns", 0)
     ids = elide_turns(trajectory, chat, old_turns)
@@ -244,57 +264,73 @@ def elide(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
     return ids
 
 
-def summarize(trajectory, chat: Chat, budget_tokens: int) -> list[int]:
-    """When the prompt passes its budget the policy writes notes, which then stand for everything before its last turn.
+def summarize(trajectory: Trajectory, chat: Chat, budget_tokens: int) -> list[int]:
+    """When the prompt passes its budget, the policy writes notes that replace all earlier turns.
 
-    The request for notes takes the place of the last result, so the prompt that asks is a pure extension of the segment and
-    always short enough. The next prompt is: system, question, notes, the last action and its result, whole. So notes never speak
-    of a result that is still in front of the policy (it would count it twice), and a result is never lost unread; where the budget has
-    no room for the whole of it beside question, notes and action, its end is cut. The next notes are written with the old ones in view,
-    and replace them.
+    The request for notes takes the place of the last result, so the prompt that asks is a pure
+    extension of the segment and is always short enough. The next prompt is: system, question,
+    notes, the last action, its result. So notes never speak of a result that is still in view (the
+    policy would count it twice), and no result is lost unread. Only where the budget has no room
+    for the whole result is its end cut. The next notes are written with the old ones in view, and
+    replace them.
 
-    A notes turn is not read for calls or answers, whatever it says (`finish_turn`; nano-rlm's rule, too): a policy that has its answer
-    gives it a turn later, and nothing that it writes can be an action or, fed back without control tokens, the end of the question's turn.
+    A turn of notes is free text: nobody reads calls or answers in it (`rollout.read_turn`). A
+        policy
+    that has its answer gives it a turn later. The notes are an action like any other. They are
+    trained under the context that produced them, with the return of the whole trajectory, as in
+    SUPO (Lu et al. 2025, arXiv:2510.06727). CompactionRL (arXiv:2607.05378) found that notes left
+    out of the loss degenerate to mere brevity. Moonshot says only that its mechanism lets the model
+    "retain important information while discarding unnecessary documents".
     """
-    turns, notes_turns = (
-        trajectory.turns,
-        trajectory.memory.setdefault("notes_turns", []),
-    )  # the last one may still be unwritten
+    turns = trajectory.turns
+    # The turns that are notes; the last one may still be unwritten.
+    notes_turns = trajectory.memory.setdefault("notes_turns", [])
+    written = [number for number in notes_turns if number < len(turns)]
     ids, later = list(trajectory.head_ids), turns
-    if written := [n for n in notes_turns if n < len(turns)]:
-        before, notes, later = turns[written[-1] - 1], turns[written[-1]], turns[written[-1] + 1 :]
-        ids = (
-            ids[: -len(chat.before_action)]
-            + chat.before_notes
-            + [i for i in notes.action_ids if i not in chat.control_ids]
-            + chat.before_action
-        )
-        result = before.observation_ids
-        if (over := len(ids) + len(before.action_ids) + len(result) - budget_tokens) > 0:
-            result = chat.observation(
-                before.results, max(16, len(result) - over - 32 * len(before.results))
-            )
-        ids += before.action_ids + result
+    if written:
+        ids = prompt_after_notes(trajectory, chat, written[-1], budget_tokens)
+        later = turns[written[-1] + 1 :]
+    if not later:  # the first turn, or the first one after notes
+        return ids
     for turn in later[:-1]:
         ids += turn.action_ids + turn.observation_ids
-    if not later:  # the first turn, or the first after notes
-        return ids
     whole = ids + later[-1].action_ids + later[-1].observation_ids
     if len(whole) > budget_tokens and len(turns) not in notes_turns:
         notes_turns.append(len(turns))
-    return ids + later[-1].action_ids + chat.request_notes if len(turns) in notes_turns else whole
+    if len(turns) in notes_turns:
+        return ids + later[-1].action_ids + chat.request_notes
+    return whole
 
 
-# HACK HERE: a new context manager is a function (trajectory, chat, budget_tokens) -> prompt ids; what it wants to remember
-# between turns goes into trajectory.memory, which is parked and resumed with the trajectory. memory["notes_turns"] lists the
-# turns that it asked notes of: those are free text.
+def prompt_after_notes(
+    trajectory: Trajectory, chat: Chat, notes_turn: int, budget_tokens: int
+) -> list[int]:
+    """System, question, the notes of turn `notes_turn`, the action before them and its result."""
+    before, notes = trajectory.turns[notes_turn - 1], trajectory.turns[notes_turn]
+    ids = trajectory.head_ids[: -len(chat.before_action)] + chat.before_notes
+    # Without control tokens, so that notes cannot end the question's turn.
+    ids += [i for i in notes.action_ids if i not in chat.control_ids] + chat.before_action
+    result = before.observation_ids
+    over = len(ids) + len(before.action_ids) + len(result) - budget_tokens
+    if over > 0:
+        room = max(16, len(result) - over - 32 * len(before.results))
+        result = chat.observation(before.results, room)
+    return ids + before.action_ids + result
+
+
+# HACK HERE: a new context manager is a function (trajectory, chat, budget_tokens) -> prompt ids.
+# What it wants to remember between turns goes into trajectory.memory, which is parked and resumed
+# with the trajectory. memory["notes_turns"] lists the turns that it asked notes of: those are free
+# text.
 MANAGERS = {"none": none, "elide": elide, "summarize": summarize}
 
 
 def extend_segments(segments: list[Segment], prompt_ids: list[int]) -> None:
-    """The prefix rule: extend the last segment if the new prompt is a pure extension of it, else open a new one."""
+    """The prefix rule: extend the last segment if the new prompt is a pure extension of it, else
+    open a new one.
+    """
     if segments and prompt_ids[: len(segments[-1].ids)] == segments[-1].ids:
         segments[-1].append(prompt_ids[len(segments[-1].ids) :])
     else:
-        segments.append(Segment([]))
+        segments.append(Segment())
         segments[-1].append(prompt_ids)

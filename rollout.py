@@ -1,175 +1,84 @@
-"""The agent loop and the generation engine: from tasks to trajectories.
+"""The agent loop: from tasks to trajectories.
 
-`play` is the agent loop: many trajectories at once, tools in threads beside it. The `Engine` under it decodes them together
-with continuous batching: a slot a trajectory, the KV cache of a trajectory kept across its turns (a turn costs its new tokens,
-not the whole context), a finished slot refilled at once, and a slot that waits for a tool out of the batch.
+`AgentLoop` plays many trajectories at once. One turn of a trajectory goes through five methods:
 
-The same loop runs in the trainer (`rollout`, --rollout sync) and in rollout processes (workers.py, --rollout async):
+    begin_turns    the context manager makes the next prompt, or the trajectory ends at a limit
+    engine.step    one more token for every trajectory in the middle of a turn (engine.py)
+    end_turn       what was sampled is read: an answer ends the trajectory, calls go to the tools
+    run_tools      the calls run in a thread, while the engine decodes the others
+    join_results   their results become the observation, and the trajectory is at a turn boundary
 
-    trainer                                             each worker
-    -------                                             -----------
-    queue of trajectories, whole groups, replay buffer  engine, tools in threads
-        trajectories: new, then parked    -- pipe ->    free slots take them
-        a step is full or over budget: hold  ------>    no turn is started any more; the turns under way end
-        replay buffer of unfinished ones  <- pipe --    their state at the turn boundary, in one message
-    reward, advantages, update
-    new weights into shared memory, "go"  -- pipe ->    copied between turns, version and checksum compared;
-                                                        held trajectories go on where they stopped
-        finished trajectories             <- pipe --    each as it ends
+The same loop runs in the trainer (`SyncRollouts`) and in rollout processes (workers.py), whose
+docstring shows who sends what to whom. Turn-level partial rollout is one condition in `step`: while
+the loop is on `hold`, no turn begins. A turn is atomic: all its tokens come from one version of the
+weights, which is written in it.
 
-Turn-level partial rollout is one condition in `play`: `if not holding()` before turns are started. A turn is atomic: all its
-tokens come from one version of the weights, which is written in it. With --overlap nobody holds for the update: workers
-stop at a turn boundary only to copy new weights.
-
-In: a policy (any `AutoModelForCausalLM`), tasks. Out: `Trajectory` objects with token ids *as sampled*, their log-probs and
-the segments that training sees. Nothing steers decoding: no grammar, no retries, plain sampling from softmax(logits / T).
-To try an idea (another stop rule, another observation), change `finish_turn`.
+In: a policy behind an engine, tasks. Out: `Trajectory` objects with token ids *as sampled*, their
+log-probs, and the segments that training sees.
+To try an idea (another stop rule, another observation), change `begin_turns` or `join_results`.
 """
 
 import concurrent.futures
-import queue
 import threading
 import time
-import zlib
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers.hf_argparser import HfArg
 
 from context import MANAGERS, Chat, Trajectory, Turn, extend_segments
 from data.task import Task
 from engine import Engine, Slot
+from support import endings
 from tools import FormatError, Toolbox, ToolCall, parse_action, run_calls, urls_in
 
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
+SearchService = Literal["embedded", "searxng", "brave", "serper", "tavily"]
+Interpreter = Literal["monty", "cpython"]
+TRAINING, EVALUATION = 0, 1  # streams of tasks, whose random draws have nothing in common
 
 
 @dataclass
 class RolloutArgs:
-    """Flags that training and evaluation share: both go through `rollout`."""
+    """Flags that training and evaluation share."""
 
-    temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "softmax temperature of sampling; training uses the same; 0 is greedy (evaluation only)"
-        },
+    temperature: float = HfArg(
+        default=1.0, help="of sampling and of the loss; 0: greedy, no training"
     )
-    max_turns: int = field(
-        default=8, metadata={"help": "model steps before a trajectory ends as over_turns"}
+    max_turns: int = HfArg(default=8, help="turns before a trajectory ends as over_turns")
+    max_new_tokens: int = HfArg(default=96, help="tokens of a turn; a longer one is a format error")
+    max_context: int = HfArg(default=1024, help="window in tokens; when it is full: over_context")
+    context: str = HfArg(default="none", help=f"context manager: {', '.join(MANAGERS)}")
+    context_budget: int = HfArg(
+        default=0, help="prompt tokens that it allows (0: 3/4 of the window)"
     )
-    max_new_tokens: int = field(
-        default=96,
-        metadata={"help": "tokens in one turn; a turn that does not end by then is a format error"},
+    observation_tokens: int = HfArg(default=192, help="tokens of tool results in one turn")
+    slots: int = HfArg(default=64, help="trajectories in flight at once")
+    kv_tokens: int = HfArg(default=0, help="KV memory in tokens (0: slots x max_context)")
+    tool_steps: int = HfArg(default=8, help="engine steps between two joins of tool results")
+    tool_timeout_s: float = HfArg(default=60.0, help="limit for the calls of a turn, in seconds")
+    trajectory_timeout_s: float = HfArg(default=3600.0, help="of decoding and tools: tool_fault")
+    search_results: int = HfArg(default=2, help="results a query")
+    page_chars: int = HfArg(default=400, help="characters of a page that one browse call shows")
+    corpus: str = HfArg(default="", help="index (data/index.py) for tasks that name no world")
+    live: bool = HfArg(default=False, help="let browse open public addresses of the real web")
+    search: SearchService = HfArg(
+        default="embedded", help="search service; another one implies --live"
     )
-    max_context: int = field(
-        default=1024,
-        metadata={
-            "help": "window in tokens; a prompt that leaves no room for a turn ends as over_context"
-        },
-    )
-    context: str = field(
-        default="none", metadata={"help": f"context manager: {', '.join(MANAGERS)}"}
-    )
-    context_budget: int = field(
-        default=0,
-        metadata={
-            "help": "prompt tokens that make the context manager act (0: three quarters of the window)"
-        },
-    )
-    observation_tokens: int = field(
-        default=192, metadata={"help": "tokens of tool results that one turn may add"}
-    )
-    slots: int = field(default=64, metadata={"help": "trajectories in flight at once"})
-    kv_tokens: int = field(
-        default=0,
-        metadata={
-            "help": "KV memory in tokens, max_context for each row: fewer rows than slots evict trajectories that wait for tools (0: a row a slot)"
-        },
-    )
-    search_results: int = field(default=2, metadata={"help": "results a query"})
-    page_chars: int = field(
-        default=400, metadata={"help": "characters of a page that one browse call shows"}
-    )
-    corpus: str = field(
-        default="",
-        metadata={"help": "index of your own (data/index.py) for tasks that name no world"},
-    )
-    live: bool = field(
-        default=False, metadata={"help": "let browse open public addresses of the real web"}
-    )
-    search: str = field(
-        default="embedded",
-        metadata={
-            "help": "embedded, searxng, brave, serper or tavily (keys: BRAVE_API_KEY, SERPER_API_KEY, TAVILY_API_KEY); all but embedded imply --live"
-        },
-    )
-    search_url: str = field(
-        default="", metadata={"help": "address of the search service: needed for searxng"}
-    )
-    unsafe_python: bool = field(
-        default=False,
-        metadata={"help": "run the python tool without its sandbox, where the machine has none"},
-    )
-    tool_steps: int = field(
-        default=8,
-        metadata={
-            "help": "tool results and new trajectories join at each so-many-th engine step: together, and at the same step whenever the seed is the same"
-        },
-    )
-    tool_timeout_s: float = field(
-        default=60.0,
-        metadata={
-            "help": "seconds after which a turn's tool calls are given up; the policy sees an error, the trajectory is not punished"
-        },
-    )
-    trajectory_timeout_s: float = field(
-        default=3600.0,
-        metadata={
-            "help": "seconds of decoding and tools after which a trajectory ends as tool_fault"
-        },
-    )
+    search_url: str = HfArg(default="", help="address of the search service (searxng needs it)")
+    python: Interpreter = HfArg(default="monty", help="cpython: all of Python, on Linux only")
+    unsafe_python: bool = HfArg(default=False, help="cpython without its sandbox")
 
 
-def check_rollout_args(args: RolloutArgs) -> None:
-    """Raises ValueError with one clear line for a flag that cannot work."""
-    for name in (
-        "max_turns",
-        "max_new_tokens",
-        "max_context",
-        "observation_tokens",
-        "slots",
-        "search_results",
-        "page_chars",
-        "tool_steps",
-    ):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if not 0 <= args.temperature < float("inf") or args.context_budget < 0:
-        raise ValueError("--temperature and --context_budget must be at least 0")
-    if args.context not in MANAGERS:
-        raise ValueError(f"--context {args.context}: choose {', '.join(MANAGERS)}")
-    most = (
-        args.max_context - 2 * args.max_new_tokens - 64
-    )  # behind a prompt within its budget: an action, the request for notes, the notes
-    if args.context == "summarize" and (args.context_budget or args.max_context * 3 // 4) > most:
-        raise ValueError(
-            f"--context summarize needs room for an action and notes behind the prompt: --context_budget {most} or less, or a larger --max_context"
-        )
-    if args.max_new_tokens >= args.max_context:
-        raise ValueError(
-            f"--max_context {args.max_context} leaves no room for a prompt: it must be larger than --max_new_tokens {args.max_new_tokens}"
-        )
+def budget_of(args: RolloutArgs) -> int:
+    """Prompt tokens at which the context manager acts."""
+    return args.context_budget or args.max_context * 3 // 4
 
 
-def engine_for(model, chat: Chat, args: RolloutArgs) -> Engine:
+def open_engine(model, chat: Chat, args: RolloutArgs) -> Engine:
     """The engine that plays with this model, chat template and these limits."""
-    return Engine(
-        model,
-        chat.end_id,
-        args.slots,
-        args.max_context,
-        args.max_new_tokens,
-        args.temperature,
-        chat.before_question,
-        args.kv_tokens,
-    )
+    return Engine(model, chat.end_id, args, chat.before_question)
 
 
 def open_toolbox(args: RolloutArgs) -> Toolbox:
@@ -181,314 +90,332 @@ def open_toolbox(args: RolloutArgs) -> Toolbox:
         args.page_chars,
         args.search,
         args.search_url,
+        args.python,
         args.unsafe_python,
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- agent loop
+# ------------------------------------------------------------------------------------------ groups
 
 
-def trajectory_key(seed: int, step: int, task: Task, attempt: int) -> tuple[int, ...]:
-    return seed, step, zlib.crc32(task.id.encode()), attempt
+@dataclass
+class Group:
+    """The attempts at one task, whose rewards are compared with each other."""
+
+    position: int  # of the task in the stream of tasks
+    born: int  # version of the weights when the group was begun
+    trajectories: list[Trajectory]
+
+    def whole(self) -> bool:
+        return all(t.status != "running" for t in self.trajectories)
 
 
-def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[int] | None:
-    """The context manager's prompt for the next turn, or None if the trajectory ends here (status says why)."""
-    budget = args.context_budget or args.max_context * 3 // 4
-    prompt = MANAGERS[args.context](trajectory, chat, budget)
-    if len(trajectory.turns) >= args.max_turns:
-        trajectory.status = "over_turns"
-    elif (
-        sum(turn.generate_s + turn.tool_s for turn in trajectory.turns) > args.trajectory_timeout_s
-    ):
-        trajectory.status = "tool_fault"  # left out, not punished: slowness is the environment's
-    elif len(prompt) + args.max_new_tokens > args.max_context:
-        trajectory.status = "over_context"
-    else:
-        extend_segments(trajectory.segments, prompt)
-        return prompt
-    return None
+def new_group(
+    task: Task, position: int, samples: int, seed: int, version: int = 0, stream: int = TRAINING
+) -> Group:
+    """Fresh attempts at a task.
+
+    The key of a trajectory decides its random draws, whoever plays it and whenever: (run seed,
+    stream, position of the task, index in the group, times that it was lost with a worker).
+
+    Args:
+        position: of the task in its stream; a stream may hold the same task twice.
+        version: of the weights now.
+    """
+    keys = [(seed, stream, position, index, 0) for index in range(samples)]
+    return Group(position, version, [Trajectory(task, key) for key in keys])
 
 
-def finish_turn(
-    trajectory: Trajectory,
-    ids: list[int],
-    logprobs: list[float],
-    version: int,
-    chat: Chat,
-    tools: dict,
-) -> list | None:
-    """Record what was sampled and read the action; returns the tool calls to run (none after notes), or None if the trajectory has ended."""
-    is_notes = len(trajectory.turns) in trajectory.memory.get("notes_turns", [])
-    trajectory.segments[-1].append(ids, len(trajectory.turns), logprobs)
-    turn = Turn(ids, logprobs, version)
-    trajectory.turns.append(turn)
-    try:
-        if ids[-1] != chat.end_id:
-            raise FormatError("unfinished", "the turn was cut at its token limit")
-        if is_notes:  # free text, see context.summarize
-            return []
-        calls, answer = parse_action(chat.decode(ids[:-1]), tools)
-    except FormatError as error:
-        trajectory.status, trajectory.error = "format_error", error.kind
-        return None
-    if answer is not None:
-        trajectory.status, trajectory.answer = "answered", answer
-        return None
-    turn.calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
-    return calls
+# -------------------------------------------------------------------------------------- agent loop
 
 
-def take_results(
-    trajectory: Trajectory, results: list[tuple[str, bool]], chat: Chat, args: RolloutArgs
-) -> None:
-    """Append tool results to the last turn as its observation."""
+@dataclass
+class ToolRun:
+    """The tool calls of one turn, which run in a thread."""
+
+    slot: Slot
+    step: int  # engine step at which they were made
+    since: float  # time of that step, in seconds
+    results: concurrent.futures.Future  # what `run_calls` gives
+
+
+def in_thread(function, *arguments) -> concurrent.futures.Future:
+    """Run a function in a thread of its own. A thread that hangs keeps neither others nor the end
+    of the process waiting.
+    """
+    future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tools", daemon=True).start()
+    return future
+
+
+def take_results(trajectory: Trajectory, results: list[tuple[str, bool]]) -> None:
+    """Write the results of the last turn's calls into the trajectory.
+
+    Args:
+        results: (text, whether the environment failed) of each call. Three turns in a row with a
+            failure end the trajectory as tool_fault, which nobody is punished for.
+    """
     turn = trajectory.turns[-1]
     turn.results = [text for text, _ in results]
-    turn.faults = sum(fault for _, fault in results)
-    turn.observation_ids = chat.observation(turn.results, args.observation_tokens) if chat else []
+    turn.faults = sum(is_fault for _, is_fault in results)
     for call, text in zip(turn.calls, turn.results):
-        opened = [call["arguments"]["url"]] if call["name"] == "browse" else []
-        trajectory.urls += [url for url in opened + urls_in(text) if url not in trajectory.urls]
-    called = [
-        t for t in trajectory.turns if t.results
-    ]  # a turn of notes between them calls nothing
-    if len(called) >= MAX_FAULTY_TURNS and all(t.faults for t in called[-MAX_FAULTY_TURNS:]):
+        url = call["arguments"].get("url")
+        if url and not text.startswith("error"):
+            trajectory.pages.append(url)
+        seen = ([url] if url else []) + urls_in(text)
+        trajectory.urls += [address for address in seen if address not in trajectory.urls]
+    with_calls = [t for t in trajectory.turns if t.results]  # a turn of notes calls nothing
+    last = with_calls[-MAX_FAULTY_TURNS:]
+    if len(last) == MAX_FAULTY_TURNS and all(t.faults for t in last):
         trajectory.status = "tool_fault"
 
 
-class ToolThreads:
-    """Threads that run tool calls, at most `most`. One that hangs is given up, replaced, and cannot keep the process from ending."""
+class AgentLoop:
+    """Plays trajectories: `add` some, then call `step` as long as the loop is `busy`.
 
-    def __init__(self, most: int):
-        self.most, self.threads, self.busy = most, 0, 0
-        self.jobs, self.lock, self.news = queue.SimpleQueue(), threading.Lock(), threading.Event()
-        self.lost: set[concurrent.futures.Future] = set()
+    Results and new trajectories join at every `args.tool_steps`-th engine step, so that prompts are
+    computed in large batches.
 
-    def submit(self, function, *arguments) -> concurrent.futures.Future:
-        future = concurrent.futures.Future()
-        with self.lock:
-            self.busy += 1
-            if self.threads < min(self.busy, self.most):
-                self.threads += 1
-                threading.Thread(target=self.work, name="tools", daemon=True).start()
-        self.jobs.put((future, function, arguments))
-        return future
+    Args:
+        engine, chat, toolbox, args: the policy, its chat template, the tools, the limits.
+        lockstep: whether a result joins at a step that follows from the step of its call alone: the
+            first join that is `tool_steps` steps later. The engine waits for it there. Batches, and
+            with them every last bit of the log-probs, then do not depend on how fast a tool was
+            (sync mode). Otherwise a result joins when it has come.
+    """
 
-    def work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            future, function, arguments = job
-            result = error = None
-            try:
-                result = function(*arguments)
-            except Exception as exception:
-                error = exception
-            with self.lock:
-                if future in self.lost:  # another thread has taken this one's place
-                    self.lost.discard(future)
-                    return
-                self.busy -= 1
-                future.set_exception(error) if error else future.set_result(result)
-            self.news.set()
+    def __init__(self, engine: Engine, chat: Chat, toolbox: Toolbox, args, lockstep: bool = False):
+        self.engine, self.chat, self.toolbox, self.args = engine, chat, toolbox, args
+        self.lockstep = lockstep
+        self.queue: deque[Trajectory] = deque()  # they wait for a free slot
+        self.ready: list[Slot] = []  # at a turn boundary, with nothing to wait for
+        self.running: list[ToolRun] = []
+        self.ended: list[Trajectory] = []  # since `step` returned last
+        self.clock = 0  # engine steps
 
-    def give_up(self, future: concurrent.futures.Future) -> None:
-        with self.lock:
-            if not future.done():
-                self.lost.add(future)
-                self.threads, self.busy = self.threads - 1, self.busy - 1
+    def add(self, trajectories: list[Trajectory]) -> None:
+        """Queue fresh trajectories, or parked ones that go on at their turn boundary."""
+        self.queue.extend(trajectories)
+
+    def busy(self) -> bool:
+        return bool(self.queue) or any(self.engine.slots)
+
+    def step(self, hold: bool = False) -> list[Trajectory]:
+        """One engine step; returns the trajectories that ended in it.
+
+        Args:
+            hold: begin no turn. This is all there is to partial rollout and to new weights: once no
+                slot is in the middle of a turn, every trajectory is at a turn boundary.
+        """
+        if self.clock % self.args.tool_steps == 0:
+            if not hold:
+                self.start_trajectories()
+            self.join_results()
+            if not hold:
+                self.begin_turns()
+        if self.engine.at_boundary():  # there is nothing to decode: go straight to the next join
+            self.clock += -self.clock % self.args.tool_steps
+            self.wait_for_tools()
+        else:
+            for slot in self.engine.step():
+                self.end_turn(slot)
+            self.clock += 1
+        ended, self.ended = self.ended, []
+        return ended
+
+    def start_trajectories(self) -> None:
+        """Give free places to queued trajectories."""
+        for place in self.engine.free_places()[: len(self.queue)]:
+            trajectory = self.queue.popleft()
+            if not trajectory.head_ids:
+                trajectory.head_ids = self.chat.head(trajectory.task.question)
+            slot = self.engine.slots[place] = Slot(trajectory)
+            last = trajectory.turns[-1] if trajectory.turns else None
+            if last and last.calls and not last.results:  # it was parked before its tools answered
+                self.run_tools(slot, [ToolCall(**call) for call in last.calls])
+            else:
+                self.ready.append(slot)
+
+    def begin_turns(self) -> None:
+        """Let the context manager make the next prompts; a trajectory at a limit ends."""
+        for slot in self.ready:
+            trajectory = slot.trajectory
+            prompt = MANAGERS[self.args.context](trajectory, self.chat, budget_of(self.args))
+            seconds = sum(turn.generate_s + turn.tool_s for turn in trajectory.turns)
+            if len(trajectory.turns) >= self.args.max_turns:
+                trajectory.status = "over_turns"
+            elif seconds > self.args.trajectory_timeout_s:
+                trajectory.status = "tool_fault"  # nobody is punished: the environment is slow
+            elif len(prompt) + self.args.max_new_tokens > self.args.max_context:
+                trajectory.status = "over_context"
+            if trajectory.status == "running":
+                extend_segments(trajectory.segments, prompt)
+                self.engine.start_turn(slot, prompt)
+            else:
+                self.end_trajectory(slot)
+        self.ready.clear()
+
+    def end_turn(self, slot: Slot) -> None:
+        """Record what was sampled, and do what it says."""
+        trajectory = slot.trajectory
+        turn = Turn(slot.ids, slot.logprobs, self.engine.version, began=slot.started)
+        turn.generate_s = time.perf_counter() - slot.started
+        trajectory.segments[-1].append(slot.ids, len(trajectory.turns), slot.logprobs)
+        trajectory.turns.append(turn)
+        calls = self.read_turn(trajectory)
+        turn.calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
+        if trajectory.status != "running":
+            self.end_trajectory(slot)
+        elif calls:
+            self.run_tools(slot, calls)
+        else:
+            self.ready.append(slot)
+
+    def read_turn(self, trajectory: Trajectory) -> list[ToolCall]:
+        """Read the last turn: an answer or a format error sets the status, calls are returned."""
+        ids, number = trajectory.turns[-1].action_ids, len(trajectory.turns) - 1
+        try:
+            if ids[-1] != self.chat.end_id:
+                raise FormatError("unfinished", "the turn was cut at its token limit")
+            if number in trajectory.memory.get("notes_turns", []):
+                return []  # notes are free text, see context.summarize
+            tools = self.toolbox.tools_for(trajectory)
+            calls, answer = parse_action(self.chat.decode(ids[:-1]), tools)
+        except FormatError as error:
+            trajectory.status, trajectory.error = "format_error", error.kind
+            return []
+        if answer is not None:
+            trajectory.status, trajectory.answer = "answered", answer
+        return calls
+
+    def run_tools(self, slot: Slot, calls: list[ToolCall]) -> None:
+        """Let the calls run in a thread beside the engine."""
+        results = in_thread(run_calls, calls, self.toolbox.tools_for(slot.trajectory))
+        self.running.append(ToolRun(slot, self.clock, time.perf_counter(), results))
+
+    def join_results(self) -> None:
+        """Make observations of the tool results that have come; calls that take too long are given
+        up.
+        """
+        decoding, still_running = not self.engine.at_boundary(), []
+        for run in self.running:
+            if self.lockstep:
+                if decoding and self.clock - run.step < self.args.tool_steps:
+                    still_running.append(run)
+                    continue
+                self.wait([run], run.since + self.args.tool_timeout_s - time.perf_counter())
+            seconds = time.perf_counter() - run.since
+            if run.results.done():
+                self.observe(run.slot, run.results.result(), seconds)
+            elif seconds >= self.args.tool_timeout_s:
+                late = f"error: no answer within {self.args.tool_timeout_s:g} s"
+                calls = run.slot.trajectory.turns[-1].calls
+                self.observe(run.slot, [(late, True)] * len(calls), seconds)
+            else:
+                still_running.append(run)
+        self.running = still_running
+
+    def observe(self, slot: Slot, results: list[tuple[str, bool]], seconds: float) -> None:
+        """What the tools said follows the last turn."""
+        trajectory, turn = slot.trajectory, slot.trajectory.turns[-1]
+        take_results(trajectory, results)
+        turn.observation_ids = self.chat.observation(turn.results, self.args.observation_tokens)
+        turn.tool_s = seconds
+        if trajectory.status == "running":
+            self.ready.append(slot)
+        else:
+            self.end_trajectory(slot)
+
+    def wait(self, runs: list[ToolRun], seconds: float) -> None:
+        """Wait until one of these tool runs is done, at most so many seconds."""
+        clock = time.perf_counter()
+        concurrent.futures.wait(
+            [run.results for run in runs], max(0.0, seconds), concurrent.futures.FIRST_COMPLETED
+        )
+        self.engine.stats["idle_s"] += time.perf_counter() - clock
+
+    def wait_for_tools(self) -> None:
+        """Nothing can be decoded now, so leave the processor to the tools for a moment."""
+        if self.lockstep:  # `join_results` waits
+            return
+        if self.running:
+            self.wait(self.running, 0.005)
+        else:
+            time.sleep(0.005)
+            self.engine.stats["idle_s"] += 0.005
+
+    def end_trajectory(self, slot: Slot) -> None:
+        self.engine.slots[self.engine.slots.index(slot)] = None
+        self.toolbox.close(slot.trajectory)
+        self.ended.append(slot.trajectory)
+
+
+# ------------------------------------------------------------------------------------ sync rollouts
+
+
+def play(loop: AgentLoop, trajectories: list[Trajectory], progress=None) -> list[Trajectory]:
+    """Play all trajectories to their end in this process, and return them in the order given.
+
+    Args:
+        loop: a loop that is not busy.
+        trajectories: fresh ones, or parked ones that go on.
+        progress: a bar that is moved on by each trajectory that ends, or None.
+
+    Raises:
+        Stopped: the user asked for an end.
+    """
+    loop.add(trajectories)
+    while loop.busy():
+        endings.check()
+        ended = loop.step()
+        if progress is not None:
+            progress.update(len(ended))
+    return trajectories
+
+
+class SyncRollouts:
+    """Groups of trajectories, played in the trainer's own process (--rollout sync).
+
+    Args:
+        loop: an `AgentLoop` in lockstep.
+        next_group: next_group(n, version) gives the n-th group of this process's stream of tasks.
+        enough: groups of one update.
+        next_number: n of the first group.
+    """
+
+    restarts = 0  # of workers: there are none
+
+    def __init__(self, loop: AgentLoop, next_group, enough: int, next_number: int):
+        self.loop, self.next_group, self.enough = loop, next_group, enough
+        self.next_number, self.idle_share = next_number, 0.0
+
+    def collect(self, version: int, progress=None) -> list[Group]:
+        """Whole groups for one update, sampled by the weights of this version alone."""
+        clock, idle_s = time.perf_counter(), self.loop.engine.stats["idle_s"]
+        numbers = range(self.next_number, self.next_number + self.enough)
+        groups = [self.next_group(number, version) for number in numbers]
+        play(self.loop, [t for group in groups for t in group.trajectories], progress)
+        self.next_number += self.enough
+        idle_s = self.loop.engine.stats["idle_s"] - idle_s
+        self.idle_share = idle_s / (time.perf_counter() - clock)
+        return groups
+
+    def publish(self, model, version: int) -> None:
+        """The sampler uses the learner's own weights, so there is nothing to copy."""
+        self.loop.engine.new_weights(version)
+
+    def parked(self) -> int:
+        return 0
+
+    def state(self, ask: bool = True) -> None:
+        """Nothing is under way between two updates."""
 
     def close(self) -> None:
-        for _ in range(self.threads):
-            self.jobs.put(None)
-
-
-def run_turn(calls: list[ToolCall], tools: dict, replay: list[ToolCall]) -> list[tuple[str, bool]]:
-    """Run one turn's calls.
-
-    A Python session lives in one process, so a trajectory that was continued in another has lost its variables: the first
-    turn that calls `python` there first repeats the code of all earlier turns, in order, and drops the output.
-    """
-    if replay:
-        run_calls(replay, tools)
-    return run_calls(calls, tools)
-
-
-def play(
-    engine: Engine,
-    chat: Chat,
-    toolbox: Toolbox,
-    args: RolloutArgs,
-    take,
-    finish,
-    holding=lambda: False,
-    lockstep: bool = False,
-    act=finish_turn,
-) -> None:
-    """The agent loop: plays trajectories until `take` has no more and all have ended.
-
-    Tool results and new trajectories join at every `args.tool_steps`-th engine step, so prompts are computed in large batches.
-
-    Args:
-        take: take(n) gives at most n trajectories to start or to continue, or None when no more will come.
-        finish: called with each trajectory that has ended.
-        holding: asked at each join; while it is true no turn is started. This is all there is to partial rollout and to new
-            weights: once no slot is in the middle of a turn, every trajectory is at a turn boundary.
-        lockstep: a result joins at a step that follows from the step of its call alone: at the first join that is `tool_steps`
-            steps or more after it (or the next one, if nothing is left to decode), and the engine waits for it there. Batches,
-            and with them every last bit of the log-probs, then do not depend on how fast a tool happened to be (sync mode).
-            Otherwise results join as they come.
-        act: reads a finished turn, see `finish_turn`.
-    """
-    waiting: list[
-        tuple[Slot, int, float, concurrent.futures.Future]
-    ] = []  # (slot, step of the call, time of it, results)
-    ready: list[Slot] = []  # at a turn boundary
-    replays: dict[
-        Slot, list[ToolCall]
-    ] = {}  # python calls of trajectories that were begun elsewhere
-    threads = ToolThreads(len(engine.slots))
-    step, more = 0, True
-
-    def start(row: int, trajectory: Trajectory) -> None:
-        trajectory.head_ids = trajectory.head_ids or chat.head(trajectory.task.question)
-        slot = engine.slots[row] = Slot(trajectory)
-        cut_off = [
-            turn for turn in trajectory.turns[-1:] if turn.calls and not turn.results
-        ]  # parked before its tools had answered
-        past = trajectory.turns[: len(trajectory.turns) - len(cut_off)]
-        replays[slot] = [
-            ToolCall(**call) for turn in past for call in turn.calls if call["name"] == "python"
-        ]
-        for turn in cut_off:
-            run_tools(slot, [ToolCall(**call) for call in turn.calls])
-        if not cut_off:
-            ready.append(slot)
-
-    def run_tools(slot: Slot, calls: list[ToolCall]) -> None:
-        replay = replays.pop(slot, []) if any(call.name == "python" for call in calls) else []
-        waiting.append(
-            (
-                slot,
-                step,
-                time.perf_counter(),
-                threads.submit(run_turn, calls, toolbox.tools_for(slot.trajectory), replay),
-            )
-        )
-
-    def end(slot: Slot) -> None:
-        engine.slots[engine.slots.index(slot)] = None
-        replays.pop(slot, None)
-        toolbox.close(slot.trajectory)
-        finish(slot.trajectory)
-
-    try:
-        while more or any(engine.slots):
-            if step % args.tool_steps == 0:
-                hold = holding()
-                if more and not hold:
-                    rows = engine.free_slots()
-                    arrived = take(len(rows))
-                    more = arrived is not None
-                    for row, trajectory in zip(rows, arrived or []):
-                        start(row, trajectory)
-                decoding = any(slot and not slot.turn_done for slot in engine.slots)
-                for call in list(waiting):
-                    slot, called, since, future = call
-                    if lockstep and decoding and step - called < args.tool_steps:
-                        continue
-                    if lockstep and not future.done():
-                        clock = time.perf_counter()
-                        concurrent.futures.wait(
-                            [future], timeout=max(0.0, since + args.tool_timeout_s - clock)
-                        )
-                        engine.stats["idle_s"] += time.perf_counter() - clock
-                    waited = time.perf_counter() - since
-                    if not future.done() and waited < args.tool_timeout_s:
-                        continue
-                    waiting.remove(call)
-                    threads.give_up(future)
-                    trajectory = slot.trajectory
-                    late = [(f"error: no answer within {args.tool_timeout_s:g} s", True)] * len(
-                        trajectory.turns[-1].calls
-                    )
-                    take_results(trajectory, future.result() if future.done() else late, chat, args)
-                    trajectory.turns[-1].tool_s = waited
-                    if trajectory.status == "running":
-                        ready.append(slot)
-                    else:
-                        end(slot)
-                if not hold:
-                    for slot in ready:
-                        prompt = next_prompt(slot.trajectory, chat, args)
-                        if prompt is None:
-                            end(slot)
-                        else:
-                            engine.start_turn(slot, prompt)
-                    ready.clear()
-            if all(
-                slot is None or slot.turn_done for slot in engine.slots
-            ):  # nothing to decode: go straight to the next join
-                step = -(-step // args.tool_steps) * args.tool_steps
-                if not lockstep:
-                    clock = time.perf_counter()
-                    threads.news.wait(0.005)
-                    threads.news.clear()
-                    engine.stats["idle_s"] += time.perf_counter() - clock
-                continue
-            ended = engine.step()
-            step += 1
-            for slot in ended:
-                trajectory = slot.trajectory
-                calls = act(
-                    trajectory,
-                    slot.ids,
-                    slot.logprobs,
-                    engine.version,
-                    chat,
-                    toolbox.tools_for(trajectory),
-                )
-                trajectory.turns[-1].began, trajectory.turns[-1].generate_s = (
-                    slot.started,
-                    time.perf_counter() - slot.started,
-                )
-                if calls is None:
-                    end(slot)
-                elif calls:
-                    run_tools(slot, calls)
-                else:
-                    ready.append(slot)
-    finally:
-        engine.slots = [None] * len(engine.slots)
-        toolbox.close_all()
-        threads.close()
-
-
-def rollout(
-    engine: Engine,
-    chat: Chat,
-    trajectories: list[Trajectory],
-    toolbox: Toolbox,
-    args: RolloutArgs,
-    on_finish=None,
-    act=finish_turn,
-) -> list[Trajectory]:
-    """Play all trajectories to their end in this process, in lockstep (sync mode), and return them in the order given.
-
-    Args:
-        engine, chat: the policy.
-        trajectories: fresh ones, or parked ones to continue.
-        toolbox: gives each trajectory its tools.
-        on_finish: called with each finished trajectory, for a progress bar.
-    """
-    left = list(reversed(trajectories))
-    play(
-        engine,
-        chat,
-        toolbox,
-        args,
-        lockstep=True,
-        act=act,
-        finish=on_finish or (lambda trajectory: None),
-        take=lambda n: [left.pop() for _ in range(min(n, len(left)))] if left else None,
-    )
-    return trajectories
+        self.loop.toolbox.close_all()

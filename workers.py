@@ -1,19 +1,32 @@
-"""Rollout processes: several engines beside the trainer, and the queue that feeds them (--rollout async).
+"""Rollout processes: several engines beside the trainer, and the queue that feeds them.
 
-Each worker plays trajectories with the loop of rollout.py, whose docstring shows who sends what to whom. Three rules keep it
-from hanging, whatever dies when: a pipe a worker, read and written without blocking; weights in shared memory under a version
-and a checksum instead of a lock; and the trainer alone keeps the books, so what a dead worker held is handed out again from
-its last known turn boundary. (A queue shared by processes dies with a process that is killed while it holds the lock.)
+    trainer                                             each worker
+    -------                                             -----------
+    queue of trajectories, groups under way             an AgentLoop with an engine and tools
+        trajectories: new, then parked    -- pipe ->    free slots take them
+        enough groups, or budget over: hold  ------>    no turn begins; the turns under way end
+        groups under way                  <- pipe --    their state at the turn boundary
+    reward, advantages, update
+    new weights into shared memory, "go"  -- pipe ->    copied between turns, version and checksum
+                                                        compared; held trajectories go on
+        finished trajectories             <- pipe --    each as it ends
 
-In: `next_group` makes the groups of trajectories to play. Out: `collect` gives the whole groups that a step trains on. A group
-that was begun is always trained, once, whole, however long it takes: dropping the late ones would teach the policy from short,
-easy trajectories only. With --partial a step ends when `tasks_per_step` groups are whole (or its budget is over); the others
-are held at a turn boundary and go on first, with new weights; a group `max_age` steps old is waited for.
-To try an idea (which groups go first, how many run ahead), change `Rollouts.collect`.
+Three rules keep it from hanging, whatever dies when. Each worker has a pipe of its own, which
+nobody reads or writes blocking. Weights lie in shared memory under a version and a checksum,
+without a lock. The trainer alone keeps the books, so it hands out what a dead worker held again,
+from its last known turn boundary. (A queue that processes share dies with a process that is killed
+while it holds the lock.)
+
+In: `next_group` makes the groups to play. Out: `collect` gives the whole groups that an update
+trains on. A group that was begun is always trained, once and whole, however long it takes: without
+the late ones the policy would learn from short, easy trajectories only. With --partial an update's
+rollouts end when enough groups are whole, or when the budget is over. The other groups are held at
+a turn boundary and go on first, with new weights. A group that is `max_age` updates old is waited
+for. With --overlap the workers go on during the update, and stop at a turn boundary only to copy
+new weights. To try an idea (which groups go first, how many run ahead), change
+`AsyncRollouts.collect`.
 """
 
-import contextlib
-import ctypes
 import multiprocessing.connection
 import os
 import pickle
@@ -29,80 +42,64 @@ from multiprocessing import resource_tracker
 import torch
 import torch.multiprocessing
 import transformers
+from transformers.hf_argparser import HfArg
 
 from context import Chat, Segment, Trajectory, Turn
 from data.task import Task
 from engine import keep_memory, load_policy
-from rollout import RolloutArgs, engine_for, finish_turn, open_toolbox, play
-from tools import SIGNATURES
+from rollout import AgentLoop, Group, RolloutArgs, open_engine, open_toolbox
+from support import endings
+from tools import signatures
 
-SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
-FEW = 0.25  # with --partial: when fewer than this share of the slots is in use, a group of the next step is begun
-MAX_DEATHS = 5  # in a row, without a finished trajectory in between, before the run stops
+SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced
+FEW = 0.25  # --partial: below this share of slots in use, a group of the next update is begun
+MAX_DEATHS = 5  # of workers in a row, without a finished trajectory between, before the run stops
+
+
+@dataclass
+class AsyncArgs:
+    """Flags of --rollout async."""
+
+    workers: int = HfArg(default=0, help="rollout processes of each rank (0: one a core, or a GPU)")
+    partial: bool = HfArg(
+        default=False, help="park what is unfinished, go on with the next weights"
+    )
+    ahead: float = HfArg(default=0.5, help="partial: groups begun early, as a share of an update's")
+    budget_s: float = HfArg(
+        default=0.0, help="partial: seconds of rollouts an update (0: no limit)"
+    )
+    budget_tokens: int = HfArg(default=0, help="partial: sampled tokens of a rank (0: no limit)")
+    max_age: int = HfArg(default=4, help="partial: updates after which a group is waited for")
+    overlap: bool = HfArg(default=False, help="partial: go on with old weights during the update")
 
 
 class WorkerError(RuntimeError):
     """The rollout processes cannot go on; the message is one line."""
 
 
-@dataclass
-class Group:
-    """The attempts at one task whose rewards are compared with each other."""
-
-    number: int  # place in the stream of tasks
-    born: int  # version of the weights when it was begun
-    trajectories: list[Trajectory]
-
-    def whole(self) -> bool:
-        return all(t.status != "running" for t in self.trajectories)
-
-
-def make_group(task: Task, number: int, version: int, samples: int, seed: int) -> Group:
-    """A fresh group. Its random draws come from (run seed, version, task, index in the group, number, attempt), whoever plays it; a
-    trajectory that was lost with its worker goes on as the next attempt."""
-    return Group(
-        number,
-        version,
-        [
-            Trajectory(task, (seed, version, zlib.crc32(task.id.encode()), index, number, 0))
-            for index in range(samples)
-        ],
-    )
-
-
 def group_from(plain: dict) -> Group:
     """The inverse of `dataclasses.asdict` for a Group."""
-
-    def trajectory(fields: dict) -> Trajectory:
-        return Trajectory(
-            **fields
-            | {
-                "task": Task(**fields["task"]),
-                "key": tuple(fields["key"]),
-                "turns": [Turn(**turn) for turn in fields["turns"]],
-                "segments": [Segment(**segment) for segment in fields["segments"]],
-            }
-        )
-
-    return Group(
-        plain["number"], plain["born"], [trajectory(fields) for fields in plain["trajectories"]]
-    )
+    trajectories = []
+    for fields in plain["trajectories"]:
+        fields = dict(fields, task=Task(**fields["task"]), key=tuple(fields["key"]))
+        fields["turns"] = [Turn(**turn) for turn in fields["turns"]]
+        fields["segments"] = [Segment(**segment) for segment in fields["segments"]]
+        trajectories.append(Trajectory(**fields))
+    return Group(plain["position"], plain["born"], trajectories)
 
 
-# ------------------------------------------------------------------------------------------------- what processes share
+# ---------------------------------------------------------------------------- what processes share
 
 
 class Channel:
-    """Whole messages over one end of a duplex pipe. Nothing blocks: what does not fit into the pipe waits in `outgoing`, and a
-    message of which half has come waits in `incoming`, so neither a full pipe nor a peer that died in mid-sentence stops us."""
+    """Whole messages over one end of a duplex pipe. Nothing blocks: what does not fit into the pipe
+    waits in `outgoing`, and half a message waits in `incoming`. So neither a full pipe nor a peer
+    that died in mid-sentence stops us.
+    """
 
     def __init__(self, connection):
-        self.connection, self.incoming, self.outgoing, self.closed = (
-            connection,
-            bytearray(),
-            bytearray(),
-            False,
-        )
+        self.connection, self.closed = connection, False
+        self.incoming, self.outgoing = bytearray(), bytearray()
         os.set_blocking(connection.fileno(), False)
 
     def fileno(self) -> int:
@@ -119,9 +116,7 @@ class Channel:
                 del self.outgoing[: os.write(self.fileno(), self.outgoing[: 1 << 16])]
         except BlockingIOError:
             pass
-        except (
-            OSError
-        ):  # the peer has died: `receive` still gives what it said before, then sets `closed`
+        except OSError:  # the peer has died; `receive` still gives what it had said
             self.outgoing.clear()
 
     def receive(self) -> list:
@@ -136,23 +131,26 @@ class Channel:
         except OSError:
             self.closed = True
         messages = []
-        while len(self.incoming) >= 8 and len(self.incoming) >= (
-            end := 8 + int.from_bytes(self.incoming[:8], "big")
-        ):
+        while len(self.incoming) >= 8:
+            end = 8 + int.from_bytes(self.incoming[:8], "big")
+            if len(self.incoming) < end:
+                break
             messages.append(pickle.loads(self.incoming[8:end]))
             del self.incoming[:end]
         return messages
 
 
 class SharedWeights:
-    """A model's parameters in memory that all processes see: one writer, many readers, no lock that a killed process could hold.
+    """A model's parameters in memory that all processes see: one writer, many readers, no lock that
+    a killed process could hold.
 
-    The writer takes the version away, writes, then sets checksum and version. A reader copies, then compares both with its copy:
-    it never uses a mix of two versions. The memory has no name and goes with the last process that maps it.
+    The writer takes the version away, writes, then sets checksum and version. A reader copies, then
+    compares both with its copy, so it never uses a mix of two versions. The memory has no name and
+    goes with the last process that maps it.
     """
 
     def __init__(self, model):
-        self.places, at = [], 16  # header: version, checksum
+        self.places, at = [], 16  # behind a header of two numbers: version, checksum
         for parameter in model.parameters():
             size = parameter.numel() * parameter.element_size()
             self.places.append((at, at + size))
@@ -172,20 +170,20 @@ class SharedWeights:
         """Raises WorkerError if a weight is not finite; the old weights then stay."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
             raise WorkerError(
-                f"the weights of version {version} are not all finite: they are not handed to the rollout workers"
+                f"the weights of version {version} are not all finite: no worker gets them"
             )
         header = self.header()
         header[0] = -1
         for parameter, (start, end) in zip(model.parameters(), self.places):
-            self.buffer[start:end].copy_(
-                parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-            )
+            flat = parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+            self.buffer[start:end].copy_(flat)
         header[1] = zlib.crc32(self.buffer[16:].numpy())
         header[0] = version
 
     @torch.no_grad()
     def read(self, model, patience_s: float = 60.0) -> int:
-        """Copy the newest whole weights into a model of the same architecture; returns their version.
+        """Copy the newest whole weights into a model of the same architecture; returns their
+        version.
 
         Raises:
             RuntimeError: none were whole for `patience_s` seconds.
@@ -197,126 +195,96 @@ class SharedWeights:
                 copy = self.buffer.clone()
                 if self.version() == version and zlib.crc32(copy[16:].numpy()) == checksum:
                     for parameter, (start, end) in zip(model.parameters(), self.places):
-                        parameter.copy_(copy[start:end].view(parameter.dtype).view(parameter.shape))
+                        flat = copy[start:end].view(parameter.dtype)
+                        parameter.copy_(flat.view(parameter.shape))
                     return version
             time.sleep(0.002)
         raise RuntimeError("no whole weights in shared memory")
 
 
-# ------------------------------------------------------------------------------------------------------ in each worker
+# ---------------------------------------------------------------------------------- in each worker
 
 
 @dataclass
 class Setup:
-    """What a worker needs to begin: plain data, and functions that it can import."""
+    """What a worker needs to begin: plain data, and a class that it can import."""
 
     policy: str  # for load_policy
     args: RolloutArgs
     device: str = "cpu"
     threads: int = 1
-    toolbox: object = open_toolbox  # RolloutArgs -> Toolbox
-    act: object = finish_turn  # reads a turn, see rollout.finish_turn
-
-
-def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
-    """Linux sends this process a signal when the thread that started it ends; elsewhere the closed pipe must do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died before we could ask for that
-        os._exit(1)
+    loop: type = AgentLoop
 
 
 def where_it_failed(error: BaseException) -> str:
     """An exception in one line, with file and line."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"
+    words = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {words}{place}"
 
 
 class Worker:
-    """The worker's end of the pipe, as the functions that `play` asks for."""
+    """A worker's end of the pipe, and its agent loop."""
 
     def __init__(self, channel: Channel, weights: SharedWeights, setup: Setup):
         self.channel, self.weights = channel, weights
         self.model, tokenizer = load_policy(setup.policy, setup.device)
-        self.chat = Chat(tokenizer, SIGNATURES)
-        args = setup.args
-        self.engine = engine_for(self.model, self.chat, args)
+        chat = Chat(tokenizer, signatures())
+        self.engine = open_engine(self.model, chat, setup.args)
         self.engine.new_weights(weights.read(self.model))
-        self.queue: deque[Trajectory] = deque()
-        self.hold, self.asked, self.answered = (
-            False,
-            0,
-            0,
-        )  # `asked` counts holds, `answered` is the last one we answered
+        self.loop = setup.loop(self.engine, chat, open_toolbox(setup.args), setup.args)
+        self.hold = False
+        self.asked, self.answered = 0, 0  # number of the last hold, and of the last one we answered
         self.started = self.spoke = time.perf_counter()
         self.say("ready")
 
     def say(self, kind: str, content=None) -> None:
-        now = time.perf_counter()
-        self.spoke = now
-        self.channel.send(
-            (
-                kind,
-                content,
-                now - self.started - self.engine.stats["idle_s"],
-                self.engine.stats["sampled"],
-            )
-        )
+        """Send (kind, content, seconds of work so far, tokens sampled so far)."""
+        self.spoke = time.perf_counter()
+        working_s = self.spoke - self.started - self.engine.stats["idle_s"]
+        self.channel.send((kind, content, working_s, self.engine.stats["sampled"]))
 
-    def take(self, n: int) -> list[Trajectory]:
-        return [self.queue.popleft() for _ in range(min(n, len(self.queue)))]
-
-    def finish(self, trajectory: Trajectory) -> None:
-        self.say("done", trajectory)
-
-    def holding(self) -> bool:
-        """Read the pipe; take new weights and answer a hold as soon as no turn is under way. True: start no turn."""
+    def listen(self) -> None:
+        """Read the pipe. At a turn boundary, take new weights and answer a hold."""
         for kind, content in self.channel.receive():
             if kind == "play":
-                self.queue.extend(content)
+                self.loop.add(content)
             elif kind == "hold":
                 self.hold, self.asked = True, content
             elif kind == "go":
                 self.hold = False
-        if self.channel.closed:
-            raise EOFError  # the trainer is done with us
-        at_boundary = all(slot is None or slot.turn_done for slot in self.engine.slots)
-        if at_boundary and self.weights.version() not in (-1, self.engine.version):
-            self.engine.new_weights(self.weights.read(self.model))
-        if at_boundary and self.hold and self.answered != self.asked:
-            self.answered = self.asked
-            self.say("held", (self.asked, [slot.trajectory for slot in self.engine.slots if slot]))
+        if self.engine.at_boundary():
+            if self.weights.version() not in (-1, self.engine.version):
+                self.engine.new_weights(self.weights.read(self.model))
+            if self.hold and self.answered != self.asked:
+                self.answered = self.asked
+                held = [slot.trajectory for slot in self.engine.slots if slot]
+                self.say("held", (self.asked, held))
         if time.perf_counter() - self.spoke > 0.5:
             self.say("alive")
         self.channel.flush()
-        return self.hold or self.weights.version() != self.engine.version
+
+    def run(self) -> None:
+        """Play until the trainer closes the pipe."""
+        while not self.channel.closed:
+            self.listen()
+            hold = self.hold or self.weights.version() != self.engine.version
+            for trajectory in self.loop.step(hold):
+                self.say("done", trajectory)
+        self.loop.toolbox.close_all()
 
 
 def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
-    """A worker's life. The parent owns shutdown: signals from the terminal are not for us."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # see signals_later
-    die_with_parent(parent)
+    """A worker's life. The parent owns shutdown, so signals from the terminal are not for us."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # see endings.deaf
+    endings.die_with_parent(parent)
     torch.set_num_threads(setup.threads)
     keep_memory()
     transformers.utils.logging.disable_progress_bar()
     channel = Channel(connection)
     try:
-        worker = Worker(channel, weights, setup)
-        play(
-            worker.engine,
-            worker.chat,
-            setup.toolbox(setup.args),
-            setup.args,
-            worker.take,
-            worker.finish,
-            worker.holding,
-            act=setup.act,
-        )
-    except EOFError:
-        pass
+        Worker(channel, weights, setup).run()
     except BaseException as error:
         channel.send(("error", where_it_failed(error), 0.0, 0))
         deadline = time.monotonic() + 5.0
@@ -326,29 +294,7 @@ def work(connection, weights: SharedWeights, setup: Setup, parent: int) -> None:
     os._exit(0)  # a tool that hangs in a thread must not keep us
 
 
-# ------------------------------------------------------------------------------------------------------ in the trainer
-
-
-@contextlib.contextmanager
-def signals_later():
-    """Signals wait until the block (or the decorated function) ends. A process started meanwhile is born deaf to the terminal's, before it could say so itself.
-
-    Blocking them is for that child: in this process another thread would still receive them, and Python would run the handler
-    here, in the middle of starting a worker. So the handlers are exchanged as well.
-    """
-    numbers, arrived = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM), []
-    handlers = [
-        signal.signal(number, lambda number, frame: arrived.append(number)) for number in numbers
-    ]
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-        for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)
-        for number in arrived:  # the first one that is not ignored usually ends it
-            signal.raise_signal(number)
+# ---------------------------------------------------------------------------------- in the trainer
 
 
 @dataclass(eq=False)
@@ -361,23 +307,24 @@ class Process:
     heard: float  # when it last said something, time.monotonic()
     ready: bool = False
     held: bool = False
-    keys: set = field(default_factory=set)  # of the trajectories it plays
-    working_s: float = 0.0  # since it was ready, without the time its engine had nothing to do
-    sampled: int = 0
+    keys: set = field(default_factory=set)  # of the trajectories that it plays
+    working_s: float = 0.0  # since it was ready, without the time in which its engine had no work
+    sampled: int = 0  # tokens
 
 
-class Rollouts:
-    """Keeps the queue, the groups under way (the replay buffer) and the workers of one trainer process.
+class AsyncRollouts:
+    """Keeps the queue, the groups under way and the workers of one trainer process.
 
     Args:
-        model: the learner's; its weights are what workers sample from, after each `publish`.
+        model: the learner's; after each `publish` the workers sample from its weights.
         setup: of each worker.
         workers: how many.
-        next_group: next_group(n, version) gives the n-th group of this process's stream, or None when there are no more.
-        enough: whole groups that end a step.
-        partial, overlap, ahead, budget_s, budget_tokens, max_age: the flags of train.py; 0 means no budget.
+        next_group: next_group(n, version) gives the n-th group of this process's stream of tasks,
+            or None when there are no more.
+        enough: whole groups that an update asks for.
+        args: the flags; `workers` is not read.
         version: of the weights now.
-        state: of an earlier run, see `state`. Workers start here, so after it was loaded.
+        state: of an earlier run, see `state`. Workers start here, after it was loaded.
     """
 
     def __init__(
@@ -387,51 +334,32 @@ class Rollouts:
         workers: int,
         next_group,
         enough: int,
-        partial: bool = False,
-        overlap: bool = False,
-        ahead: float = 0.5,
-        budget_s: float = 0.0,
-        budget_tokens: int = 0,
-        max_age: int = 4,
+        args: AsyncArgs,
         version: int = 0,
         state: dict | None = None,
     ):
-        self.setup, self.next_group, self.enough, self.partial, self.overlap = (
-            setup,
-            next_group,
-            enough,
-            partial,
-            overlap,
-        )
-        self.budget_s, self.budget_tokens, self.max_age = (
-            budget_s or float("inf"),
-            budget_tokens or float("inf"),
-            max_age,
-        )
+        self.setup, self.next_group, self.enough, self.args = setup, next_group, enough, args
         self.silence_s = SILENCE_S
-        self.most_groups = enough + (
-            max(1, round(ahead * enough)) if partial else 0
-        )  # under way at once
-        self.few = FEW * setup.args.slots * workers if partial else 0
-        self.groups: dict[int, Group] = {}  # under way: the replay buffer
+        ahead = max(1, round(args.ahead * enough)) if args.partial else 0
+        self.most_groups = enough + ahead  # under way at once
+        self.few = FEW * setup.args.slots * workers if args.partial else 0
+        self.groups: dict[int, Group] = {}  # under way, by position
         self.lent: list[Group] = []  # whole, collected, and not yet trained on
-        self.where: dict[
-            tuple, tuple[int, int]
-        ] = {}  # trajectory key -> (group, index) of those that run
+        self.where: dict[tuple, tuple[int, int]] = {}  # key -> (position, index) of those that run
         self.queue: deque[tuple] = deque()  # keys of those that no worker plays, oldest group first
         self.next_number = state["next_number"] if state else 0
         for plain in state["groups"] if state else []:
             self.begin(group_from(plain))
         self.holds, self.holding = 0, False
         self.deaths, self.restarts, self.idle_share = 0, 0, 0.0
-        self.retired_s, self.retired_tokens = 0.0, 0  # work of replaced workers
-        self.seen = (time.monotonic(), 0.0)  # end of the last step and the work done by then
-        self.on_finish = None
+        self.retired_s, self.retired_tokens = 0.0, 0  # work of workers that were replaced
+        self.seen = (time.monotonic(), 0.0)  # end of the last collect, and the work done by then
+        self.progress = None
         self.weights = SharedWeights(model)
         self.weights.write(model, version)
         self.context = torch.multiprocessing.get_context("spawn")
         self.workers: list[Process] = []
-        resource_tracker.ensure_running()  # it would let signals through again in the middle of `start`
+        resource_tracker.ensure_running()  # it would let signals through in the middle of `start`
         try:
             for number in range(workers):
                 self.start(number)
@@ -440,72 +368,72 @@ class Rollouts:
             raise
 
     def start(self, number: int) -> None:
-        """Start worker `number`, or its replacement; from the main thread, since it dies with the thread that started it."""
-        with signals_later():
-            ours, theirs = self.context.Pipe()
-            process = self.context.Process(
-                target=work,
-                args=(theirs, self.weights, self.setup, os.getpid()),
-                daemon=True,
-                name=f"rollout-{number}",
-            )
+        """Start worker `number`, or its replacement, from the main thread: the worker ends with the
+        thread that started it.
+        """
+        ours, theirs = self.context.Pipe()
+        arguments = (theirs, self.weights, self.setup, os.getpid())
+        process = self.context.Process(
+            target=work, args=arguments, daemon=True, name=f"rollout-{number}"
+        )
+        with endings.deaf():
             process.start()
-            theirs.close()
-            self.workers[number : number + 1] = [
-                Process(number, process, Channel(ours), time.monotonic(), held=self.holding)
-            ]
+        theirs.close()
+        worker = Process(number, process, Channel(ours), time.monotonic(), held=self.holding)
+        self.workers[number : number + 1] = [worker]
 
-    # What a step asks for.
+    # What an update asks for.
 
-    def collect(self, version: int, on_finish=None) -> list[Group]:
+    def collect(self, version: int, progress=None) -> list[Group]:
         """Play until enough groups are whole, and take them out of the books.
 
         Args:
             version: of the weights now.
-            on_finish: called with each finished trajectory, for a progress bar.
+            progress: a bar that is moved on by each trajectory that ends, or None.
+
+        Raises:
+            Stopped: the user asked for an end.
+            WorkerError: the workers cannot go on.
         """
-        self.on_finish = on_finish
+        self.progress = progress
         self.pump(0.0)
-        if not self.overlap:
+        if not self.args.overlap:
             self.seen = (time.monotonic(), self.working_s())
         started, tokens = time.monotonic(), self.sampled()
         self.top_up(version, self.enough)
-        while self.groups:
+        while self.groups and not self.enough_whole(version, started, tokens):
+            endings.check()
             if len(self.where) < self.few:
                 self.top_up(version, min(len(self.groups) + 1, self.most_groups))
-            whole = [group for group in self.groups.values() if group.whole()]
-            over = (
-                time.monotonic() - started > self.budget_s
-                or self.sampled() - tokens > self.budget_tokens
-            )
-            due = any(
-                version - group.born >= self.max_age and not group.whole()
-                for group in self.groups.values()
-            )
-            if not due and (len(whole) >= min(self.enough, len(self.groups)) or over and whole):
-                break
             self.pump(0.1)
-        if not self.overlap:
+        if not self.args.overlap:
             self.hold()
-        whole = sorted(
-            (group for group in self.groups.values() if group.whole()),
-            key=lambda group: group.number,
-        )
-        self.lent = whole
-        for group in whole:
-            del self.groups[group.number]
+        whole = [group for group in self.groups.values() if group.whole()]
+        self.lent = sorted(whole, key=lambda group: group.position)
+        for group in self.lent:
+            del self.groups[group.position]
         now, working_s = time.monotonic(), self.working_s()
-        self.idle_share = max(
-            0.0,
-            1.0 - (working_s - self.seen[1]) / max(1e-9, (now - self.seen[0]) * len(self.workers)),
-        )
+        possible_s = max(1e-9, (now - self.seen[0]) * len(self.workers))
+        self.idle_share = max(0.0, 1.0 - (working_s - self.seen[1]) / possible_s)
         self.seen = (now, working_s)
-        if self.overlap:
+        if self.args.overlap:
             self.top_up(version, self.enough)  # so that nobody idles during the update
-        return whole
+        return self.lent
+
+    def enough_whole(self, version: int, started: float, tokens: int) -> bool:
+        """Whether the rollouts of an update may end that began then, with so many tokens."""
+        whole = sum(group.whole() for group in self.groups.values())
+        late = any(
+            version - group.born >= self.args.max_age and not group.whole()
+            for group in self.groups.values()
+        )
+        seconds, sampled = time.monotonic() - started, self.sampled() - tokens
+        over = 0 < self.args.budget_s < seconds or 0 < self.args.budget_tokens < sampled
+        return not late and (whole >= min(self.enough, len(self.groups)) or (over and whole > 0))
 
     def publish(self, model, version: int) -> None:
-        """The groups of the last `collect` are trained: hand the new weights to the workers and let them go on.
+        """The groups of the last `collect` are trained: hand the new weights to the workers and let
+        them go on.
 
         Raises:
             WorkerError: the weights are not finite.
@@ -516,26 +444,22 @@ class Rollouts:
 
     def parked(self) -> int:
         """Trajectories that were begun and are carried over."""
-        return sum(
-            t.status == "running" and bool(t.turns)
-            for group in self.groups.values()
-            for t in group.trajectories
-        )
+        under_way = [t for group in self.groups.values() for t in group.trajectories]
+        return sum(t.status == "running" and bool(t.turns) for t in under_way)
 
     def state(self, ask: bool = True) -> dict:
-        """Everything under way as plain data, for a checkpoint: each trajectory at the last turn boundary that we know of.
+        """Everything under way as plain data, for a checkpoint: each trajectory at the last turn
+        boundary that we know of.
 
         Args:
             ask: with overlap, first ask the workers how far they are.
         """
-        if self.overlap and ask:
+        if self.args.overlap and ask:
             self.hold()
             self.go()
-        groups = {group.number: group for group in [*self.lent, *self.groups.values()]}
-        return {
-            "next_number": self.next_number,
-            "groups": [asdict(group) for group in groups.values()],
-        }
+        groups = {group.position: group for group in [*self.lent, *self.groups.values()]}
+        plain = [asdict(group) for group in groups.values()]
+        return {"next_number": self.next_number, "groups": plain}
 
     def close(self) -> None:
         """End all workers, in a few seconds at most."""
@@ -552,10 +476,10 @@ class Rollouts:
     # The books.
 
     def begin(self, group: Group) -> None:
-        self.groups[group.number] = group
+        self.groups[group.position] = group
         for index, trajectory in enumerate(group.trajectories):
             if trajectory.status == "running":
-                self.where[trajectory.key] = (group.number, index)
+                self.where[trajectory.key] = (group.position, index)
                 self.queue.append(trajectory.key)
 
     def top_up(self, version: int, most: int) -> None:
@@ -566,28 +490,30 @@ class Rollouts:
         self.hand_out()
 
     def hand_out(self) -> None:
-        """Give waiting trajectories to the workers with the fewest: as many as have a slot, and a few more, so that a slot is
-        refilled at once."""
+        """Give waiting trajectories to the workers with the fewest: as many as have a slot, and a
+        few more, so that a slot is refilled at once.
+        """
         if self.holding:
             return
         parcels: dict[Process, list[Trajectory]] = {}
         most = self.setup.args.slots + 2
-        while self.queue and (
-            able := [worker for worker in self.workers if worker.ready and len(worker.keys) < most]
-        ):
+        while self.queue:
+            able = [worker for worker in self.workers if worker.ready and len(worker.keys) < most]
+            if not able:
+                break
             worker, key = min(able, key=lambda worker: len(worker.keys)), self.queue.popleft()
-            number, index = self.where[key]
+            position, index = self.where[key]
             worker.keys.add(key)
-            parcels.setdefault(worker, []).append(self.groups[number].trajectories[index])
+            parcels.setdefault(worker, []).append(self.groups[position].trajectories[index])
         for worker, trajectories in parcels.items():
             worker.channel.send(("play", trajectories))
 
     def keep(self, worker: Process, trajectory: Trajectory) -> bool:
-        """Write down what a worker says of a trajectory; what it does not hold by our books is not believed."""
+        """Write down what a worker says of a trajectory, if by our books the worker holds it."""
         if trajectory.key not in worker.keys:
             return False
-        number, index = self.where[trajectory.key]
-        self.groups[number].trajectories[index] = trajectory
+        position, index = self.where[trajectory.key]
+        self.groups[position].trajectories[index] = trajectory
         if trajectory.status != "running":
             worker.keys.discard(trajectory.key)
             del self.where[trajectory.key]
@@ -608,6 +534,7 @@ class Rollouts:
             worker.held = not worker.ready
             worker.channel.send(("hold", self.holds))
         while not all(worker.held for worker in self.workers):
+            endings.check()
             self.pump(0.1)
 
     def go(self) -> None:
@@ -617,17 +544,15 @@ class Rollouts:
         self.hand_out()
 
     def pump(self, timeout_s: float) -> None:
-        """Wait for news at most `timeout_s` seconds, read what has come, replace workers that have died or gone silent."""
+        """Wait for news, at most so many seconds; read what has come; replace workers that have
+        died or gone silent.
+        """
         if any(worker.channel.outgoing for worker in self.workers):
             timeout_s = min(timeout_s, 0.005)
-        multiprocessing.connection.wait(
-            [end for worker in self.workers for end in (worker.channel, worker.process.sentinel)],
-            timeout_s,
-        )
+        ends = [end for w in self.workers for end in (w.channel, w.process.sentinel)]
+        multiprocessing.connection.wait(ends, timeout_s)
         for worker in list(self.workers):
-            dead = (
-                not worker.process.is_alive()
-            )  # asked first: what it said before it died has then all come
+            dead = not worker.process.is_alive()  # asked first, so what it had said has all come
             worker.channel.flush()
             for message in worker.channel.receive():
                 self.hear(worker, *message)
@@ -635,12 +560,8 @@ class Rollouts:
             if dead or worker.channel.closed:
                 worker.process.join(1.0)
                 code = worker.process.exitcode
-                self.replace(
-                    worker,
-                    f"was killed by {signal.Signals(-code).name}"
-                    if code and code < 0
-                    else f"ended (code {code})",
-                )
+                killed = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else ""
+                self.replace(worker, killed or f"ended (code {code})")
             elif silent_s > self.silence_s:
                 self.replace(worker, f"said nothing for {silent_s:.0f} s")
         self.hand_out()
@@ -652,8 +573,8 @@ class Rollouts:
         elif kind == "done":
             if self.keep(worker, content):
                 self.deaths = 0
-                if self.on_finish:
-                    self.on_finish(content)
+                if self.progress is not None:
+                    self.progress.update()
         elif kind == "held":
             hold, trajectories = content
             worker.held = worker.held or hold == self.holds
@@ -663,18 +584,18 @@ class Rollouts:
             raise WorkerError(f"rollout worker {worker.number} failed: {content}")
 
     def replace(self, gone: Process, why: str) -> None:
-        """A worker is gone: its trajectories are begun again from where we last saw them, by others, with new random draws."""
+        """A worker is gone: others begin its trajectories again from where we last saw them, with
+        new random draws.
+        """
         gone.process.kill()
         gone.channel.connection.close()
-        self.retired_s, self.retired_tokens = (
-            self.retired_s + gone.working_s,
-            self.retired_tokens + gone.sampled,
-        )
+        self.retired_s += gone.working_s
+        self.retired_tokens += gone.sampled
         for key in sorted(gone.keys, key=lambda key: self.where[key], reverse=True):
-            number, index = self.where.pop(key)
-            trajectory = self.groups[number].trajectories[index]
+            position, index = self.where.pop(key)
+            trajectory = self.groups[position].trajectories[index]
             trajectory.key = (*key[:-1], key[-1] + 1)
-            self.where[trajectory.key] = (number, index)
+            self.where[trajectory.key] = (position, index)
             self.queue.appendleft(trajectory.key)
         self.deaths, self.restarts = self.deaths + 1, self.restarts + 1
         line = f"rollout worker {gone.number} (process {gone.process.pid}) {why}"

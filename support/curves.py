@@ -1,0 +1,79 @@
+"""curves.png: how a run learns, drawn from its metrics.jsonl and evaluations.jsonl.
+
+To draw something else, change PANELS or `draw_curves`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+PANELS = {  # key in metrics.jsonl -> title
+    "turns": "turns a trajectory",
+    "entropy": "entropy of the policy, nats a token",
+    "reward": "mean reward, and its parts",
+}
+STYLES = {"dev": ("o-", "C0"), "test": ("s--", "C3")}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines, or none if there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_held_out(axis, evaluations: list[dict]) -> None:
+    """Pass@1 of the held-out splits, with 95% intervals."""
+    for split, (style, color) in STYLES.items():
+        points = [e for e in evaluations if e["split"] == split]
+        if points:
+            values = [e["pass@1"] for e in points]
+            below = [e["pass@1"] - e["pass@1_ci"][0] for e in points]
+            above = [e["pass@1_ci"][1] - e["pass@1"] for e in points]
+            axis.errorbar(
+                [e["step"] for e in points],
+                values,
+                yerr=[below, above],
+                fmt=style,
+                color=color,
+                capsize=4,
+                linewidth=2,
+                label=f"held-out {split} tasks, 95% interval",
+            )
+
+
+def draw_curves(out: Path) -> None:
+    """Write curves.png into a run folder; it appears whole or not at all."""
+    metrics = read_lines(out / "metrics.jsonl")
+    updates = [m["step"] for m in metrics]
+    marker = "o" if len(updates) == 1 else None
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    first = axes[0, 0]
+    first.set_title("Pass@1")
+    first.plot(updates, [m["pass_rate"] for m in metrics], color="0.6", label="training tasks")
+    draw_held_out(first, read_lines(out / "evaluations.jsonl"))
+    first.set_ylim(0, 1)
+    first.yaxis.set_major_formatter(PercentFormatter(1.0))
+    first.legend(fontsize=10, frameon=False, loc="upper left")
+    for axis, (key, title) in zip(axes.flat[1:], PANELS.items()):
+        axis.plot(updates, [m[key] for m in metrics], linewidth=2, marker=marker)
+        axis.set_title(title)
+    for part in sorted({name for m in metrics for name in m["reward_parts"]}):
+        values = [m["reward_parts"].get(part, 0.0) for m in metrics]
+        axes[1, 1].plot(updates, values, linewidth=1, marker=marker, label=part)
+        axes[1, 1].legend(fontsize=10, frameon=False)
+    for axis in axes.flat:
+        axis.set_xlabel("update")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    figure.savefig(out / "curves.png.new", dpi=100, format="png")
+    os.replace(out / "curves.png.new", out / "curves.png")
+    plt.close(figure)

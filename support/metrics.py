@@ -1,0 +1,89 @@
+"""The numbers of an update: a line of metrics.jsonl. docs/metrics.md says what each means.
+
+Each rank counts what it has seen (`counts_of`). The counts of all ranks are added, and `metrics_of`
+makes shares and means of the sums.
+"""
+
+from collections import Counter
+
+
+def counts_of(groups: list, outcomes: list[list], kept: list[list[bool]], in_loss: int) -> dict:
+    """Counts of one rank, which may be added to those of other ranks.
+
+    Args:
+        groups: `Group` objects that the update trains on.
+        outcomes: the Reward of each trajectory of each group that was scored.
+        kept: whether negative control kept it.
+        in_loss: tokens in the loss.
+    """
+    trajectories = [t for group in groups for t in group.trajectories]
+    turns = [turn for t in trajectories for turn in t.turns]
+    rewards = [outcome for group in outcomes for outcome in group]
+    negatives = kept_negatives = zero_variance = 0
+    for group, kept_of in zip(outcomes, kept):
+        mean = sum(outcome.total for outcome in group) / max(1, len(group))
+        below = [outcome.total < mean for outcome in group]
+        negatives += sum(below)
+        kept_negatives += sum(keep for keep, is_below in zip(kept_of, below) if is_below)
+        zero_variance += not any(below)
+    families, right, parts, versions = Counter(), Counter(), Counter(), Counter()
+    for group, outcomes_of in zip(groups, outcomes):
+        family = group.trajectories[0].task.family
+        families[family] += len(outcomes_of)
+        right[family] += sum(outcome.correct for outcome in outcomes_of)
+    for outcome in rewards:
+        parts.update(outcome.parts)
+    for turn in turns:
+        versions[turn.version] += len(turn.action_ids)
+    return {
+        "trajectories": len(trajectories),
+        "reward": sum(outcome.total for outcome in rewards),
+        "outcomes": len(rewards),
+        "right": sum(right.values()),
+        "turns": len(turns),
+        "tokens": sum(versions.values()),
+        "surprise": -sum(p for turn in turns for p in turn.logprobs),
+        "negatives": negatives,
+        "kept": kept_negatives,
+        "groups": len(groups),
+        "zero_variance": zero_variance,
+        "in_loss": in_loss,
+        "families": dict(families),
+        "right_of_family": dict(right),
+        "parts": dict(parts),
+        "versions": dict(versions),
+        "status": dict(Counter(t.status for t in trajectories)),
+        "errors": dict(Counter(t.error for t in trajectories if t.error)),
+    }
+
+
+def metrics_of(total: dict, version: int) -> dict:
+    """Means and shares of the counts of all ranks.
+
+    Args:
+        total: sums of what `counts_of` gives.
+        version: of the weights before this update; tokens that older ones sampled are stale.
+    """
+    tokens, outcomes = max(1, total["tokens"]), max(1, total["outcomes"])
+    ages = {version - sampled_by: count for sampled_by, count in total["versions"].items()}
+    families = sorted(total["families"])
+    return {
+        "reward": total["reward"] / outcomes,
+        "reward_parts": {name: value / outcomes for name, value in total["parts"].items()},
+        "pass_rate": total["right"] / max(1, total["trajectories"]),
+        "pass_rate_by_family": {
+            family: total["right_of_family"][family] / max(1, total["families"][family])
+            for family in families
+        },
+        "turns": total["turns"] / max(1, total["trajectories"]),
+        "tokens": total["tokens"] / max(1, total["trajectories"]),
+        # The mean surprise of sampled tokens is an unbiased estimate of the policy's entropy.
+        "entropy": total["surprise"] / tokens,
+        "zero_variance_groups": total["zero_variance"] / max(1, total["groups"]),
+        "kept_negatives": total["kept"] / max(1, total["negatives"]),
+        "stale_share": 1 - ages.get(0, 0) / tokens,
+        "staleness": {str(age): count / tokens for age, count in sorted(ages.items())},
+        "trained_share": total["in_loss"] / tokens,
+        "status": total["status"],
+        "format_errors": total["errors"],
+    }

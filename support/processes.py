@@ -1,0 +1,150 @@
+"""Processes of one training run on this machine: how many, who starts them, which share each has.
+
+On CPUs a run has one process (rank) a core, each with one thread: an update takes about half the
+time that one process with all threads needs (docs/results.md). The process that the user started is
+rank 0. It starts the others itself. On GPUs, under torchrun or under MPI, the launcher has started
+all ranks.
+
+In: `--processes`. Out: the environment that Accelerate reads, and a process group on loopback.
+"""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.utils import gather_object
+
+from support import endings
+
+RANK_BYTES = 1 << 30  # memory of a rank beside its model
+
+
+def cores() -> int:
+    """CPU cores of this machine, or of what a container may use of it (cgroup's cpu.max)."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # there is no such file, or it says "max": no limit
+        pass
+    return max(1, count)
+
+
+def cores_of(processes: int) -> int:
+    """CPU cores for each of so many processes on this machine."""
+    return max(1, cores() // processes)
+
+
+def wanted_ranks(processes: int, tasks: int, model: str) -> int:
+    """How many ranks to run on this machine's CPUs.
+
+    Args:
+        processes: as the user asked; 0 means one a core, as memory and tasks allow.
+        tasks: of one update; a rank without a task would only wait.
+        model: a folder with weights tells their size; another model is left to one process.
+    """
+    if processes:
+        return min(processes, tasks)
+    if model != "nano" and not Path(model).exists():
+        return 1
+    weights = sum(file.stat().st_size for file in Path(model).rglob("*.safetensors"))
+    # Each rank holds the weights, their gradient and Adam's two moments; activations take as much.
+    fitting = psutil.virtual_memory().available // (RANK_BYTES + 6 * weights)
+    return max(1, min(cores(), tasks, fitting))
+
+
+def start_ranks(count: int) -> None:
+    """Become rank 0 of `count` ranks on this machine, unless a launcher has started ranks already.
+
+    The other ranks run the same command. They get our signals from us (`endings`), and end when the
+    pipe to us closes. Everything listens on loopback only.
+    """
+    if "NANO_PARENT" in os.environ:  # we are one of the others
+        threading.Thread(target=end_with_the_pipe, daemon=True).start()
+        port = int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    elif launched() or count == 1 or torch.cuda.is_available():
+        return
+    else:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "OMP_NUM_THREADS": str(cores_of(count)),
+        }
+        for rank in range(1, count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NANO_PARENT": str(os.getpid())}
+            endings.children.append(
+                subprocess.Popen(
+                    [sys.executable, *sys.argv],
+                    env=os.environ | own,
+                    stdin=subprocess.PIPE,
+                    start_new_session=True,  # Ctrl-C in the terminal is for us to pass on
+                )
+            )
+        store = torch.distributed.TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            master_listen_fd=listener.detach(),
+            wait_for_workers=False,
+        )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
+
+
+def launched() -> bool:
+    """Whether torchrun, MPI or Accelerate's launcher for several GPUs has started ranks."""
+    return any(name in os.environ for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+
+
+def end_with_the_launcher() -> None:
+    """A launcher that is killed does not end what it started, so on Linux we then get SIGTERM."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        endings.die_with_parent(os.getppid(), signal.SIGTERM)
+
+
+def end_with_the_pipe() -> None:
+    """Rank 0 keeps our standard input open as long as it lives."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def end_ranks() -> None:
+    """Wait for the other ranks, which are ending too; kill those that do not."""
+    for child in endings.children:
+        try:
+            child.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def sum_over_ranks(counts: dict) -> dict:
+    """Counts of all ranks together: numbers are added, dicts are added key by key."""
+    parts = gather_object([counts])
+    total = {}
+    for key, value in counts.items():
+        values = [part[key] for part in parts]
+        if isinstance(value, dict):
+            names = sorted({name for each in values for name in each}, key=str)
+            total[key] = {name: sum(each.get(name, 0) for each in values) for name in names}
+        else:
+            total[key] = sum(values)
+    return total
