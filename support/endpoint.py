@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, TimeoutError
 from multiprocessing.pool import ThreadPool
 
 import requests

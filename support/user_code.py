@@ -15,7 +15,8 @@ def load_function(spec: str, flag: str) -> tuple[str, Callable]:
     same name.
 
     Args:
-        spec: "file.py:function", or "file.py" if the file defines one function only.
+        spec: "file.py:function", or "file.py" if the file defines one function only, apart from
+            those whose name begins with "_".
         flag: the flag that gave the spec; it begins the line of an error.
 
     Raises:
@@ -38,7 +39,7 @@ def load_function(spec: str, flag: str) -> tuple[str, Callable]:
     own = [
         key
         for key, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__
+        if inspect.isfunction(value) and value.__module__ == "user_code" and key[0] != "_"
     ]
     if not name and len(own) != 1:
         there = f"it defines {', '.join(own)}" if own else "it defines none"
