@@ -98,6 +98,28 @@ def figures(groups: list[list[float]], seed: int) -> dict:
     return {"pass@1": mean(shares), "pass@1_ci": bootstrap_interval(shares, seed), "n": len(shares)}
 
 
+def usage(trajectories: list[Trajectory]) -> dict:
+    """How the policy worked: turns, addresses seen, calls, and how its trajectories ended."""
+    hits = [t for t in trajectories if score(t)]
+    verdicts = Counter(t.memory.get("verdict") for t in trajectories)
+    calls = Counter(call["name"] for t in trajectories for turn in t.turns for call in turn.calls)
+    notes = [[n for n in t.memory.get("notes_turns", []) if n < len(t.turns)] for t in trajectories]
+    status = Counter(t.status for t in trajectories)
+    return {
+        "n_error": status["tool_fault"],  # the environment or the server failed; counts as wrong
+        "n_judged": verdicts["yes"] + verdicts["no"],
+        "n_judge_error": verdicts["unparsed"],
+        "steps_mean": mean(len(t.turns) for t in trajectories),
+        "steps_mean_correct": mean(len(t.turns) for t in hits) if hits else None,
+        "notes_mean": mean(map(len, notes)),
+        "urls_mean": mean(len(t.urls) for t in trajectories),
+        "format_error_rate": status["format_error"] / len(trajectories),
+        "status": dict(status),
+        "format_errors": dict(Counter(t.error for t in trajectories if t.error)),
+        "tool_calls": {name: count / len(trajectories) for name, count in sorted(calls.items())},
+    }
+
+
 def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> dict:
     """All figures of an evaluation, from finished trajectories (several a task)."""
     by_task: dict[str, list[Trajectory]] = {}
@@ -105,10 +127,10 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
         by_task.setdefault(t.task.id, []).append(t)
     tasks = [group[0].task for group in by_task.values()]
     scores = [[score(t) for t in group] for group in by_task.values()]
-    k = min(len(group) for group in scores)
-    hits = [t for t in trajectories if score(t)]
-    verdicts = Counter(t.memory.get("verdict") for t in trajectories)
-    calls = Counter(call["name"] for t in trajectories for turn in t.turns for call in turn.calls)
+    most = min(len(group) for group in scores)
+
+    def at(k: int) -> float:
+        return mean(pass_at_k(len(group), int(sum(group)), k) for group in scores)
 
     def by(name_of) -> dict[str, dict]:
         parts: dict[str, list[list[float]]] = {}
@@ -116,34 +138,14 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
             parts.setdefault(str(name_of(task)), []).append(group)
         return {name: figures(parts[name], seed) for name in sorted(parts)}
 
-    return figures(scores, seed) | {
-        "pass@k": {
-            str(j): mean(pass_at_k(len(group), int(sum(group)), j) for group in scores)
-            for j in sorted({1, 2, 4, 8, 16, k})
-            if j <= k
-        },
-        "avg@k": {str(k): mean(mean(group[:k]) for group in scores)},
-        "samples": k,
-        # A failure of the environment or the server. It counts as wrong.
-        "n_error": sum(t.status == "tool_fault" for t in trajectories),
-        "n_judged": verdicts["yes"] + verdicts["no"],
-        "n_judge_error": verdicts["unparsed"],
-        "steps_mean": mean(len(t.turns) for t in trajectories),
-        "steps_mean_correct": mean(len(t.turns) for t in hits) if hits else None,
-        "notes_mean": mean(
-            sum(turn < len(t.turns) for turn in t.memory.get("notes_turns", []))
-            for t in trajectories
-        ),
-        "urls_mean": mean(len(t.urls) for t in trajectories),
-        "format_error_rate": mean(t.status == "format_error" for t in trajectories),
-        "status": dict(Counter(t.status for t in trajectories)),
-        "format_errors": dict(Counter(t.error for t in trajectories if t.error)),
-        "tool_calls": {name: count / len(trajectories) for name, count in sorted(calls.items())},
-        "by_family": by(lambda task: task.family),
-        "by_hops": by(lambda task: f"{task.family} {task.hops}"),
-        "by_template": by(lambda task: task.meta.get("template", "own")),
-        "settings": settings,
-    }
+    result = figures(scores, seed)
+    result["pass@k"] = {str(k): at(k) for k in sorted({1, 2, 4, 8, 16, most}) if k <= most}
+    result["avg@k"] = {str(most): mean(mean(group[:most]) for group in scores)}
+    result |= {"samples": most} | usage(trajectories)
+    result["by_family"] = by(lambda task: task.family)
+    result["by_hops"] = by(lambda task: f"{task.family} {task.hops}")
+    result["by_template"] = by(lambda task: task.meta.get("template", "own"))
+    return result | {"settings": settings}
 
 
 def format_table(result: dict) -> str:
@@ -235,15 +237,16 @@ def main():
     about = {"seconds": round(time.time() - started, 1), "torch": torch.__version__}
     settings = asdict(args) | asdict(rollout_args) | about | {"tasks_sha256": digest}
     result = summarise(trajectories, settings, args.seed)
-    print(format_table(result))
     try:
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1))
         if args.trajectories:
-            scored = [(t, score(t)) for t in trajectories]
+            scored = zip(trajectories, map(score, trajectories))
             write_trajectories(args.trajectories, scored, policy[1], public)
     except OSError as error:
         sys.exit(f"evaluate.py: {error}")
+    finally:
+        print(format_table(result))
     if args.api and result["status"] == {"tool_fault": len(trajectories)}:
         sys.exit(f"evaluate.py: the server at {args.api} failed each time: {trajectories[0].error}")
 

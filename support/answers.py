@@ -69,6 +69,16 @@ def parse_date(text: str) -> tuple[int, ...] | None:
     return date if all(low <= part <= high for part, (low, high) in zip(date, bounds)) else None
 
 
+def same_items(prediction: str, truths: list[str]) -> bool:
+    """Whether a text lists these items, in any order, and nothing else."""
+    wanted = sorted(normalize(item) for item in truths)
+    # An item may itself hold a comma or an "and" ("Paris, Texas"), so the separators are tried from
+    # strict to loose.
+    separators = (r"[;\n]", r"[,;\n]", r"[;\n]|,?\s+and\s+", r"[,;\n]|\band\b")
+    splits = (re.split(separator, prediction) for separator in separators)
+    return any(sorted(filter(None, map(normalize, items))) == wanted for items in splits)
+
+
 def correct(prediction: str | None, answer: str | list[str], answer_type: str) -> float:
     """1.0 if the prediction is the answer, else 0.0.
 
@@ -88,15 +98,8 @@ def correct(prediction: str | None, answer: str | list[str], answer_type: str) -
     if not prediction or not prediction.strip() or len(prediction) > longest:
         return 0.0
     if answer_type == "list":
-        truths = truths if isinstance(answer, list) else re.split(r"[,;\n]", answer)
-        wanted = sorted(normalize(item) for item in truths)
-        # An item may itself hold a comma or an "and" ("Paris, Texas"), so the separators are tried
-        # from strict to loose.
-        splits = (
-            re.split(separator, prediction)
-            for separator in (r"[;\n]", r"[,;\n]", r"[;\n]|,?\s+and\s+", r"[,;\n]|\band\b")
-        )
-        return float(any(sorted(filter(None, map(normalize, items))) == wanted for items in splits))
+        items = truths if isinstance(answer, list) else re.split(r"[,;\n]", answer)
+        return float(same_items(prediction, items))
     parse = {"number": parse_number, "date": parse_date}.get(answer_type)
     if parse and any(parse(truth) is not None for truth in truths):
         guess = parse(prediction)

@@ -110,22 +110,33 @@ def load_benchmark(path: Path | str) -> list[Task]:
         raise ValueError(f"{path}: no question in it can be read without its file or picture")
     tasks = {}
     for number, row in enumerate(rows, start=1):
-        texts = row[question], row[answer]
-        told = all(isinstance(text, str) and text.strip() for text in texts)
-        if not told or (name == "gaia" and texts[1] == "?"):
-            raise ValueError(f"{path}: row {number} has no question or no public answer")
-        task_id = str(row.get("id") or row.get("task_id") or f"{name}-{number}")
-        if task_id in tasks:
-            raise ValueError(f"{path}: row {number}: the id {task_id!r} was used before")
-        meta = {"canary": row["canary"]} if row.get("canary") else {}
-        if topic := re.search("'topic': '([^']*)'", str(row.get("metadata"))):
-            meta["topic"] = topic[1]
-        family = f"{name}-{row['Level']}" if row.get("Level") else name
-        kind = "gaia" if name == "gaia" else "name"
-        tasks[task_id] = Task(
-            task_id, texts[0].strip(), texts[1].strip(), kind, family, "public", meta=meta
-        )
+        try:
+            task = parse_row(row, f"{name}-{number}", name, row[question], row[answer])
+            if task.id in tasks:
+                raise ValueError(f"the id {task.id!r} was used before")
+        except ValueError as error:
+            raise ValueError(f"{path}: row {number}: {error}") from None
+        tasks[task.id] = task
     return list(tasks.values())
+
+
+def parse_row(row: dict, default_id: str, name: str, question: str, answer: str) -> Task:
+    """One row of the benchmark of this name; raises ValueError if nobody can answer it."""
+    told = all(isinstance(text, str) and text.strip() for text in (question, answer))
+    if not told or (name == "gaia" and answer == "?"):
+        raise ValueError("it has no question or no public answer")
+    meta = {"canary": row["canary"]} if row.get("canary") else {}
+    if topic := re.search("'topic': '([^']*)'", str(row.get("metadata"))):
+        meta["topic"] = topic[1]
+    return Task(
+        id=str(row.get("id") or row.get("task_id") or default_id),
+        question=question.strip(),
+        answer=answer.strip(),
+        answer_type="gaia" if name == "gaia" else "name",
+        family=f"{name}-{row['Level']}" if row.get("Level") else name,
+        split="public",
+        meta=meta,
+    )
 
 
 def gaia_correct(answer: str, truth: str) -> float:

@@ -38,10 +38,9 @@ def within(deadline_s: float, function):
 
 def probe(url: str) -> None:
     """Raise a ValueError of one line if no server answers at this URL; any answer will do."""
+    address = f"{url.rstrip('/')}/models"
     try:
-        within(
-            15, lambda: requests.get(f"{url.rstrip('/')}/models", timeout=10, stream=True).close()
-        )
+        within(15, lambda: requests.get(address, timeout=10, stream=True).close())
     except (requests.RequestException, TimeoutError) as error:
         raise ValueError(f"the server at {url} failed: {error or 'no answer'}") from None
 
@@ -63,7 +62,7 @@ def ask(url: str, body: dict, deadline_s: float = 600.0) -> str:
         3, allowed_methods=None, status_forcelist=again, backoff_factor=0.5, raise_on_status=False
     )
 
-    def post() -> bytes:
+    def post() -> bytearray:
         with requests.Session() as session:
             session.mount("http://", HTTPAdapter(max_retries=retries))
             session.mount("https://", HTTPAdapter(max_retries=retries))
@@ -75,7 +74,7 @@ def ask(url: str, body: dict, deadline_s: float = 600.0) -> str:
                 stream=True,
             )
             reply.raise_for_status()
-            data = b""
+            data = bytearray()
             for chunk in reply.iter_content(4096):
                 data += chunk
                 if len(data) > MAX_REPLY_BYTES or time.monotonic() > start + deadline_s:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -92,7 +93,7 @@ def open_tools(args: EvaluateArgs, rollout_args: RolloutArgs, tasks: list[Task])
 
 
 def write_trajectories(
-    path: str, scored: list[tuple[Trajectory, float]], chat: Chat | None, public: bool
+    path: str, scored: Iterable[tuple[Trajectory, float]], chat: Chat | None, public: bool
 ) -> None:
     """Write one line of JSON a trajectory.
 

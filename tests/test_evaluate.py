@@ -284,7 +284,7 @@ def test_no_sandbox_is_needed_where_no_code_runs(tmp_path, monkeypatch, flags):
     )
     evaluate.main()
     result = json.loads((tmp_path / "o.json").read_text())
-    assert result["n"] == 2 and not result["settings"]["unsafe_python"]
+    assert result["n"] == 2 and not result["settings"].get("unsafe_python")
 
 
 def test_the_table_has_headings_and_no_rows_for_what_a_users_tasks_do_not_state(dev_tasks):
@@ -308,6 +308,19 @@ def test_odd_metadata_of_a_task_does_not_lose_the_figures():
     )
     assert set(result["by_template"]) == {"5", "['a']", "{'b': 1}", "None", "of"}
     assert json.dumps(result) and result["pass@1"] == 1 and "by template" in format_table(result)
+
+
+def test_figures_are_written_before_anything_is_printed(tmp_path, monkeypatch, world_dir):
+    """A family that the terminal cannot show does not lose the figures."""
+    (tmp_path / "own.jsonl").write_text(
+        json.dumps({"question": "q", "answer": "a", "family": "\ud800"})
+    )
+    flags = ["--baseline", "top_snippet", "--corpus", str(world_dir / "pages.db")]
+    fixed = ["evaluate.py", "--tasks", str(tmp_path / "own.jsonl"), *flags]
+    monkeypatch.setattr("sys.argv", [*fixed, "--json", str(tmp_path / "o.json")])
+    with contextlib.suppress(UnicodeEncodeError):
+        evaluate.main()
+    assert json.loads((tmp_path / "o.json").read_text())["n"] == 1
 
 
 # --------------------------------------------------------------------------- servers that misbehave
@@ -561,7 +574,7 @@ def test_plain_benchmarks(tmp_path, monkeypatch):
     rows = [["1", "Q", "A", "", "2"], ["2", "R", "B", "b.png", "1"]]
     (first,) = load_benchmark(write_csv(tmp_path / "g.csv", gaia, rows))
     assert (first.answer_type, first.family, first.split) == ("gaia", "gaia-2", "public")
-    with pytest.raises(ValueError, match="row 1 has no question or no public answer"):
+    with pytest.raises(ValueError, match="row 1: it has no question or no public answer"):
         load_benchmark(write_csv(tmp_path / "g.csv", gaia, [["1", "Q", "?", "", "1"]]))
     with pytest.raises(ValueError, match="without its file"):
         load_benchmark(write_csv(tmp_path / "g.csv", gaia, rows[1:]))
