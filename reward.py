@@ -1,164 +1,169 @@
-"""Rewards and advantages: everything between a finished trajectory and the number that multiplies its log-probs.
+"""Rewards and advantages: from finished trajectories to the numbers that multiply log-probs.
 
-    reward        format first, then correctness              (Kimi-Researcher: format reward, correctness reward)
-    gamma_decay   r * gamma**(T - i) for step i of T          (Kimi-Researcher; correct trajectories only)
-    advantages    minus the leave-one-out mean of the group   (ours: the blog names no baseline)
-    control_negatives   which negative samples are discarded  (Kimi-Researcher discards some; the rule is ours)
+    reward              format first, then correctness      (Kimi-Researcher)
+    penalised           what a format failure costs         (Kimi-Researcher; the size is ours)
+    turn_rewards        r * gamma**(T - i) for turn i of T  (Kimi-Researcher)
+    advantages          minus the mean of the other tries   (ours: the blog names no baseline)
+    control_negatives   which negatives are left out        (Kimi-Researcher; the rule is ours)
 
-In: trajectories with `.status`, `.answer`, `.task`, `.turns`. Out: plain floats. Pure functions, no state.
-To try an idea, write `def my_reward(trajectory): return 0.3` in a file and pass `--reward file.py:my_reward`.
+In: finished trajectories. Out: plain floats. All functions are pure. To try an idea, write
+`def my_reward(trajectory): return 0.3` into a file and pass `--reward file.py:my_reward`.
 """
 
-import importlib.util
-import math
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from context import Trajectory
 from support.answers import correct
+from support.user_code import finite, load_function
 
+# The policy's own mistakes. `tool_fault` is not one of them: there the environment failed, and the
+# trainer leaves the trajectory out.
 FORMAT_FAILURES = ("format_error", "over_context", "over_turns")
 
 
 @dataclass
 class Reward:
-    """total: what training sees. correct: 0 or 1. format_ok: no format failure. parts: anything worth logging."""
+    """What a reward function says of one trajectory.
+
+    total: the number that training sees.
+    correct: 1.0 if the answer is right, else 0.0. Only correct trajectories are decayed.
+    format_ok: False makes `penalised` replace the total.
+    parts: name -> number; they reach metrics.jsonl, the curves and trajectories.jsonl.
+    """
 
     total: float
     correct: float
-    format_ok: bool
-    parts: dict = field(default_factory=dict)
+    format_ok: bool = True
+    parts: dict[str, float] = field(default_factory=dict)
 
 
-# -------------------------------------------------------------------------------------------------------------- reward
+# HACK HERE: this is the default of --reward. Another one takes a finished trajectory, too.
+def reward(trajectory: Trajectory) -> Reward:
+    """Kimi-Researcher's rule: 1 for the right answer, else 0; a format failure is not looked at."""
+    if trajectory.status in FORMAT_FAILURES:
+        return Reward(0.0, 0.0, format_ok=False)
+    task, answered = trajectory.task, trajectory.status == "answered"
+    hit = correct(trajectory.answer, task.answer, task.answer_type) if answered else 0.0
+    return Reward(hit, hit, parts={"correct": hit})
 
 
-# HACK HERE: a function from a finished trajectory to a Reward or a float.
-def reward(trajectory, format_penalty: float = 0.5) -> Reward:
-    """Kimi-Researcher's rule: a format failure is penalised and correctness is not looked at; otherwise 1 or 0.
+def penalised(outcome: Reward, format_penalty: float) -> Reward:
+    """The outcome with the trainer's penalty: a format failure's total becomes -format_penalty.
+
+    The trainer applies this to every outcome, whatever reward function is plugged in. That there is
+    a penalty is Kimi-Researcher's rule; its size is ours, since none was published.
+    """
+    if outcome.format_ok:
+        return outcome
+    return Reward(-format_penalty, 0.0, False, outcome.parts | {"format": -format_penalty})
+
+
+def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
+    """The reward function that `--reward` names; "" gives `reward` itself.
+
+    A user's function returns a Reward or any finite real number. It is called only for trajectories
+    whose format is fine: of the others `reward` says that the format failed.
 
     Args:
-        trajectory: finished; its `status`, `answer` and `task` are read.
-        format_penalty: what a format failure costs. The size is ours: not published.
-    """
-    if trajectory.status in FORMAT_FAILURES:
-        return Reward(-format_penalty, 0.0, False, {"format": -format_penalty})
-    if trajectory.status != "answered":
-        return Reward(0.0, 0.0, True, {"excluded": 1.0})
-    hit = correct(trajectory.answer, trajectory.task.answer, trajectory.task.answer_type)
-    return Reward(hit, hit, True, {"correct": hit})
-
-
-def load_reward(spec: str):
-    """The function named by "file.py:function", wrapped so that it may return a float; "" gives `reward` itself.
+        spec: "file.py:function", or "file.py" if the file defines one function only.
 
     Raises:
-        ValueError: no such file or function; one line that says which.
+        ValueError: the function cannot be loaded, or later it gave no finite number; one line.
     """
     if not spec:
         return reward
-    path, _, name = spec.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise ValueError(
-            f"--reward {spec}: give file.py:function; there is no file {path or spec!r}"
-        )
-    module_spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(
-            f"--reward {spec}: {path} does not run ({type(error).__name__}: {error})"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--reward {spec}: no function {name!r} in {path}")
+    name, function = load_function(spec, "--reward")
 
-    def wrapped(trajectory) -> Reward:
+    def user_reward(trajectory: Trajectory) -> Reward:
+        plain = reward(trajectory)
+        if not plain.format_ok:
+            return plain
         value = function(trajectory)
-        total = value.total if isinstance(value, Reward) else value
-        if not isinstance(total, (int, float)) or not math.isfinite(total):
+        if not isinstance(value, Reward):
+            value = Reward(value, plain.correct, parts={name: value})
+        try:
+            parts = {str(part): finite(number) for part, number in value.parts.items()}
+            return Reward(finite(value.total), finite(value.correct), value.format_ok, parts)
+        except ValueError as error:
             raise ValueError(
-                f"--reward {spec} gave {total!r} for task {trajectory.task.id}: a finite number or a Reward is needed"
-            )
-        if isinstance(value, Reward):
-            return value
-        ok = trajectory.status not in FORMAT_FAILURES
-        hit = (
-            correct(trajectory.answer, trajectory.task.answer, trajectory.task.answer_type)
-            if trajectory.status == "answered"
-            else 0.0
-        )
-        return Reward(float(value), hit, ok, {"custom": float(value)})
+                f"--reward {spec} gave {error} for task {trajectory.task.id}: "
+                "a finite number or a Reward of finite numbers is needed"
+            ) from None
 
-    return wrapped
+    return user_reward
 
 
-# ---------------------------------------------------------------------------------------------------- credit to steps
+# --------------------------------------------------------------------------- credit to turns
 
 
 def gamma_decay(r: float, T: int, gamma: float) -> list[float]:
-    """r * gamma**(T - i) for i = 1..T: of two correct trajectories the shorter one gives its early steps more.
+    """r * gamma**(T - i) for i = 1..T: a shorter trajectory gives its early turns more.
 
     Args:
         r: the outcome's reward.
-        T: model steps (turns) of the whole trajectory, however many segments or pieces it was made in.
-        gamma: decay a step; 1 turns it off.
+        T: turns of the model in the whole trajectory, across its segments and parked pieces.
+        gamma: decay a turn; 1 turns it off.
     """
     return [r * gamma ** (T - i) for i in range(1, T + 1)]
 
 
-def step_rewards(outcome: Reward, T: int, gamma: float) -> list[float]:
-    """Reward of each of T steps: decayed if the trajectory is correct, else the same for all."""
+def turn_rewards(outcome: Reward, T: int, gamma: float) -> list[float]:
+    """The reward of each of T turns: decayed for a correct trajectory, else the same for all."""
     return gamma_decay(outcome.total, T, gamma if outcome.correct > 0 else 1.0)
 
 
+# HACK HERE: the baseline is ours. GRPO, for one, divides by the group's standard deviation as well.
 def advantages(group: list[list[float]]) -> list[list[float]]:
-    """Step rewards minus the leave-one-out mean over the other trajectories of the same task, step by step.
+    """Ours: turn rewards minus their leave-one-out mean over the other trajectories of the task.
 
-    Step i is compared with step min(i, T_k) of each other trajectory k, so the decay of the baseline matches the decay of
-    the reward: equal trajectories get zero, and a long correct trajectory among shorter ones gets negative early steps.
-    There is no division by a standard deviation. A trajectory alone in its group gets zero: nothing to compare with.
+    Turn i is compared with turn min(i, T_k) of each other trajectory k, so the baseline decays as
+    the reward does: equal trajectories get zero, and a long correct trajectory among shorter ones
+    gets negative early turns. Nothing is divided by a standard deviation. A trajectory that is
+    alone in its group gets zero, because there is nothing to compare it with.
 
     Args:
-        group: step rewards of each trajectory of one task.
+        group: turn rewards of each trajectory of one task.
 
     Returns:
-        The same shape.
+        Advantages in the same shape.
     """
     if len(group) < 2:
-        return [[0.0] * len(steps) for steps in group]
+        return [[0.0] * len(turns) for turns in group]
     result = []
-    for k, steps in enumerate(group):
-        others = [other for j, other in enumerate(group) if j != k]
-        result.append(
-            [
-                value - sum(other[min(i, len(other) - 1)] for other in others) / len(others)
-                for i, value in enumerate(steps)
-            ]
-        )
+    for k, turns in enumerate(group):
+        others = group[:k] + group[k + 1 :]
+        baseline = [
+            sum(other[min(i, len(other) - 1)] for other in others) / len(others)
+            for i in range(len(turns))
+        ]
+        result.append([turn - mean for turn, mean in zip(turns, baseline)])
     return result
 
 
-def control_negatives(group: list[Reward], ratio: float) -> list[bool]:
-    """Which trajectories of a group stay in the loss: all at or above the group's mean reward, and at most
-    max(1, ratio * number of positive ones) of those below it.
+def is_negative(outcome: Reward, group: list[Reward]) -> bool:
+    """Ours: a trajectory is a negative sample if its reward lies below its group's mean."""
+    return outcome.total < statistics.mean(other.total for other in group)
 
-    Pushing down many wrong trajectories for each right one spreads probability over everything else until entropy runs
-    away or collapses (Kimi-Researcher discards some negative samples for this reason). What is pushed down most easily is
-    kept first: format failures, because they are the mistake whose cause stands in the trajectory itself; the rest in
-    sampling order, which is random. A wrong answer in a group of format failures lies above the mean: it is never dropped, so a
-    group without a correct answer still teaches the format. Dropped ones have already informed the baseline, and the
-    loss's denominator is constant.
+
+def control_negatives(rewards: list[Reward], ratio: float) -> list[bool]:
+    """Which trajectories of a group stay in the loss: all but the negatives beyond
+    max(1, ratio * number of rewards above zero).
+
+    Pushing down many wrong trajectories for each right one spreads probability over everything
+    else, until entropy runs away or collapses. Kimi-Researcher discards some negatives for this
+    reason; which ones is ours. Format failures are kept first, because their cause stands in the
+    trajectory itself; the rest is kept in sampling order, which is random. A wrong answer among
+    format failures is not negative, so a group without a correct answer still teaches the format.
+    What is dropped has informed the baseline before, and the loss's denominator is constant.
 
     Args:
-        group: rewards of the trajectories of one task.
-        ratio: negatives kept for each trajectory with a positive reward; infinity keeps all.
+        rewards: outcomes of the trajectories of one task, penalties included.
+        ratio: negatives that are kept for each reward above zero; infinity keeps all.
     """
-    mean = sum(outcome.total for outcome in group) / max(1, len(group))
-    negatives = sorted(
-        (k for k, outcome in enumerate(group) if outcome.total < mean),
-        key=lambda k: group[k].format_ok,
-    )
-    allowed = max(1, ratio * sum(outcome.total > 0 for outcome in group))
+    negatives = [k for k, outcome in enumerate(rewards) if is_negative(outcome, rewards)]
+    negatives.sort(key=lambda k: rewards[k].format_ok)
+    allowed = max(1, ratio * sum(outcome.total > 0 for outcome in rewards))
     dropped = {k for rank, k in enumerate(negatives) if rank >= allowed}
-    return [k not in dropped for k in range(len(group))]
+    return [k not in dropped for k in range(len(rewards))]

@@ -1,6 +1,9 @@
 import random
+import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from reward import (
@@ -9,9 +12,11 @@ from reward import (
     control_negatives,
     correct,
     gamma_decay,
+    is_negative,
     load_reward,
+    penalised,
     reward,
-    step_rewards,
+    turn_rewards,
 )
 
 
@@ -19,7 +24,7 @@ def finished(status="answered", answer="Belin", truth="Belin", answer_type="name
     return SimpleNamespace(
         status=status,
         answer=answer,
-        task=SimpleNamespace(answer=truth, answer_type=answer_type),
+        task=SimpleNamespace(id="t1", answer=truth, answer_type=answer_type),
         turns=[None] * turns,
     )
 
@@ -37,9 +42,9 @@ def test_gamma_laws(T):
 
 
 def test_only_correct_trajectories_are_decayed():
-    assert step_rewards(Reward(-0.5, 0, False), 3, 0.9) == [-0.5] * 3
-    assert step_rewards(Reward(0.0, 0, True), 3, 0.9) == [0.0] * 3
-    assert step_rewards(Reward(1.0, 1, True), 2, 0.5) == [0.5, 1.0]
+    assert turn_rewards(Reward(-0.5, 0, False), 3, 0.9) == [-0.5] * 3
+    assert turn_rewards(Reward(0.0, 0, True), 3, 0.9) == [0.0] * 3
+    assert turn_rewards(Reward(1.0, 1, True), 2, 0.5) == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +155,17 @@ def test_unknown_answer_type_is_refused():
 @pytest.mark.parametrize("status", ["format_error", "over_context", "over_turns"])
 def test_format_failure_is_penalised_and_correctness_not_looked_at(status):
     outcome = reward(finished(status))  # its answer would be right
-    assert outcome.total == -0.5 and outcome.correct == 0 and not outcome.format_ok
+    assert outcome == Reward(0.0, 0.0, False, {})  # how much it costs is the trainer's business
+    outcome = penalised(outcome, 0.3)
+    assert outcome == Reward(-0.3, 0.0, False, {"format": -0.3})
+
+
+def test_the_penalty_holds_whatever_a_reward_function_gave():
+    assert penalised(Reward(5.0, 1.0, False, {"pages": 2.0}), 0.5) == Reward(
+        -0.5, 0.0, False, {"pages": 2.0, "format": -0.5}
+    )
+    fine = Reward(0.25, 1.0, True, {"pages": 2.0})
+    assert penalised(fine, 0.5) == fine
 
 
 def test_tool_fault_is_no_format_failure():
@@ -158,12 +173,12 @@ def test_tool_fault_is_no_format_failure():
     assert outcome.total == 0 and outcome.format_ok
 
 
-def test_leave_one_out_by_hand():
+def test_our_baseline_leave_one_out_by_hand():
     result = advantages([[1.0], [0.0], [0.0], [-0.5]])
     assert result == [[1.0 - (-0.5 / 3)], [0.0 - 0.5 / 3], [0.0 - 0.5 / 3], [-0.5 - 1 / 3]]
 
 
-def test_advantage_laws():
+def test_our_advantages_obey_their_laws():
     rng = random.Random(0)
     for _ in range(50):
         T = rng.randint(1, 6)
@@ -178,12 +193,12 @@ def test_advantage_laws():
     assert advantages([[1.0, 1.0]]) == [[0.0, 0.0]]  # alone in its group
 
 
-def test_longer_correct_trajectory_gets_less_than_a_shorter_one():
+def test_our_baseline_a_longer_correct_trajectory_gets_less_than_a_shorter_one():
     short, long = advantages([gamma_decay(1, 2, 0.9), gamma_decay(1, 5, 0.9)])
     assert min(short) > 0 > max(long[:-1]) and long[-1] == 0
 
 
-def test_negative_control():
+def test_our_negative_control():
     right, wrong, bad = Reward(1, 1, True), Reward(0, 0, True), Reward(-0.5, 0, False)
     assert control_negatives([right, wrong, wrong, wrong, bad], 2) == [
         True,
@@ -203,24 +218,105 @@ def test_negative_control():
         assert all(kept[:4])  # positives are never dropped
 
 
+def test_our_definition_of_a_negative_is_a_reward_below_the_mean():
+    right, wrong, bad = Reward(1, 1), Reward(0, 0), Reward(-0.5, 0, False)
+    assert [is_negative(r, [right, wrong, bad]) for r in (right, wrong, bad)] == [False, True, True]
+    assert not is_negative(wrong, [wrong, bad])
+    equal = [Reward(0.1, 1)] * 3  # 0.1 + 0.1 + 0.1 is a little more than 0.3
+    assert not any(is_negative(r, equal) for r in equal) and all(control_negatives(equal, 0))
+
+
 def test_reward_from_a_file(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "def short(trajectory):\n    return 1.0 / len(trajectory.turns)\n"
-    )
-    outcome = load_reward(f"{tmp_path}/mine.py:short")(finished(turns=4))
-    assert outcome.total == 0.25 and outcome.correct == 1.0
-    (tmp_path / "broken.py").write_text(
-        "def nan(t):\n    return float('nan')\ndef none(t):\n    pass\n"
-    )
-    for name in ("nan", "none"):
-        with pytest.raises(ValueError, match="finite number"):
-            load_reward(f"{tmp_path}/broken.py:{name}")(
-                SimpleNamespace(task=SimpleNamespace(id="t1"))
-            )
+    mine = tmp_path / "mine.py"
+    mine.write_text("def short(trajectory):\n    return 1.0 / len(trajectory.turns)\n")
+    for spec in (f"{mine}:short", str(mine)):  # the only function of the file need not be named
+        outcome = load_reward(spec)(finished(turns=4))
+        assert outcome == Reward(0.25, 1.0, True, {"short": 0.25})
+    (tmp_path / "two.py").write_text("def f(t): pass\ndef g(t): pass\n")
+    (tmp_path / "none.py").write_text("from math import *\nx = 1\n")
+    (tmp_path / "quits.py").write_text("raise SystemExit('bye')\n")
+    (tmp_path / "wrong.py").write_text("def f(t):\n  return (\n")
     for spec, words in [
-        ("nowhere.py:f", "no file"),
-        (f"{tmp_path}/mine.py:absent", "no function"),
+        ("nowhere.py:f", "no file 'nowhere.py'"),
+        (f"{mine}:absent", "no function 'absent'"),
         ("mine", "file.py:function"),
+        (f"{tmp_path}/two.py", r"name the function.*\(it defines f, g\)"),
+        (f"{tmp_path}/none.py", r"name the function.*\(it defines none\)"),
+        (f"{tmp_path}/quits.py:f", r"does not run \(SystemExit: bye\)"),
+        (f"{tmp_path}/wrong.py:f", "does not run .SyntaxError"),
     ]:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as error:
             load_reward(spec)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value, total",
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(1), 1.0),
+        (np.bool_(True), 1.0),
+        (True, 1.0),
+        (-3, -3.0),
+        (Fraction(1, 4), 0.25),
+        (Reward(np.float64(2), 1, True, {"a": np.int8(3)}), 2.0),
+    ],
+)
+def test_any_real_number_is_a_reward(tmp_path, value, total):
+    outcome = constant_reward(tmp_path, value)(finished())
+    assert outcome.total == total and outcome.format_ok
+    assert all(type(x) is float for x in (outcome.total, outcome.correct, *outcome.parts.values()))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), np.float32("nan"), 10**400, 10**5000, None, "1", b"1", 1j, [1.0]]
+    + [Reward(float("nan"), 0), Reward(0, None), Reward(0, 0, True, {"a": 10**400})],
+    ids=lambda value: type(value).__name__,
+)
+def test_anything_else_is_refused_in_one_line(tmp_path, value):
+    with pytest.raises(ValueError, match="gave .* for task t1: a finite number") as error:
+        constant_reward(tmp_path, value)(finished())
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def constant_reward(folder, value):
+    """The function that --reward loads from a file whose function returns this value."""
+    (folder / "constant.py").write_text("def constant(trajectory):\n    return constant.value\n")
+    load = load_reward(f"{folder}/constant.py")
+    sys.modules["user_code"].constant.value = value
+    return load
+
+
+@pytest.mark.parametrize("status", ["format_error", "over_context", "over_turns"])
+def test_a_users_reward_is_not_asked_about_format_failures(tmp_path, status):
+    (tmp_path / "mine.py").write_text("def f(trajectory):\n    return 1 / 0\n")
+    outcome = load_reward(f"{tmp_path}/mine.py:f")(finished(status))
+    assert penalised(outcome, 0.5) == Reward(-0.5, 0.0, False, {"format": -0.5})
+    with pytest.raises(ZeroDivisionError):
+        load_reward(f"{tmp_path}/mine.py:f")(finished())
+
+
+def test_a_reward_file_is_loaded_as_python_runs_it(tmp_path):
+    """It imports modules beside it, also late; its dataclasses may postpone their annotations."""
+    (tmp_path / "helper_one.py").write_text("HALF = 0.5\n")
+    (tmp_path / "helper_two.py").write_text("QUARTER = 0.25\n")
+    (tmp_path / "mine.py").write_text("""from __future__ import annotations
+from dataclasses import dataclass
+from helper_one import HALF
+from reward import Reward, reward
+
+@dataclass
+class Parts:
+    half: float = HALF
+
+def _private(trajectory):
+    return 0
+
+def graded(trajectory):
+    from helper_two import QUARTER
+    return Reward(reward(trajectory).total * Parts().half, 1.0, True, {"quarter": QUARTER})
+""")
+    for spec in (f"{tmp_path}/mine.py:graded", f"{tmp_path}/mine.py"):
+        outcome = load_reward(spec)(finished())
+        assert outcome == Reward(0.5, 1.0, True, {"quarter": 0.25})

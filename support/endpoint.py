@@ -1,0 +1,102 @@
+"""Requests to an OpenAI-style endpoint: `ask`, with one deadline for whatever the server does.
+
+In: a URL and a request. Out: the text of the reply, or one line that says what went wrong.
+"""
+
+import json
+import os
+import threading
+import time
+from concurrent.futures import Future, TimeoutError
+from multiprocessing.pool import ThreadPool
+
+import requests
+from requests.adapters import HTTPAdapter
+from tqdm import tqdm
+from urllib3.util import Retry
+
+MAX_REPLY_BYTES = 4 << 20
+
+
+def within(deadline_s: float, function):
+    """What `function()` returns or raises; TimeoutError if it takes more than `deadline_s` seconds.
+
+    `requests` only bounds the wait for each read, and a server that drips bytes never ends. So the
+    function runs in a thread that is left behind at the deadline and that no exit waits for.
+    """
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result(timeout=deadline_s)
+
+
+def probe(url: str) -> None:
+    """Raise a ValueError of one line if no server answers at this URL; any answer will do."""
+    address = f"{url.rstrip('/')}/models"
+    try:
+        within(15, lambda: requests.get(address, timeout=10, stream=True).close())
+    except (requests.RequestException, TimeoutError) as error:
+        raise ValueError(f"the server at {url} failed: {error or 'no answer'}") from None
+
+
+def ask(url: str, body: dict, deadline_s: float = 600.0) -> str:
+    """The text of a chat completion. A busy or unreachable server is asked again.
+
+    Args:
+        url: the endpoint's base, such as http://127.0.0.1:8000/v1.
+        body: the request: model, messages and the like.
+        deadline_s: seconds for the whole of it, repeated requests included.
+
+    Raises:
+        ValueError: there was no answer, or none that can be read; one line.
+    """
+    start, key = time.monotonic(), os.environ.get("OPENAI_API_KEY")
+    again = [429, *range(500, 600)]  # busy, or failed for a moment
+    retries = Retry(
+        3, allowed_methods=None, status_forcelist=again, backoff_factor=0.5, raise_on_status=False
+    )
+
+    def post() -> bytearray:
+        with requests.Session() as session:
+            session.mount("http://", HTTPAdapter(max_retries=retries))
+            session.mount("https://", HTTPAdapter(max_retries=retries))
+            reply = session.post(
+                f"{url.rstrip('/')}/chat/completions",
+                json=body,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=deadline_s,
+                stream=True,
+            )
+            reply.raise_for_status()
+            data = bytearray()
+            for chunk in reply.iter_content(4096):
+                data += chunk
+                if len(data) > MAX_REPLY_BYTES or time.monotonic() > start + deadline_s:
+                    raise ValueError("the reply has no end")
+            return data
+
+    try:
+        text = json.loads(within(deadline_s, post))["choices"][0]["message"].get("content") or ""
+    except TimeoutError:
+        raise ValueError(f"{url} gave no whole answer within {deadline_s:g} s") from None
+    except requests.RequestException as error:
+        raise ValueError(str(error)) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f"{url} sent no chat completion")
+    return text
+
+
+def side_by_side(function, items: list, threads: int, label: str) -> None:
+    """function(item) for each item, in threads that no exit of the process waits for."""
+    with ThreadPool(threads) as pool:
+        results = pool.imap_unordered(function, items)
+        for _ in tqdm(results, label, len(items), mininterval=1, disable=None):
+            pass
