@@ -2,7 +2,7 @@
 
     search(queries)                    several queries at once; each hit has title, url and snippet
     browse(url, page | find | links)   a page as text over HTTP, a few hundred characters at a time
-    python(code)                       a stateful session in a process of its own, confined by sandbox.py
+    python(code)                       a stateful session, run by Monty, which has no system calls
 
 In: the text of one turn. Out: `parse_action` gives tool calls or an answer, or raises FormatError; `run_calls` gives the
 results in call order. What goes wrong is one of three things, and the difference decides what is rewarded:
@@ -21,21 +21,13 @@ context.py encodes the text so that it cannot contain a control token. A new too
         def __call__(self): return time.strftime("%H:%M")
 """
 
-import atexit
 import concurrent.futures
 import html
 import json
 import os
 import re
-import select
-import shutil
-import signal
 import socket
 import sqlite3
-import subprocess
-import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,8 +36,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from support import cpython_sandbox as sandbox
-from support.cpython_sandbox import FOLDER_BYTES
+from support.monty_session import MontyError, run_code, shown
 from support.web import (
     MAX_PAGE_BYTES,
     Browse,
@@ -61,8 +52,6 @@ CACHE = (
 )  # pages and search results of the real web
 MAX_CALLS = 8  # in one turn
 RETRY_S = 0.5  # before a second request to a search service; then twice as long each time
-SANDBOX = Path(__file__).resolve().parent / "support" / "cpython_sandbox.py"
-MAX_OUTPUT_BYTES = 1_000_000  # of one python call; more ends the session
 
 
 class FormatError(Exception):
@@ -444,235 +433,52 @@ class WebSearch(Search):
 
 
 class Python:
-    """A stateful Python session in a sandbox (sandbox.py says what it stops and what not); one for each trajectory.
+    """A stateful Python session, run by Monty; support/monty_session.py says what confines it.
+
+    A session is a snapshot in `memory["python"]`, so it has no process and need not be closed. The
+    memory of a trajectory travels with it, and the session goes on wherever the trajectory does.
 
     Args:
-        timeout_s: wall-clock limit for one call, in seconds.
-        memory_mb: address space of the child, in MiB.
+        memory: a trajectory's `memory`; None for a session of its own.
+        timeout_s: limit for one call, in seconds of computing; as much again may be slept.
+        memory_mb: limit for the interpreter's heap, in MiB.
         output_chars: what the policy sees of the output, in characters.
-        unsafe: run without the sandbox, with limits on time, memory and output only: for code that you would run yourself.
     """
 
     name, signature = "python", "python(code)"
+    stateful = True  # the calls of a turn run in order
 
     def __init__(
         self,
+        memory: dict | None = None,
         timeout_s: float = 5.0,
-        memory_mb: int = 1024,
+        memory_mb: int = 256,
         output_chars: int = 2000,
-        unsafe: bool = False,
     ):
-        self.timeout_s, self.memory_mb, self.output_chars, self.unsafe = (
-            timeout_s,
-            memory_mb,
-            output_chars,
-            unsafe,
-        )
-        self.process, self.folder, self.code_fd, self.done_fd, self.poll = None, None, -1, -1, None
-        self.isolation = ""  # what confines the child, in its own words
+        self.memory = {} if memory is None else memory
+        self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
 
     def check(self, arguments: dict) -> str | None:
         good = set(arguments) == {"code"} and isinstance(arguments["code"], str)
         return None if good else "python takes 'code', a string"
 
-    def start(self) -> None:
-        """Start the child and wait until it has given up its rights (about 40 ms).
-
-        Raises:
-            ToolFault: it cannot be started or confined.
-        """
-        code_read, code_write = os.pipe()
-        done_read, done_write = os.pipe()
-        self.code_fd, self.done_fd, self.folder = (
-            code_write,
-            done_read,
-            tempfile.mkdtemp(prefix="nano-python-"),
-        )
-        settings = {
-            "memory": self.memory_mb << 20,
-            "packages": sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")}),
-            "unsafe": self.unsafe,
-            "code": code_read,
-            "done": done_write,
-        }
-        command = [sys.executable, "-I", "-S", str(SANDBOX), json.dumps(settings)]
-        environment = {
-            "PATH": "/usr/bin:/bin",
-            "LANG": "C.UTF-8",
-            "HOME": self.folder,
-            "TMPDIR": self.folder,
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "MALLOC_ARENA_MAX": "2",
-        }
-        try:
-            # In a thread of its own that never ends: the child dies with the *thread* that started it (PR_SET_PDEATHSIG).
-            self.process = STARTER.submit(
-                subprocess.Popen,
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                bufsize=0,
-                pass_fds=[code_read, done_write],
-                start_new_session=True,
-                cwd=self.folder,
-                env=environment,
-            ).result(timeout=30)
-        except (OSError, RuntimeError, TimeoutError) as error:
-            self.close()
-            raise ToolFault(f"python cannot be started ({error})") from None
-        finally:
-            os.close(code_read)
-            os.close(done_write)
-        LIVE_SESSIONS.add(self)
-        for fd in (self.code_fd, self.done_fd, self.process.stdout.fileno()):
-            os.set_blocking(fd, False)
-        self.poll = select.poll()  # select.select() cannot do file descriptors above 1023
-        self.poll.register(self.done_fd, select.POLLIN)
-        ready = self.poll.poll(30_000)
-        words = (
-            os.read(self.done_fd, 1000).decode().strip()
-            if ready
-            else "it did not start within 30 s"
-        )
-        if not words.startswith("ready: "):
-            words = (
-                words
-                or self.process.stdout.read(1000).decode(errors="replace").strip().split("\n")[-1]
-            )
-            self.close()
-            raise ToolFault(f"python cannot be started ({words})")
-        self.isolation = words.removeprefix("ready: ")
-        self.poll.register(self.process.stdout, select.POLLIN)
-
     def __call__(self, code: str) -> str:
-        for attempt in range(3):
-            try:
-                if self.process is None:
-                    self.start()
-                break
-            except ToolFault:
-                if attempt == 2:
-                    raise
-                time.sleep(0.1 * 2**attempt)
-        try:
-            output, problem = self.run(code)
-        except OSError:  # a pipe is closed: the child has ended itself
-            output, problem = "", "the session died and was restarted, variables are lost"
-        if problem:
-            self.close()
-        output = output.strip()
-        if len(output) > self.output_chars:
-            output = f"{output[: self.output_chars]} … ({len(output)} characters)"
-        return "\n".join(filter(None, (output, problem))) or "(no output)"
+        """Run code.
 
-    def run(self, code: str) -> tuple[str, str]:
-        """Send code to the child and wait until it is done: (output, why the session must end or "").
+        Returns:
+            What it printed, then the value of its last expression as Python's prompt shows it, or
+            the error.
 
         Raises:
-            OSError: the child has ended.
+            ToolFault: the interpreter cannot be started.
         """
-        lost = "the session was restarted, variables are lost"
-        unsent, output, done = json.dumps(code).encode() + b"\n", bytearray(), False
-        start = time.monotonic()
-        look = start + 0.25
-        os.killpg(self.process.pid, signal.SIGCONT)
-        self.poll.register(self.code_fd, select.POLLOUT)
-        while not done:
-            now = time.monotonic()
-            if now >= start + self.timeout_s:
-                return "", f"timeout after {self.timeout_s:g} s; {lost}"
-            if now >= look:
-                look = now + 0.25
-                if folder_bytes(self.folder) > FOLDER_BYTES:
-                    return "", f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}"
-            for fd, _ in self.poll.poll(1000 * (min(look, start + self.timeout_s) - now) + 1):
-                if fd == self.code_fd:
-                    unsent = unsent[os.write(fd, unsent) :]
-                    if not unsent:
-                        self.poll.unregister(fd)
-                elif fd == self.done_fd:
-                    done = True
-                    if not os.read(fd, 1000):
-                        raise BrokenPipeError
-                else:
-                    self.read_output(output, 1 << 16)
-            if len(output) > MAX_OUTPUT_BYTES:
-                return output.decode(
-                    "utf-8", "replace"
-                ), f"more than {MAX_OUTPUT_BYTES} bytes of output; {lost}"
-        self.read_output(output, MAX_OUTPUT_BYTES)
-        os.killpg(
-            self.process.pid, signal.SIGSTOP
-        )  # a thread that was left running waits until the next call
-        full = folder_bytes(self.folder) > FOLDER_BYTES
-        return output.decode("utf-8", "replace").replace(
-            "\0", "\ufffd"
-        ), f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}" if full else ""
-
-    def read_output(self, output: bytearray, limit: int) -> None:
-        """Append what is in the pipe now, up to about `limit` bytes."""
+        snapshot = self.memory.get("python", b"")
         try:
-            for _ in range(0, limit, 1 << 16):
-                chunk = os.read(self.process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    raise BrokenPipeError
-                output += chunk
-        except BlockingIOError:
-            pass
-
-    def close(self) -> None:
-        """Kill the session with everything it started, and remove its folder."""
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            try:
-                self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:  # the kernel holds it; it is dead to us
-                pass
-            self.process.stdout.close()
-        for fd in (self.code_fd, self.done_fd):
-            if fd >= 0:
-                os.close(fd)
-        if self.folder:
-            try:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            except RecursionError:
-                pass
-            if os.path.exists(self.folder):  # nested deeper than rmtree can go
-                subprocess.run(["rm", "-rf", self.folder])
-        self.process, self.folder, self.code_fd, self.done_fd = None, None, -1, -1
-        LIVE_SESSIONS.discard(self)
-
-
-def folder_bytes(folder: str) -> int:
-    """Disk space below a folder (at least 16 KiB an entry: so many files at most), counted until it is too much; what cannot be looked into is too much."""
-    total, folders = 0, [folder]
-    while folders and total <= FOLDER_BYTES:
-        try:
-            with os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    total += max(16384, 512 * entry.stat(follow_symlinks=False).st_blocks)
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-        except FileNotFoundError:  # removed since
-            pass
-        except OSError:
-            return FOLDER_BYTES + 1
-    return total
-
-
-STARTER = concurrent.futures.ThreadPoolExecutor(1, "python-starter")
-LIVE_SESSIONS: set[Python] = set()  # closed at exit, so that no child outlives us
-
-
-@atexit.register
-def close_sessions() -> None:
-    for session in list(LIVE_SESSIONS):
-        session.close()
+            output, problem, snapshot = run_code(code, snapshot, self.timeout_s, self.memory_mb)
+        except (OSError, RuntimeError, MontyError) as error:
+            raise ToolFault(f"python cannot be started ({error})") from None
+        self.memory["python"] = snapshot
+        return shown(output, problem, self.output_chars)
 
 
 # ------------------------------------------------------------------------------------------------------------- toolbox
@@ -691,7 +497,8 @@ class Toolbox:
         live: let browse open public addresses of the real web.
         search_results, page_chars: how much search and browse show.
         search, search_url: "embedded", or a provider of WebSearch and its address; browse then opens the real web as well.
-        unsafe_python: run code without the sandbox.
+        unsafe_python: with python="cpython", run code without the sandbox.
+        python: "monty", or on Linux "cpython", the whole language (support/cpython_sandbox.py).
 
     Raises:
         FileNotFoundError: the corpus has no index.
@@ -707,6 +514,7 @@ class Toolbox:
         search: str = "embedded",
         search_url: str = "",
         unsafe_python: bool = False,
+        python: str = "monty",
     ):
         self.corpus, self.live, self.search_results, self.page_chars = (
             corpus,
@@ -715,12 +523,17 @@ class Toolbox:
             page_chars,
         )
         self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file; "" is the web alone
-        self.sessions: dict[tuple, Python] = {}  # by trajectory key
-        self.unsafe_python = unsafe_python
-        if not unsafe_python and (lacks := sandbox.missing()):
-            raise ValueError(
-                f"no sandbox for the python tool on this machine: {lacks}. --unsafe_python runs the model's code without one"
-            )
+        self.sessions: dict[tuple, object] = {}  # of CPython, by trajectory key
+        self.unsafe_python, self.cpython = unsafe_python, None
+        if python == "cpython":
+            from support import cpython_sandbox  # for Linux alone, so it is read where it is chosen
+
+            if not unsafe_python and (lacks := cpython_sandbox.missing()):
+                raise ValueError(
+                    f"--python cpython has no sandbox on this machine: {lacks}. --python monty"
+                    " needs none; --unsafe_python runs the model's code without one"
+                )
+            self.cpython = cpython_sandbox.CPythonSession
         self.cache = DiskCache(CACHE) if self.live else None
         self.web_search = None
         if search != "embedded":
@@ -731,12 +544,14 @@ class Toolbox:
             self.open(corpus)
 
     def isolation(self) -> str:
-        """What confines the python tool, in words, from a session that is started for the purpose.
+        """What confines the python tool, in words; of CPython a session is started to tell.
 
         Raises:
             ValueError: it cannot be started or confined.
         """
-        session = Python(unsafe=self.unsafe_python)
+        if self.cpython is None:
+            return "Monty, an interpreter without system calls"
+        session = self.cpython(unsafe=self.unsafe_python)
         try:
             session.start()
             return session.isolation
@@ -783,11 +598,21 @@ class Toolbox:
     def tools_for(self, trajectory) -> dict:
         """name -> tool. HACK HERE: add a tool of your own to this dict and its signature to SIGNATURES."""
         search, browse = self.index_of(trajectory.task)
-        session = self.sessions.setdefault(trajectory.key, Python(unsafe=self.unsafe_python))
-        return {tool.name: tool for tool in (search, browse, session)}
+        return {tool.name: tool for tool in (search, browse, self.python_for(trajectory))}
+
+    def python_for(self, trajectory):
+        """The trajectory's session; that of CPython is begun anew if it was continued elsewhere."""
+        if self.cpython is None:
+            return Python(trajectory.memory)
+        session = self.sessions.get(trajectory.key)
+        if session is None or session.memory is not trajectory.memory:
+            self.close(trajectory)
+            session = self.cpython(trajectory.memory, unsafe=self.unsafe_python)
+            self.sessions[trajectory.key] = session
+        return session
 
     def close(self, trajectory) -> None:
-        """End what belongs to this trajectory alone."""
+        """End the trajectory's process, if it has one; its memory stays."""
         if session := self.sessions.pop(trajectory.key, None):
             session.close()
 

@@ -1,27 +1,32 @@
-"""The child process behind the `python` tool: it gives up its rights for good, then runs code it is sent, piece by piece.
+"""The rung `--python cpython`: all of Python with numpy, in a child that has given up its rights.
 
-Run by `tools.Python` as `python -I -S sandbox.py SETTINGS`. In: one JSON string of code a line, on a pipe. Out: what the code
-prints, on stdout; one line on a second pipe when the child is confined and after each piece. The order is: limits, an
-unprivileged uid if we are root, Landlock (which files), seccomp (which system calls). Nothing of it can be undone, needs a
-package, a privilege or a namespace, and either all of it is in force or no code runs.
+`CPythonSession` starts this file as a child (`python -I -S cpython_sandbox.py SETTINGS`). In: one
+JSON string of code a line, on stdin. Out: what the code prints, on stdout; one line on another pipe
+when the child is confined and after each piece. The order is: limits, an unprivileged uid if we are
+root, Landlock (which files), seccomp (which system calls). It cannot be undone, needs no package,
+privilege or namespace, and all of it is in force or no code runs.
 
-The rungs of the ladder, from the strongest; train.py and evaluate.py print the one in force when they start:
-    Linux, as root            all of it, and a uid of its own for each session, which keeps CAP_DAC_READ_SEARCH alone
-    Linux, an ordinary user   all of it, under the caller's uid: Landlock and seccomp alone keep it from the user's files and
-                              processes, and the limit on threads counts the user's other threads as well
-    root, but no other uid    (some containers) all of it, as uid 0 with CAP_DAC_READ_SEARCH alone; the kernel does not limit root's threads
-    anything less             macOS, another processor, no Landlock, no seccomp: refused; --unsafe_python runs the code as the
-                              user, with limits on time, memory and output only. Use it in a container or virtual machine alone
-An older Landlock (ABI below 6) has no rules for truncation, TCP, ioctl on devices or signals: seccomp denies those anyway, and no device but
-urandom, zero and null can be opened. User namespaces and bubblewrap are neither needed nor used; no rung is built on them.
+The rungs, from the strongest; train.py and evaluate.py print the one in force when they start:
+    Linux, as root           all of it; each session has a uid of its own, with no capability but
+                             CAP_DAC_READ_SEARCH
+    Linux, an ordinary user  all of it under the caller's uid, whose threads all count for the limit
+    root, but no other uid   (some containers) all of it as uid 0 with that capability alone; the
+                             kernel does not limit root's threads
+    anything less            macOS, another processor, no Landlock, no seccomp: refused.
+                             --unsafe_python runs the code as the user, with limits on time, memory
+                             and output only: for containers and virtual machines
 
-Not in reach of the code: the network (loopback too), files outside the interpreter, the system's libraries and its own
-folder, the environment of the user, other processes (no fork, no exec, no signals, no ptrace), shared memory, namespaces.
-NOT stopped: bugs of the kernel; `stat` of any path (existence and size show); reading site-packages; use of one core for
-as long as a call may take; and the code shares its process with the loop below, so it can forge its own output.
+Not in reach of the code: the network (loopback too), files outside the interpreter, the system's
+libraries and its own folder, the environment of the user, other processes (no fork, no exec, no
+signals, no ptrace), shared memory, namespaces.
+NOT stopped: bugs of the kernel; `stat` and `readlink` of any path, so existence, size and targets
+of links show; reading site-packages; use of several cores by threads while a call lasts; disk space
+of files that were deleted while they are mapped, which the limit on memory bounds; and the code
+shares its process with the loop below, so it can forge its own output. A session whose owner was
+killed leaves its folder. `shutil.copy` fails because it calls chmod; `shutil.copyfile` works.
 
-Ideas from the Linux documentation (Landlock, seccomp) and from systems that are open about their limits, such as nanochat's
-execution.py. To let code do more (a data folder, say), add to READABLE.
+Ideas from the Linux documentation and from systems that are open about their limits, such as
+nanochat's execution.py. To let code do more (a data folder, say), add to READABLE.
 """
 
 import ast
@@ -35,66 +40,81 @@ import struct
 import sys
 import sysconfig
 import traceback
+import types
 
-READABLE = [
-    "/usr/lib",
-    "/usr/lib64",
-    "/lib",
-    "/lib64",
-    "/usr/local/lib",
-    "/usr/share/zoneinfo",
-    "/etc/localtime",
-    "/etc/ld.so.cache",
-    "/dev/urandom",
-    "/dev/zero",
-    "/proc/cpuinfo",
-    "/proc/meminfo",
-]
-FOLDER_BYTES = (
-    64 << 20
-)  # tools.Python ends a session that writes more; one file may have a quarter of it
+if __name__ != "__main__":  # the child needs none of these, and starts faster without them
+    import atexit
+    import concurrent.futures
+    import select
+    import subprocess
+    import tempfile
+    import time
 
-# Each system call denied with EPERM: its name, its number on x86-64, its number on aarch64 ("-": not there). From 424 on both
-# have the same numbers, and none of those is needed: ENOSYS, and libc falls back to the older call.
+    from support.monty_session import shown
+    from support.web import ToolFault
+
+READABLE = """/usr/lib /usr/lib64 /lib /lib64 /usr/local/lib /usr/share/zoneinfo /etc/localtime
+    /etc/ld.so.cache /dev/urandom /dev/zero /proc/cpuinfo /proc/meminfo""".split()
+FOLDER_BYTES = 64 << 20  # a session that writes more is ended; one file may have a quarter of it
+MAX_OUTPUT_BYTES = 1_000_000  # of one call; more ends the session
+
+# Each system call denied with EPERM: its name, its number on x86-64 and on aarch64 ("-": none).
+# From 424 on numbers are equal, and none is needed: ENOSYS, and libc falls back to the older call.
 FIRST_NEW_CALL = 424  # pidfd, io_uring, the new mount calls, clone3, openat2, ...
 DENIED = """
-socket 41 198, connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242, execve 59 221, execveat 322 281, fork 57 -, vfork 58 -,
-ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, kcmp 312 272, setsid 112 157, setpgid 109 154, tkill 200 130,
-rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, memfd_create 319 279, shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193,
-semctl 66 191, semtimedop 220 192, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180, mq_unlink 241 181,
-add_key 248 217, request_key 249 218, keyctl 250 219, bpf 321 280, userfaultfd 323 282, perf_event_open 298 241, unshare 272 97, setns 308 268,
-mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -, fchown 93 55,
-lchown 94 -, fchownat 260 54, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7,
-removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, link 86 -, linkat 265 37, symlink 88 -, symlinkat 266 36, mknod 133 -,
-mknodat 259 33, truncate 76 45, splice 275 76, tee 276 77, vmsplice 278 75, sched_setaffinity 203 122, sched_setscheduler 144 119,
-sched_setparam 142 118, sched_setattr 314 274, setpriority 141 140, ioprio_set 251 30, setuid 105 146, setgid 106 144, setreuid 113 145,
-setregid 114 143, setresuid 117 147, setresgid 119 149, setfsuid 122 151, setfsgid 123 152, setgroups 116 159, capset 126 91, personality 135 92,
-inotify_init 253 -, inotify_init1 294 26, fanotify_init 300 262, fanotify_mark 301 263, name_to_handle_at 303 264, open_by_handle_at 304 265,
-sync 162 81, syncfs 306 267, acct 163 89, quotactl 179 60, swapon 167 224, swapoff 168 225, reboot 169 142, sethostname 170 161,
-setdomainname 171 162, init_module 175 105, finit_module 313 273, delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294,
-settimeofday 164 170, clock_settime 227 112, adjtimex 159 171, clock_adjtime 305 266, syslog 103 116, vhangup 153 58, iopl 172 -, ioperm 173 -,
-modify_ldt 154 -, lookup_dcookie 212 18, migrate_pages 256 238, move_pages 279 239"""
-MACHINES = {
-    "x86_64": (0xC000003E, 0),
-    "aarch64": (0xC00000B7, 1),
-}  # AUDIT_ARCH of the kernel, column in DENIED
-# Calls that are allowed with some arguments only.
-CLONE, KILL, TGKILL, PRLIMIT, PRCTL, SOCKETPAIR = (
-    (56, 220),
-    (62, 129),
-    (234, 131),
-    (302, 261),
-    (157, 167),
-    (53, 199),
-)
-CLONE_THREAD, CLONE_NEW_NAMESPACE = 0x10000, 0x7E020000
-PRCTL_ALLOWED = (
-    15,
-    16,
-    23,
-    39,
-    0x53564D41,
-)  # thread names, reading of flags, names of memory areas. Not PR_SET_PDEATHSIG
+socket 41 198, connect 42 203, bind 49 200, listen 50 201, accept 43 202, accept4 288 242,
+execve 59 221, execveat 322 281, fork 57 -, vfork 58 -, ptrace 101 117, process_vm_readv 310 270,
+process_vm_writev 311 271, kcmp 312 272, setsid 112 157, setpgid 109 154, tkill 200 130,
+rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, memfd_create 319 279, shmget 29 194,
+shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193, semctl 66 191, semtimedop 220 192,
+msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180, mq_unlink 241 181,
+add_key 248 217, request_key 249 218, keyctl 250 219, bpf 321 280, userfaultfd 323 282,
+perf_event_open 298 241, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39,
+pivot_root 155 41, chroot 161 51, chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -,
+fchown 93 55, lchown 94 -, fchownat 260 54, utime 132 -, utimes 235 -, futimesat 261 -,
+utimensat 280 88, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14,
+lremovexattr 198 15, fremovexattr 199 16, link 86 -, linkat 265 37, symlink 88 -, symlinkat 266 36,
+mknod 133 -, mknodat 259 33, truncate 76 45, splice 275 76, tee 276 77, vmsplice 278 75,
+sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118,
+sched_setattr 314 274, setpriority 141 140, ioprio_set 251 30, setuid 105 146, setgid 106 144,
+setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149, setfsuid 122 151,
+setfsgid 123 152, setgroups 116 159, capset 126 91, personality 135 92, inotify_init 253 -,
+inotify_init1 294 26, fanotify_init 300 262, fanotify_mark 301 263, name_to_handle_at 303 264,
+open_by_handle_at 304 265, sync 162 81, syncfs 306 267, acct 163 89, quotactl 179 60,
+swapon 167 224, swapoff 168 225, reboot 169 142, sethostname 170 161, setdomainname 171 162,
+init_module 175 105, finit_module 313 273, delete_module 176 106, kexec_load 246 104,
+kexec_file_load 320 294, settimeofday 164 170, clock_settime 227 112, adjtimex 159 171,
+clock_adjtime 305 266, syslog 103 116, vhangup 153 58, iopl 172 -, ioperm 173 -, modify_ldt 154 -,
+lookup_dcookie 212 18, migrate_pages 256 238, move_pages 279 239, getxattr 191 8, lgetxattr 192 9,
+fgetxattr 193 10, listxattr 194 11, llistxattr 195 12, flistxattr 196 13, fallocate 285 47,
+timer_create 222 107, io_setup 206 0, umask 95 166"""
+MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # AUDIT_ARCH, column in DENIED
+PID = -1  # in RULES: the process itself
+# Calls that depend on an argument: name, its two numbers, which argument, the bits of it that
+# count, whether the values are the allowed or the denied ones, the values.
+ALL = 0xFFFFFFFF
+RULES = [
+    # Threads only: without fork and exec there is no fork bomb, and no process could stay behind.
+    ("clone", (56, 220), 0, 0x7E030000, True, [0x10000]),
+    ("kill", (62, 129), 0, ALL, True, [PID]),
+    ("tgkill", (234, 131), 0, ALL, True, [PID]),
+    ("prlimit64", (302, 261), 0, ALL, True, [0, PID]),
+    # Thread names, reading of flags, names of memory areas. Not PR_SET_PDEATHSIG.
+    ("prctl", (157, 167), 0, ALL, True, [15, 16, 23, 39, 0x53564D41]),
+    # asyncio wants a pair of streams; a pair of datagram sockets could send to any socket file.
+    ("socketpair", (53, 199), 1, 0xF, True, [1]),
+    # F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY; FIOSETOWN, SIOCSPGRP: for signals.
+    ("fcntl", (72, 25), 1, ALL, False, [8, 10, 15, 1024, 1026]),
+    ("ioctl", (16, 29), 1, ALL, False, [0x8901, 0x8902]),
+    # O_TMPFILE makes files without a name. O_RDONLY | O_TRUNC empties files below Landlock's ABI 3.
+    ("open", (2, None), 1, 0o20000000, False, [0o20000000]),
+    ("openat", (257, 56), 2, 0o20000000, False, [0o20000000]),
+    ("open", (2, None), 1, 0o1003, False, [0o1000]),
+    ("openat", (257, 56), 2, 0o1003, False, [0o1000]),
+    # A folder that its owner cannot list could not be removed.
+    ("mkdir", (83, None), 1, 0o700, True, [0o700]),
+    ("mkdirat", (258, 34), 2, 0o700, True, [0o700]),
+]
 
 
 def libc():
@@ -113,29 +133,36 @@ def missing() -> str:
     """What this machine lacks for the sandbox, in words; "" if nothing."""
     if sys.platform != "linux":
         return f"it needs Linux (this is {sys.platform})"
-    if os.uname().machine not in MACHINES or struct.calcsize("P") != 8:
-        return f"it knows the system calls of {' and '.join(MACHINES)}, 64 bit (this is {os.uname().machine})"
-    # Version of Landlock; and a null filter, which a kernel with seccomp refuses as a bad address (EFAULT).
-    if libc().syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)) < 1:
-        return f"the kernel offers no Landlock ({os.strerror(ctypes.get_errno())}; it is in Linux from 5.13 on, where switched on)"
+    machine = os.uname().machine
+    if machine not in MACHINES or struct.calcsize("P") != 8:
+        return f"it knows the system calls of {' and '.join(MACHINES)}, 64 bit (this is {machine})"
+    if landlock_version() < 1:
+        reason = os.strerror(ctypes.get_errno())
+        return f"the kernel offers no Landlock ({reason}; it is in Linux from 5.13 on)"
+    # A kernel with seccomp refuses a null filter as a bad address (EFAULT).
     if libc().prctl(22, 2, None, 0, 0) == 0 or ctypes.get_errno() != 14:
         return "the kernel offers no seccomp filters"
     return ""
 
 
+def landlock_version() -> int:
+    return libc().syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+
+
 def set_limits(memory: int) -> None:
-    """Limits of this process. CPU time counts over the whole session, so it is only the last resort: calls have a wall-clock limit."""
-    threads = 1024
-    if sys.platform == "linux":
-        check(
-            libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG"
-        )  # end when the thread that started us ends
-        # The kernel counts the threads of a *user* here, so an ordinary user's desktop counts too (the whole machine bounds it).
-        threads = (
-            64
-            if os.geteuid() == 0
-            else int(open("/proc/loadavg").read().split()[3].split("/")[1]) + 256
-        )
+    """Limits of this process. That on CPU time counts over the whole session: the last resort."""
+    linux, threads = sys.platform == "linux", 1024
+    if linux:
+        # End when the thread that started us ends.
+        check(libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
+        # The kernel counts the threads of a *user*, so an ordinary user's desktop counts too.
+        others = int(open("/proc/loadavg").read().split()[3].split("/")[1])
+        threads = 64 if os.geteuid() == 0 else others + 256
+        try:  # if memory runs out, this process goes before the trainer
+            with open("/proc/self/oom_score_adj", "w") as file:
+                file.write("1000")
+        except OSError:
+            pass
     os.umask(0o077)
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
@@ -150,15 +177,15 @@ def set_limits(memory: int) -> None:
         try:
             resource.setrlimit(limit, (value, value))
         except (ValueError, OSError):
-            if sys.platform == "linux":
+            if linux:
                 raise
 
 
 def drop_privileges() -> str:
-    """Become a user of our own if we are root, and keep one capability at most: to read where the interpreter lives.
-    Returns who we are then, in words.
+    """Become a user of our own if we are root. Returns who we are then, in words.
 
-    A home of root is closed to others, and the interpreter may be there; Landlock then decides alone what can be read.
+    One capability is kept at most: to read where the interpreter lives. A home of root is closed to
+    others, and the interpreter may be there; Landlock then decides alone what can be read.
     """
     who = f"the caller's uid {os.geteuid()}"
     if os.geteuid() == 0:
@@ -170,12 +197,11 @@ def drop_privileges() -> str:
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
             who = "a uid of its own"
-        except OSError:  # a container without that uid: the rest holds for root as well, who keeps no other capability
+        except OSError:  # a container without that uid: root has to do, without other capabilities
             os.chown(".", os.geteuid(), os.getegid())
             who = "uid 0 with its rights dropped (no other uid here)"
-        check(
-            libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG"
-        )  # the change of uid has cleared it
+        # The change of uid has cleared it.
+        check(libc().prctl(1, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
     header, caps = struct.pack("<Ii", 0x20080522, 0), (ctypes.c_uint32 * 6)()
     check(libc().capget(header, caps), "capget")
     kept = caps[1] & (1 << 2)  # CAP_DAC_READ_SEARCH, if it is permitted
@@ -184,42 +210,32 @@ def drop_privileges() -> str:
 
 
 def restrict_files() -> int:
-    """Landlock: read the interpreter and the libraries, write in the current folder, no TCP, no signals to others; returns its version."""
+    """Landlock: read the interpreter and libraries, write in the current folder, no TCP, no signals
+    to others. Returns its version; where an older one has no rules, seccomp denies the calls."""
     call = libc().syscall
-    version = check(call(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)), "Landlock")
-    EXECUTE, WRITE, READ, READ_DIR = 1, 2, 4, 8
-    handled = (
-        (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
-    )  # + refer, truncate, ioctl of devices
-    rules = struct.pack(
-        "<QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0
-    )  # files, TCP, abstract sockets and signals
-    ruleset = check(
-        call(
-            444,
-            rules,
-            ctypes.c_size_t(8 if version < 4 else 16 if version < 6 else 24),
-            ctypes.c_uint32(0),
-        ),
-        "Landlock",
+    version = check(landlock_version(), "Landlock")
+    execute, write, read, read_dir = 1, 2, 4, 8
+    # All rights of version 1, then refer, truncate and ioctl of devices.
+    handled = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
+    # Files, TCP, abstract sockets and signals.
+    rules = struct.pack("<QQQ", handled, 3 * (version >= 4), 3 * (version >= 6))
+    size = ctypes.c_size_t(8 if version < 4 else 16 if version < 6 else 24)
+    ruleset = check(call(444, rules, size, ctypes.c_uint32(0)), "Landlock")
+    libraries = {sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")}
+    rights = dict.fromkeys(
+        [*READABLE, *libraries, f"{sys.base_prefix}/lib", *sys.path], read | read_dir | execute
     )
-    libraries = {
-        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    } | {f"{sys.base_prefix}/lib"}
-    in_folder = handled & (
-        WRITE | READ | READ_DIR | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 13 | 1 << 14
-    )  # + remove, make files and folders
-    rights = {path: READ | READ_DIR | EXECUTE for path in [*READABLE, *libraries, *sys.path]} | {
-        "/dev/null": READ | WRITE,
-        ".": in_folder,
-    }
+    rights["/dev/null"] = read | write
+    # In the folder also: remove and make files and folders, refer, truncate.
+    more = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 13 | 1 << 14
+    rights["."] = handled & (write | read | read_dir | more)
     for path, right in rights.items():
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
         if not os.path.isdir(path):
-            right &= READ | WRITE
+            right &= read | write
         check(call(445, ruleset, 1, struct.pack("<Qi", right, fd), 0), f"Landlock rule for {path}")
         os.close(fd)
     check(libc().prctl(38, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
@@ -229,80 +245,53 @@ def restrict_files() -> int:
 
 
 def seccomp_filter(machine: str, pid: int) -> bytes:
-    """The BPF program that the kernel asks at each system call.
-
-    Args:
-        machine: a key of MACHINES.
-        pid: of this process, the only one that it may signal.
-    """
+    """The BPF program that the kernel asks at each system call of process `pid`."""
     arch, column = MACHINES[machine]
-    NUMBER, ARCH, ARGUMENT = (
-        0,
-        4,
-        (16, 24),
-    )  # offsets in struct seccomp_data (low half of an argument)
-    ALLOW, KILL_PROCESS, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+    # Offsets in struct seccomp_data, which has 8 bytes for an argument.
+    number_at, arch_at, arguments_at = 0, 4, 16
+    allow, kill_process, eperm, enosys = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+    load_op, and_op, answer_op, equal_op, at_least_op = 0x20, 0x54, 0x06, 0x15, 0x35
     code = []
-    emit = lambda op, value, if_true=0, if_false=0: code.append(
-        struct.pack("<HBBI", op, if_true, if_false, value)
-    )
-    load, answer = lambda offset: emit(0x20, offset), lambda verdict: emit(0x06, verdict)
-    equal, at_least, any_bit = (
-        lambda value, t, f, op=op: emit(op, value, t, f) for op in (0x15, 0x35, 0x45)
-    )
 
-    load(ARCH), equal(arch, 1, 0), answer(KILL_PROCESS)  # a 32-bit call has other numbers
-    (
-        load(NUMBER),
-        at_least(FIRST_NEW_CALL, 0, 1),
-        answer(ENOSYS),
-    )  # x32's numbers are above it as well
+    def emit(op: int, value: int, if_true: int = 0, if_false: int = 0) -> None:
+        """One instruction; a comparison skips so many instructions after it."""
+        code.append(struct.pack("<HBBI", op, if_true, if_false, value))
+
+    emit(load_op, arch_at)
+    emit(equal_op, arch, 1, 0)
+    emit(answer_op, kill_process)  # a 32-bit call has other numbers
+    emit(load_op, number_at)
+    emit(at_least_op, FIRST_NEW_CALL, 0, 1)
+    emit(answer_op, enosys)  # x32's numbers are above it as well
     for entry in DENIED.split(","):
         number = entry.split()[1 + column]
         if number != "-":
-            equal(int(number), 0, 1), answer(EPERM)
-    # Of clone only threads: without fork and exec there is no fork bomb and no process that could stay behind.
-    (
-        equal(CLONE[column], 0, 5),
-        load(ARGUMENT[0]),
-        any_bit(CLONE_NEW_NAMESPACE, 2, 0),
-        any_bit(CLONE_THREAD, 0, 1),
-        answer(ALLOW),
-        answer(EPERM),
-    )
-    for call, allowed in (
-        (KILL, [pid]),
-        (TGKILL, [pid]),
-        (PRLIMIT, [0, pid]),
-        (PRCTL, PRCTL_ALLOWED),
-    ):
-        equal(call[column], 0, len(allowed) + 3), load(ARGUMENT[0])
-        for left, value in zip(range(len(allowed), 0, -1), allowed):
-            equal(value, left, 0)
-        answer(EPERM), answer(ALLOW)
-    # asyncio wants a socket pair; a pair of datagram sockets could send to any socket of the file system.
-    (
-        equal(SOCKETPAIR[column], 0, 4),
-        load(ARGUMENT[1]),
-        emit(0x54, 0xF),
-        equal(1, 1, 0),
-        answer(EPERM),
-    )
-    answer(ALLOW)
+            emit(equal_op, int(number), 0, 1)
+            emit(answer_op, eperm)
+    for _, numbers, argument, bits, allowed, values in RULES:
+        if numbers[column] is None:
+            continue
+        emit(load_op, number_at)
+        emit(equal_op, numbers[column], 0, len(values) + 3)
+        emit(load_op, arguments_at + 8 * argument)  # its low half
+        emit(and_op, bits)
+        for left, value in zip(range(len(values) - 1, -1, -1), values):
+            harmless = 1 if left == 0 and not allowed else 0  # none of the denied values
+            emit(equal_op, pid if value == PID else value, left + allowed, harmless)
+        emit(answer_op, eperm)
+    emit(answer_op, allow)
     return b"".join(code)
 
 
 def restrict_system_calls() -> None:
     code = seccomp_filter(os.uname().machine, os.getpid())
-    program = ctypes.create_string_buffer(code, len(code))
-    check(
-        libc().prctl(22, 2, struct.pack("@HP", len(code) // 8, ctypes.addressof(program)), 0, 0),
-        "seccomp",
-    )
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
+    check(libc().prctl(22, 2, program, 0, 0), "seccomp")
 
 
 def run(code: str, space: dict) -> None:
-    """Execute a piece of code; print the value of its last expression, or the last line of a traceback."""
+    """Execute code; print the value of its last expression, or the last line of a traceback."""
     try:
         tree = ast.parse(code)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -316,33 +305,255 @@ def run(code: str, space: dict) -> None:
 
 
 def main():
-    settings = json.loads(sys.argv[1])
-    sys.path += settings["packages"]
+    memory, packages, unsafe, done_fd = json.loads(sys.argv[1])
+    code_lines, nothing = os.fdopen(os.dup(0), "rb"), os.open("/dev/null", os.O_RDONLY)
+    os.dup2(nothing, 0)  # the code's own stdin is empty
+    os.close(nothing)
+    sys.path += packages
     try:
-        set_limits(settings["memory"])
+        set_limits(memory)
         isolation = "NO sandbox (--unsafe_python), only time, memory and output are limited"
-        if not settings["unsafe"]:
+        if not unsafe:
             who = drop_privileges()
             version = restrict_files()
             restrict_system_calls()
             isolation = f"Landlock ABI {version} + seccomp, {who}"
     except Exception as error:  # never run code with half of the protection
-        os.write(
-            settings["done"],
-            f"the sandbox cannot be set up: {error}".replace("\n", " ").encode() + b"\n",
-        )
+        os.write(done_fd, f"the sandbox cannot be set up: {error}\n".encode())
         return
-    os.write(settings["done"], f"ready: {isolation}\n".encode())
-    space = {"__name__": "__main__"}
-    for line in os.fdopen(settings["code"], "rb"):
+    os.write(done_fd, f"ready: {isolation}\n".encode())
+    sys.argv = [""]
+    main_module = sys.modules["__main__"] = types.ModuleType("__main__")  # pickle looks there
+    for line in code_lines:
         # A new object for each piece: the code may have closed or replaced the old one.
-        sys.stdout = sys.stderr = output = io.TextIOWrapper(
-            io.FileIO(1, "w", closefd=False), encoding="utf-8", errors="replace"
-        )
-        run(json.loads(line), space)
+        stdout = io.FileIO(1, "w", closefd=False)
+        output = io.TextIOWrapper(stdout, "utf-8", "replace", line_buffering=True)
+        sys.stdout = sys.stderr = output
+        run(json.loads(line), main_module.__dict__)
         output.flush()
-        os.write(settings["done"], b"done\n")
+        os.write(done_fd, b"done\n")
+
+
+class CPythonSession:
+    """A stateful session of CPython in a child process, called as `tools.Python` is.
+
+    The pieces of code that ran stand in `memory["python_code"]`. A session that finds some there,
+    because the trajectory was begun in another process, repeats them before its first call.
+
+    Args:
+        memory: a trajectory's `memory`; None for a session of its own.
+        timeout_s: wall-clock limit for one call, in seconds.
+        memory_mb: address space of the child, in MiB.
+        output_chars: what the policy sees of the output, in characters.
+        unsafe: run without the sandbox, with limits on time, memory and output only: for code that
+            you would run yourself.
+    """
+
+    name, signature = "python", "python(code)"
+    stateful = True  # the calls of a turn run in order
+
+    def __init__(
+        self,
+        memory: dict | None = None,
+        timeout_s: float = 5.0,
+        memory_mb: int = 1024,
+        output_chars: int = 2000,
+        unsafe: bool = False,
+    ):
+        self.memory = {} if memory is None else memory
+        self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
+        self.unsafe = unsafe
+        self.process, self.folder, self.done_fd, self.poll = None, None, -1, None
+        self.isolation = ""  # what confines the child, in its own words
+
+    def check(self, arguments: dict) -> str | None:
+        good = set(arguments) == {"code"} and isinstance(arguments["code"], str)
+        return None if good else "python takes 'code', a string"
+
+    def start(self) -> None:
+        """Start the child and wait until it has given up its rights (about 40 ms).
+
+        Raises:
+            ToolFault: it cannot be started or confined.
+        """
+        try:
+            self.launch()
+            ready = self.poll.poll(30_000)
+            words = os.read(self.done_fd, 1000).decode().strip() if ready else "no word for 30 s"
+            if not words.startswith("ready: "):
+                said = (self.process.stdout.read(1000) or b"").decode(errors="replace")
+                raise OSError(words or said.strip().split("\n")[-1])
+        except (OSError, RuntimeError, TimeoutError) as error:
+            self.close()
+            raise ToolFault(f"python cannot be started ({error})") from None
+        self.isolation = words.removeprefix("ready: ")
+        self.poll.register(self.process.stdout, select.POLLIN)
+
+    def launch(self) -> None:
+        """Make folder and pipes and start the child, or raise what Python raises if it cannot."""
+        self.folder = tempfile.mkdtemp(prefix="nano-python-")
+        self.done_fd, done_write = os.pipe()
+        packages = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+        settings = [self.memory_mb << 20, packages, self.unsafe, done_write]
+        environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": self.folder}
+        environment |= {"TMPDIR": self.folder, "MALLOC_ARENA_MAX": "2"}
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        try:
+            # The child dies with the *thread* that started it (PR_SET_PDEATHSIG): one that stays.
+            self.process = STARTER.submit(
+                subprocess.Popen,
+                [sys.executable, "-I", "-S", __file__, json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
+                pass_fds=[done_write],
+                start_new_session=True,
+                cwd=self.folder,
+                env=environment,
+            ).result(timeout=30)
+        finally:
+            os.close(done_write)
+        LIVE_SESSIONS.add(self)
+        for fd in (self.process.stdin.fileno(), self.done_fd, self.process.stdout.fileno()):
+            os.set_blocking(fd, False)
+        self.poll = select.poll()  # select.select() cannot do file descriptors above 1023
+        self.poll.register(self.done_fd, select.POLLIN)
+
+    def __call__(self, code: str) -> str:
+        """Run code; returns and raises as `tools.Python` does."""
+        if self.process is None:
+            self.begin()
+        output, problem = self.run(code)
+        if problem:
+            self.close()
+            self.memory.pop("python_code", None)
+        else:
+            self.memory.setdefault("python_code", []).append(code)
+        return shown(output, problem, self.output_chars)
+
+    def begin(self) -> None:
+        """Start the child, in up to three attempts, and repeat what has run elsewhere."""
+        for wait_s in (0.1, 0.2, None):
+            try:
+                self.start()
+                break
+            except ToolFault:
+                if wait_s is None:
+                    raise
+                time.sleep(wait_s)
+        for code in self.memory.get("python_code", []):
+            if self.run(code)[1]:  # it ended elsewhere but not here: the session begins anew
+                self.close()
+                self.memory.pop("python_code")
+                return self.begin()
+
+    def run(self, code: str) -> tuple[str, str]:
+        """Send code and wait for the end of it: (output, why the session must end or "")."""
+        output = bytearray()
+        try:
+            problem = self.wait_for(code, output)
+        except OSError:  # a pipe is closed: the child has ended itself
+            problem = "the session died and was restarted, variables are lost"
+        return output.decode("utf-8", "replace"), problem
+
+    def wait_for(self, code: str, output: bytearray) -> str:
+        """Send code and collect its output; OSError if the child ended. Returns a problem or ""."""
+        lost = "the session was restarted, variables are lost"
+        unsent, done = json.dumps(code).encode() + b"\n", False
+        start = time.monotonic()
+        look = start + 0.25
+        os.killpg(self.process.pid, signal.SIGCONT)
+        self.poll.register(self.process.stdin, select.POLLOUT)
+        while not done:
+            now = time.monotonic()
+            if now >= start + self.timeout_s:
+                return f"timeout after {self.timeout_s:g} s; {lost}"
+            if now >= look:
+                look = now + 0.25
+                if self.disk_bytes() > FOLDER_BYTES:
+                    return f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}"
+            for fd, _ in self.poll.poll(1000 * (min(look, start + self.timeout_s) - now) + 1):
+                if fd == self.process.stdin.fileno():
+                    unsent = unsent[os.write(fd, unsent) :]
+                    if not unsent:
+                        self.poll.unregister(fd)
+                elif fd == self.done_fd:
+                    done = bool(os.read(fd, 1000))
+                    if not done:
+                        self.read_output(output, MAX_OUTPUT_BYTES)
+                        raise BrokenPipeError
+                else:
+                    self.read_output(output, 1 << 16)
+            if len(output) > MAX_OUTPUT_BYTES:
+                return f"more than {MAX_OUTPUT_BYTES} bytes of output; {lost}"
+        self.read_output(output, MAX_OUTPUT_BYTES)
+        # A thread that was left running waits until the next call.
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        full = self.disk_bytes() > FOLDER_BYTES
+        return f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}" if full else ""
+
+    def read_output(self, output: bytearray, limit: int) -> None:
+        """Append what is in the pipe now, up to about `limit` bytes."""
+        try:
+            for _ in range(0, limit, 1 << 16):
+                chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    raise BrokenPipeError
+                output += chunk
+        except BlockingIOError:
+            pass
+
+    def disk_bytes(self) -> int:
+        """Disk space of the folder, and of files that are deleted but open; 16 KiB a file at least.
+
+        It is counted until it is too much, and what cannot be looked into is too much.
+        """
+        total, folders = 0, [self.folder]
+        try:
+            for fd in os.listdir(f"/proc/{self.process.pid}/fd"):
+                state = os.stat(f"/proc/{self.process.pid}/fd/{fd}")
+                total += 512 * state.st_blocks * (state.st_nlink == 0)
+        except OSError:  # closed since, or not for us to see
+            pass
+        while folders and total <= FOLDER_BYTES:
+            try:
+                with os.scandir(folders.pop()) as entries:
+                    for entry in entries:
+                        total += max(16384, 512 * entry.stat(follow_symlinks=False).st_blocks)
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+            except FileNotFoundError:  # removed since
+                pass
+            except OSError:
+                return FOLDER_BYTES + 1
+        return total
+
+    def close(self) -> None:
+        """Kill the session with everything it started, and remove its folder."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:  # the kernel holds it; it is dead to us
+                pass
+            self.process.stdin.close()
+            self.process.stdout.close()
+        if self.done_fd >= 0:
+            os.close(self.done_fd)
+        if self.folder:
+            # Folders may be nested deeper than shutil.rmtree can go.
+            subprocess.run(["rm", "-rf", self.folder], stderr=subprocess.DEVNULL)
+        self.process, self.folder, self.done_fd = None, None, -1
+        LIVE_SESSIONS.discard(self)
 
 
 if __name__ == "__main__":
     main()
+else:
+    STARTER = concurrent.futures.ThreadPoolExecutor(1, "python-starter")
+    LIVE_SESSIONS: set[CPythonSession] = set()  # closed at exit, so that no folder outlives us
+    atexit.register(lambda: [session.close() for session in list(LIVE_SESSIONS)])

@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import Python
+from support.cpython_sandbox import CPythonSession
 
 HELP = """
 import ctypes, os, socket, sys, time
@@ -90,6 +90,26 @@ ATTACKS = {
         "more than 1000000 bytes of output",
     ),
     "print 300 MB": ("print('x' * (300 << 20))", "more than 1000000 bytes of output|MemoryError"),
+    "deleted but open files": (
+        "fs = [open(f'f{i}', 'wb') for i in range(20)]\nfor i, f in enumerate(fs):\n"
+        "    f.write(bytes(10 << 20)); f.flush(); os.remove(f'f{i}')\ntime.sleep(0.6)",
+        "MiB in files",
+    ),
+    "fallocate": (
+        "f = open('big', 'wb')\ndenied(lambda: syscall(285, f.fileno(), 0, 0, 1 << 30) or 1)",
+        DENIED,
+    ),
+    "file without a name": ("denied(lambda: os.open('.', os.O_TMPFILE | os.O_RDWR))", DENIED),
+    "folder that cannot be listed": ("denied(lambda: os.mkdir('d', 0))", DENIED),
+    "umask": ("denied(lambda: os.umask(0o777))", DENIED),
+    "asynchronous input and output": (
+        "c = ctypes.c_ulong()\ndenied(lambda: syscall(206, 4, ctypes.byref(c)))",
+        DENIED,
+    ),
+    "timer that continues": (
+        "t = ctypes.c_int()\ndenied(lambda: syscall(222, 0, None, ctypes.byref(t)))",
+        DENIED,
+    ),
     "descriptor bomb": (
         "n = 0\ntry:\n    while True: open('/dev/null'); f = os.dup(1); n += 1\nexcept OSError as e: print(e)\nprint('BREACH' if n >= 64 else 'stopped')",
         "stopped",
@@ -165,6 +185,29 @@ ATTACKS = {
     ),
     "memory of the parent": ("denied(lambda: open(f'/proc/{PARENT}/mem', 'rb'))", DENIED),
     "descriptors of the parent": ("denied(lambda: os.listdir(f'/proc/{PARENT}/fd'))", DENIED),
+    "signal by the owner of a pipe": (
+        "import fcntl\nr, w = os.pipe()\ndenied(lambda: fcntl.fcntl(r, fcntl.F_SETOWN, DECOY))",
+        DENIED,
+    ),
+    "signal of a pipe": (
+        "import fcntl\nr, w = os.pipe()\ndenied(lambda: fcntl.fcntl(r, 10, 9))",
+        DENIED,
+    ),
+    "signal by ioctl": (
+        "import fcntl\nr, w = os.pipe()\n"
+        "denied(lambda: fcntl.ioctl(r, 0x8901, DECOY.to_bytes(4, 'little')))",
+        DENIED,
+    ),
+    "lease": (
+        "import fcntl\nf = open('l', 'w'); f.close(); f = open('l')\n"
+        "denied(lambda: fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_RDLCK))",
+        DENIED,
+    ),
+    "notice of changes": (
+        "import fcntl\nf = os.open('.', os.O_RDONLY)\n"
+        "denied(lambda: fcntl.fcntl(f, fcntl.F_NOTIFY, 2))",
+        DENIED,
+    ),
     "priority of another": ("denied(lambda: os.setpriority(os.PRIO_PROCESS, DECOY, 19))", DENIED),
     "scheduler": ("denied(lambda: os.sched_setaffinity(DECOY, {0}))", DENIED),
     "keep alive": (
@@ -228,6 +271,11 @@ ATTACKS = {
     ),
     "chown": ("denied(lambda: os.chown(VICTIMS + '/chown', os.getuid(), os.getgid()))", DENIED),
     "times": ("denied(lambda: os.utime(VICTIMS + '/times', (0, 0)))", DENIED),
+    "truncate by opening": (
+        "denied(lambda: os.open(VICTIMS + '/truncate', os.O_RDONLY | os.O_TRUNC))",
+        DENIED,
+    ),
+    "read attributes": ("denied(lambda: os.listxattr(VICTIMS + '/xattr') or 1)", DENIED),
     "attributes": ("denied(lambda: os.setxattr(VICTIMS + '/xattr', 'user.x', b'1'))", DENIED),
     "setuid file": ("open('s', 'w'); denied(lambda: os.chmod('s', 0o4777))", DENIED),
     "device file": ("denied(lambda: os.mknod('dev', 0o20666, os.makedev(1, 1)))", DENIED),
@@ -284,6 +332,16 @@ ATTACKS = {
     ),
     # ---- the session itself
     "stdin": ("input()", "EOFError"),
+    "class of the session": (
+        "import pickle\nclass A: pass\ntype(pickle.loads(pickle.dumps(A()))) is A",
+        "^True$",
+    ),
+    "unittest": (
+        "import unittest\nclass T(unittest.TestCase):\n"
+        "    def test(self): self.assertEqual(1, 2)\nunittest.main()",
+        "FAIL: test",
+    ),
+    "copy": ("import shutil\nopen('a', 'w').write('x'); shutil.copyfile('a', 'b')", "^'b'$"),
     "sys.exit": ("sys.exit(3)", "SystemExit: 3"),
     "os._exit": ("os._exit(7)", "died"),
     "segmentation fault": ("ctypes.string_at(1)", "died"),
@@ -394,7 +452,7 @@ def main():
                 UNIX=str(folder / "unix"),
                 DATAGRAM=str(folder / "datagram"),
             )
-            session = Python(timeout_s=60, unsafe=args.unsafe)
+            session = CPythonSession(timeout_s=60, unsafe=args.unsafe)
             try:
                 session(code=HELP + "".join(f"{key} = {value!r}\n" for key, value in names.items()))
                 session.timeout_s = (
@@ -441,7 +499,7 @@ def main():
                 pass
         for pid in map(int, comms):
             os.kill(pid, signal.SIGKILL)
-        session = Python(unsafe=args.unsafe)
+        session = CPythonSession(unsafe=args.unsafe)
         session.start()
         session.close()
         results["isolation"] = [False, session.isolation]
