@@ -30,7 +30,7 @@ from context import Chat, Trajectory
 from data.task import Task, load_tasks
 from engine import keep_memory, load_policy
 from reward import correct
-from rollout import RolloutArgs, engine_for, rollout, trajectory_key
+from rollout import EVALUATION, AgentLoop, RolloutArgs, new_group, open_engine, play
 from support.api_policy import api_rollout
 from support.baselines import play_baseline
 from support.benchmarks import SUFFIXES, gaia_correct, load_benchmark
@@ -38,7 +38,7 @@ from support.endpoint import side_by_side
 from support.evaluation import EvaluateArgs, check_args, open_tools, write_trajectories
 from support.flags import parse_flags
 from support.judge import judge
-from tools import SIGNATURES
+from tools import signatures
 
 # --------------------------------------------------------------------------------- statistics
 
@@ -183,22 +183,20 @@ def format_table(result: dict) -> str:
 # ------------------------------------------------------------------------------------ policies
 
 
-def make_trajectories(tasks: list[Task], samples: int, seed: int, step: int) -> list[Trajectory]:
-    return [
-        Trajectory(task, trajectory_key(seed, step, task, attempt))
-        for task in tasks
-        for attempt in range(samples)
-    ]
+def make_trajectories(tasks: list[Task], samples: int, seed: int) -> list[Trajectory]:
+    """Fresh attempts at all tasks, task by task."""
+    groups = [new_group(task, n, samples, seed, stream=EVALUATION) for n, task in enumerate(tasks)]
+    return [trajectory for group in groups for trajectory in group.trajectories]
 
 
 def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None = None):
     """(model, chat, engine) of a local policy."""
     model, tokenizer = load_policy(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chat = Chat(tokenizer, SIGNATURES)
-    return model, chat, engine_for(model, chat, args)
+    chat = Chat(tokenizer, signatures())
+    return model, chat, open_engine(model, chat, args)
 
 
-def play(trajectories, args: EvaluateArgs, rollout_args: RolloutArgs, toolbox, policy) -> None:
+def attempt(trajectories, args: EvaluateArgs, rollout_args: RolloutArgs, toolbox, policy) -> None:
     """Play the trajectories to their end, by what the flags name: a baseline, an API or a model."""
     model, chat, engine = policy
     if args.baseline != "none":
@@ -210,7 +208,7 @@ def play(trajectories, args: EvaluateArgs, rollout_args: RolloutArgs, toolbox, p
         side_by_side(one, trajectories, 16, "evaluate")
     else:
         with tqdm(desc="evaluate", total=len(trajectories), mininterval=1, disable=None) as bar:
-            rollout(engine, chat, trajectories, toolbox, rollout_args, lambda _: bar.update())
+            play(AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True), trajectories, bar)
 
 
 def main():
@@ -228,8 +226,8 @@ def main():
         sys.exit(f"evaluate.py: {error}")
 
     started, samples = time.time(), args.samples if args.baseline == "none" else 1
-    trajectories = make_trajectories(tasks, samples, args.seed, 0)
-    play(trajectories, args, rollout_args, toolbox, policy)
+    trajectories = make_trajectories(tasks, samples, args.seed)
+    attempt(trajectories, args, rollout_args, toolbox, policy)
     if args.judge:
         ask_judge = functools.partial(judge, url=args.judge, model=args.judge_model)
         side_by_side(ask_judge, [t for t in trajectories if not score(t)], 8, "judge")

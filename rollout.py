@@ -90,8 +90,8 @@ def open_toolbox(args: RolloutArgs) -> Toolbox:
         args.page_chars,
         args.search,
         args.search_url,
-        args.python,
         args.unsafe_python,
+        args.python,
     )
 
 

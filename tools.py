@@ -621,4 +621,8 @@ class Toolbox:
             self.sessions.pop(key).close()
 
 
-SIGNATURES = [tool.signature for tool in (Search, Browse, Python)]
+TOOLS = [Search, Browse, Python]
+
+
+def signatures() -> list[str]:
+    return [tool.signature for tool in TOOLS]

@@ -10,7 +10,7 @@ import re
 from context import SYSTEM_PROMPT, Trajectory, Turn
 from rollout import RolloutArgs, take_results
 from support.endpoint import ask
-from tools import SIGNATURES, FormatError, Toolbox, parse_action, run_calls
+from tools import FormatError, Toolbox, parse_action, run_calls, signatures
 
 # The start of a tag: <tool_call>, </think>, <|im_end|>, <｜User｜>, <<SYS>>, [INST], [/INST].
 TAG_START = re.compile(r"<(?=/?[A-Za-z_]|[|｜])|\[(?=/?[A-Z_]+\])")
@@ -30,7 +30,7 @@ def api_rollout(
     The window in tokens is the server's own. A request that fails for good ends the trajectory as
     `tool_fault`, with the reason in `error`: it counts as wrong, and is counted.
     """
-    system = SYSTEM_PROMPT.format(signatures="; ".join(SIGNATURES))
+    system = SYSTEM_PROMPT.format(signatures="; ".join(signatures()))
     messages = [
         {"role": "system", "content": system},
         {"role": "user", "content": defuse(trajectory.task.question)},
@@ -57,7 +57,7 @@ def api_rollout(
             trajectory.status, trajectory.answer = "answered", answer
             break
         turn.calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
-        take_results(trajectory, run_calls(calls, tools), None, args)
+        take_results(trajectory, run_calls(calls, tools))
         observation = "".join(
             f"<tool_response>{defuse(result)}</tool_response>" for result in turn.results
         )

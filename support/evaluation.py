@@ -10,10 +10,11 @@ from transformers.hf_argparser import HfArg
 
 from context import Chat, Trajectory
 from data.task import Task
-from rollout import RolloutArgs, check_rollout_args, open_toolbox
+from rollout import RolloutArgs, open_toolbox
 from support.baselines import Baseline, weaken
+from support.checks import check_rollout_args
 from support.endpoint import probe
-from tools import SIGNATURES, Toolbox
+from tools import Toolbox, signatures
 
 
 @dataclass
@@ -70,7 +71,7 @@ def check_args(args: EvaluateArgs, rollout_args: RolloutArgs) -> None:
             f"--context {rollout_args.context} edits token ids, which --api does not have: "
             "a served model sees the whole transcript"
         )
-    there = [signature.split("(")[0] for signature in SIGNATURES]
+    there = [signature.split("(")[0] for signature in signatures()]
     if unknown := sorted(set(args.without) - set(there)):
         raise ValueError(f"--without {' '.join(unknown)}: there are {', '.join(there)}")
     if args.retriever == "random" and rollout_args.search != "embedded":
@@ -83,7 +84,7 @@ def open_tools(args: EvaluateArgs, rollout_args: RolloutArgs, tasks: list[Task])
     """The tools, as weak as the flags ask, with the worlds of these tasks open."""
     runs_python = args.baseline == "none" and "python" not in args.without
     if not runs_python:  # then no code runs, and none needs a sandbox
-        rollout_args = replace(rollout_args, unsafe_python=True)
+        rollout_args = replace(rollout_args, python="monty")
     toolbox = open_toolbox(rollout_args)
     weaken(toolbox, args.without, args.retriever, args.seed)
     if runs_python:

@@ -6,6 +6,8 @@ makes shares and means of the sums.
 
 from collections import Counter
 
+from reward import is_negative
+
 
 def counts_of(groups: list, outcomes: list[list], kept: list[list[bool]], in_loss: int) -> dict:
     """Counts of one rank, which may be added to those of other ranks.
@@ -21,8 +23,7 @@ def counts_of(groups: list, outcomes: list[list], kept: list[list[bool]], in_los
     rewards = [outcome for group in outcomes for outcome in group]
     negatives = kept_negatives = zero_variance = 0
     for group, kept_of in zip(outcomes, kept):
-        mean = sum(outcome.total for outcome in group) / max(1, len(group))
-        below = [outcome.total < mean for outcome in group]
+        below = [is_negative(outcome, group) for outcome in group]
         negatives += sum(below)
         kept_negatives += sum(keep for keep, is_below in zip(kept_of, below) if is_below)
         zero_variance += not any(below)
