@@ -122,7 +122,7 @@ def end_with_the_launcher() -> None:
 
 def end_with_the_pipe() -> None:
     """Rank 0 keeps our standard input open as long as it lives."""
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 
 

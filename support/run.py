@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
+from transformers.utils import logging
 
 from engine import keep_memory
 from evaluate import format_table, summarise
@@ -64,6 +65,7 @@ class Run:
         end_with_the_launcher()
         start_ranks(wanted_ranks(args.processes, args.tasks_per_step, args.model))
         keep_memory()
+        logging.disable_progress_bar()  # of loading and saving weights
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(args.threads or cores_of(self.local_ranks))
         on_gpu = torch.cuda.is_available()
