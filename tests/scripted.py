@@ -1,7 +1,9 @@
-"""A scripted environment for tests and benches: real decoding, but the task says how many turns a trajectory takes and how long
-its tool takes. Every turn calls `wait`, which sleeps; the last one answers. What the policy writes is recorded and not read.
+"""A scripted environment for tests and benches: real decoding, but the task says how many turns a
+trajectory takes and how long its tool takes. Every turn calls `wait`, which sleeps; the last one
+answers. What the policy writes is recorded and not read.
 
-In: tasks with meta["turns"], the number of turns of each attempt, and meta["latency_s"], the same for every call or "heavy".
+In: tasks with meta["turns"], the number of turns of each attempt, and meta["latency_s"], the same
+for every call or "heavy".
 """
 
 import time
@@ -9,8 +11,9 @@ import zlib
 
 import numpy as np
 
-from context import Trajectory, Turn
+from context import Trajectory
 from data.task import Task
+from rollout import AgentLoop
 from tools import ToolCall
 
 
@@ -44,32 +47,6 @@ def turns_of(trajectory: Trajectory) -> int:
     return trajectory.task.meta["turns"][trajectory.key[3]]
 
 
-def scripted_turn(
-    trajectory: Trajectory, ids: list[int], logprobs: list[float], version: int, chat, tools: dict
-) -> list | None:
-    """In the place of rollout.finish_turn; like there, a turn of notes calls nothing."""
-    is_notes = len(trajectory.turns) in trajectory.memory.get("notes_turns", [])
-    trajectory.segments[-1].append(ids, len(trajectory.turns), logprobs)
-    turn = Turn(ids, logprobs, version)
-    trajectory.turns.append(turn)
-    if len(trajectory.turns) >= turns_of(trajectory):
-        trajectory.status, trajectory.answer = "answered", ""
-        return None
-    if is_notes:
-        return []
-    latency_s = trajectory.task.meta["latency_s"]
-    if (
-        latency_s == "heavy"
-    ):  # the same call takes the same time, whoever makes it and however often
-        latency_s = heavy_latency(
-            np.random.default_rng(
-                [zlib.crc32(trajectory.task.id.encode()), trajectory.key[3], len(trajectory.turns)]
-            )
-        )
-    turn.calls = [{"name": "wait", "arguments": {"seconds": latency_s}}]
-    return [ToolCall(**call) for call in turn.calls]
-
-
 def wait(seconds: float) -> str:
     time.sleep(seconds)
     return "waited"
@@ -78,14 +55,33 @@ def wait(seconds: float) -> str:
 class ScriptedToolbox:
     """In the place of tools.Toolbox."""
 
-    def __init__(self, args=None):
-        pass
-
-    def tools_for(self, trajectory) -> dict:
+    def tools_for(self, trajectory: Trajectory) -> dict:
         return {"wait": wait}
 
-    def close(self, trajectory) -> None:
+    def close(self, trajectory: Trajectory) -> None:
         pass
 
     def close_all(self) -> None:
         pass
+
+
+class ScriptedLoop(AgentLoop):
+    """An agent loop that does not read what the policy writes. A subclass may name another toolbox."""
+
+    toolbox_type = ScriptedToolbox
+
+    def __init__(self, engine, chat, toolbox, args, lockstep: bool = False):
+        super().__init__(engine, chat, self.toolbox_type(), args, lockstep)
+
+    def read_turn(self, trajectory: Trajectory) -> list[ToolCall]:
+        number = len(trajectory.turns) - 1
+        if number + 1 >= turns_of(trajectory):
+            trajectory.status, trajectory.answer = "answered", ""
+            return []
+        if number in trajectory.memory.get("notes_turns", []):  # it calls nothing, as in rollout.py
+            return []
+        latency_s = trajectory.task.meta["latency_s"]
+        if latency_s == "heavy":  # the same call takes the same time, however often it is made
+            key = [zlib.crc32(trajectory.task.id.encode()), trajectory.key[3], number + 1]
+            latency_s = heavy_latency(np.random.default_rng(key))
+        return [ToolCall("wait", {"seconds": latency_s})]
