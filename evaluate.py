@@ -35,7 +35,13 @@ from support.api_policy import api_rollout
 from support.baselines import play_baseline
 from support.benchmarks import SUFFIXES, gaia_correct, load_benchmark
 from support.endpoint import side_by_side
-from support.evaluation import EvaluateArgs, check_args, open_tools, write_trajectories
+from support.evaluation import (
+    EvaluateArgs,
+    check_args,
+    format_table,
+    open_tools,
+    write_trajectories,
+)
 from support.flags import parse_flags
 from support.judge import judge
 from tools import signatures
@@ -146,38 +152,6 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
     result["by_hops"] = by(lambda task: f"{task.family} {task.hops}")
     result["by_template"] = by(lambda task: task.meta.get("template", "own"))
     return result | {"settings": settings}
-
-
-def format_table(result: dict) -> str:
-    """The figures as a text table: overall, then by family, by hops and by template.
-
-    A part shows what the tasks state: no row for tasks without a family, hops or a template.
-    """
-    lines = [f"{'':14s} {'tasks':>6s} {'Pass@1':>8s}   95% interval"]
-
-    def add(name: str, row: dict) -> None:
-        low, high = row["pass@1_ci"]
-        lines.append(f"{name:14s} {row['n']:6d} {row['pass@1']:8.1%}   {low:.1%} to {high:.1%}")
-
-    add("all", result)
-    for part in ("by_family", "by_hops", "by_template"):
-        rows = {n: row for n, row in result[part].items() if n != "own" and not n.endswith(" 0")}
-        lines += [part.replace("_", " ") + ":"] if rows else []
-        for name, row in rows.items():
-            add(f"  {name}", row)
-    at_k = ", ".join(f"pass@{k} {value:.1%}" for k, value in result["pass@k"].items())
-    used = ", ".join(f"{name} {value:.2f}" for name, value in result["tool_calls"].items())
-    lines.append(
-        f"{at_k}; steps {result['steps_mean']:.2f}; URLs {result['urls_mean']:.1f}; format errors "
-        f"{result['format_error_rate']:.1%}; calls a trajectory: {used or 'none'}"
-    )
-    for key, what in (
-        ("n_error", "trajectories failed through no fault of the policy and count as wrong"),
-        ("n_judged", "answers were judged"),
-        ("n_judge_error", "answers got no readable verdict and count as wrong"),
-    ):
-        lines += [f"{result[key]} {what}"] if result[key] else []
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ policies

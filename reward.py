@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from context import Trajectory
 from support.answers import correct
-from support.user_code import finite, load_function
+from support.user_code import UserCodeError, finite, load_function, where_it_failed
 
 # The policy's own mistakes. `tool_fault` is not one of them: there the environment failed, and the
 # trainer leaves the trajectory out.
@@ -70,7 +70,8 @@ def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
         spec: "file.py:function", or "file.py" if the file defines one function only.
 
     Raises:
-        ValueError: the function cannot be loaded, or later it gave no finite number; one line.
+        ValueError: the function cannot be loaded; one line.
+        UserCodeError: from the function that is returned: it failed, or gave no finite number.
     """
     if not spec:
         return reward
@@ -80,14 +81,18 @@ def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
         plain = reward(trajectory)
         if not plain.format_ok:
             return plain
-        value = function(trajectory)
+        try:
+            value = function(trajectory)
+        except (Exception, SystemExit) as error:  # never a silent 0
+            task, words = trajectory.task.id, where_it_failed(error)
+            raise UserCodeError(f"the reward failed on task {task!r}: {words}") from None
         if not isinstance(value, Reward):
             value = Reward(value, plain.correct, parts={name: value})
         try:
             parts = {str(part): finite(number) for part, number in value.parts.items()}
             return Reward(finite(value.total), finite(value.correct), value.format_ok, parts)
         except ValueError as error:
-            raise ValueError(
+            raise UserCodeError(
                 f"--reward {spec} gave {error} for task {trajectory.task.id}: "
                 "a finite number or a Reward of finite numbers is needed"
             ) from None

@@ -83,16 +83,9 @@ def open_engine(model, chat: Chat, args: RolloutArgs) -> Engine:
 
 def open_toolbox(args: RolloutArgs) -> Toolbox:
     """The tools that these flags ask for; raises as `Toolbox` does."""
-    return Toolbox(
-        args.corpus,
-        args.live,
-        args.search_results,
-        args.page_chars,
-        args.search,
-        args.search_url,
-        args.unsafe_python,
-        args.python,
-    )
+    names = ("corpus", "live", "search_results", "page_chars", "search", "search_url")
+    names += ("python", "unsafe_python")
+    return Toolbox(**{name: getattr(args, name) for name in names})
 
 
 # ------------------------------------------------------------------------------------------ groups

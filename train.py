@@ -29,7 +29,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 import contextlib
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,6 @@ from typing import Literal
 # Before torch: threads that wait soon leave their core to others (docs/rollouts.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers.hf_argparser import HfArg
@@ -47,23 +45,15 @@ from context import Chat, Segment, Trajectory
 from data.task import Task, load_tasks
 from engine import load_policy
 from reward import advantages, control_negatives, load_reward, penalised, turn_rewards
-from rollout import (
-    AgentLoop,
-    Group,
-    RolloutArgs,
-    SyncRollouts,
-    new_group,
-    open_engine,
-    open_toolbox,
-)
+from rollout import AgentLoop, RolloutArgs, open_engine
 from support.checks import check_args
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
-from support.processes import cores_of, sum_over_ranks
+from support.processes import sum_over_ranks
 from support.run import Run
-from support.run_folder import share_of, take_config
+from support.run_folder import take_config
 from tools import signatures
-from workers import AsyncArgs, AsyncRollouts, Setup, where_it_failed
+from workers import AsyncArgs
 
 DATA = Path(__file__).resolve().parent / "data"
 Mode = Literal["sync", "async"]
@@ -268,45 +258,15 @@ def logprob_gap(
     return gap
 
 
-# -------------------------------------------------------------------------------- before the loop
+# -------------------------------------------------------------------------------------------- main
 
 
-@dataclass
-class Learner:
-    """The policy with what it needs to play and to learn."""
-
-    model: torch.nn.Module  # the language model; `policy` holds the same weights
-    policy: torch.nn.Module  # Policy, as Accelerate has wrapped it
-    optimizer: torch.optim.Optimizer
-    chat: Chat
-    loop: AgentLoop  # plays with the learner's own weights
-
-
-def load_learner(args: TrainArgs, rollout_args: RolloutArgs, toolbox, run: Run) -> Learner:
-    """The policy of --model, or of the run that is resumed."""
-    model, tokenizer = load_policy(args.model, run.device)
-    chat = Chat(tokenizer, signatures())
-    engine = open_engine(model, chat, rollout_args)
-    engine.new_weights(run.done)
-    if run.state:
-        model.load_state_dict(run.state["model"])
-    policy = Policy(model, rollout_args.temperature)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
-    policy, optimizer = run.accelerator.prepare(policy, optimizer)
-    if run.state:
-        optimizer.load_state_dict(run.state["optimizer"])
-    loop = AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True)
-    return Learner(model, policy, optimizer, chat, loop)
-
-
-def task_at(tasks: list[Task], position: int, seed: int) -> Task:
-    """The stream of training tasks, from position 0 on. Each epoch is a new permutation, which
-    follows from the seed, so a resumed run draws the same tasks.
-    """
-    epoch, index = divmod(position, len(tasks))
-    return tasks[np.random.default_rng([seed, epoch]).permutation(len(tasks))[index]]
+def load_all_tasks(args: TrainArgs) -> tuple[list[Task], list[Task], list[Task]]:
+    """Tasks to learn from, held-out ones for the curve, held-out ones for before and after."""
+    train, dev = load_tasks(args.train_tasks), []
+    if args.eval_tasks and args.eval_every:
+        dev = load_tasks(args.dev_tasks)[: args.eval_tasks // 2]
+    return train, dev, load_tasks(args.test_tasks)[: args.eval_tasks] if args.eval_tasks else []
 
 
 def learning_rate_at(update: int, args: TrainArgs) -> float:
@@ -317,47 +277,6 @@ def learning_rate_at(update: int, args: TrainArgs) -> float:
     return args.learning_rate * min(1.0, (update + 1) / args.warmup) * decayed
 
 
-def open_rollouts(args: TrainArgs, async_args: AsyncArgs, learner: Learner, tasks, run: Run):
-    """This process's source of groups: its share of the tasks of each update, played here (sync) or
-    in rollout processes (async).
-    """
-    enough = len(range(run.rank, args.tasks_per_step, run.ranks))  # of this rank, an update
-
-    def next_group(number: int, version: int) -> Group:
-        update, k = divmod(number, enough)
-        position = update * args.tasks_per_step + run.rank + k * run.ranks
-        task = task_at(tasks, position, args.seed)
-        return new_group(task, position, args.samples, args.seed, version)
-
-    first = run.done * enough
-    if args.rollout == "sync":
-        return SyncRollouts(learner.loop, next_group, enough, first)
-    on_cpu = run.device.type == "cpu"
-    workers = async_args.workers or (cores_of(run.local_ranks) if on_cpu else 1)
-    threads = cores_of(run.local_ranks * workers) if on_cpu else 1
-    setup = Setup(args.model, learner.loop.args, str(run.device), threads)
-    under_way = run.state["rollouts"] if run.state else []
-    state = share_of(under_way, run.rank, run.ranks) or {"next_number": first, "groups": []}
-    return AsyncRollouts(
-        learner.model, setup, workers, next_group, enough, async_args, run.done, state
-    )
-
-
-def score_group(group: list[Trajectory], reward_of, format_penalty: float) -> list:
-    """Rewards of a group. A reward function that fails stops the run: there is no silent 0."""
-    rewards = []
-    for trajectory in group:
-        try:
-            rewards.append(penalised(reward_of(trajectory), format_penalty))
-        except Exception as error:
-            task, words = trajectory.task.id, where_it_failed(error)
-            sys.exit(f"train.py: the reward failed on task {task!r}: {words}")
-    return rewards
-
-
-# -------------------------------------------------------------------------------------------- main
-
-
 def main():
     parts = parse_flags((TrainArgs, RolloutArgs, AsyncArgs), __doc__)
     args, rollout_args, async_args = parts
@@ -366,18 +285,18 @@ def main():
             take_config(args.resume, parts)
         check_args(args, rollout_args, async_args)
         run.begin()
-        train_tasks = load_tasks(args.train_tasks)
-        test_tasks = load_tasks(args.test_tasks)[: args.eval_tasks] if args.eval_tasks else []
-        dev_tasks = load_tasks(args.dev_tasks) if args.eval_tasks and args.eval_every else []
-        dev_tasks = dev_tasks[: args.eval_tasks // 2]
+        train_tasks, dev_tasks, test_tasks = load_all_tasks(args)
         reward_of = load_reward(args.reward)
-        toolbox = open_toolbox(rollout_args)
-        with run.accelerator.main_process_first():  # one process writes the worlds
-            toolbox.prepare(train_tasks + test_tasks + dev_tasks)
-        run.learner = learner = load_learner(args, rollout_args, toolbox, run)
+        toolbox = run.open_tools(rollout_args, train_tasks + dev_tasks + test_tasks)
+        model, tokenizer = load_policy(args.model, run.device)
+        chat = Chat(tokenizer, signatures())
+        # The sampler is the learner's own model, so rollouts in this process are on-policy.
+        loop = AgentLoop(open_engine(model, chat, rollout_args), chat, toolbox, rollout_args, True)
+        policy = Policy(model, rollout_args.temperature)
+        learner = run.prepare(policy, args.learning_rate, chat, loop)
         run.open_folder()
-        run.rollouts = rollouts = open_rollouts(args, async_args, learner, train_tasks, run)
-        before = run.evaluate(learner.loop, "test", test_tasks) if run.done == 0 else None
+        rollouts = run.open_rollouts(train_tasks, async_args)
+        before = run.evaluate("test", test_tasks) if run.done == 0 else None
 
         for update in run.updates():
             # 1. Rollouts: each task several times, by the current weights.
@@ -397,7 +316,7 @@ def main():
             rows, outcomes, kept = [], [], []
             for group in groups:
                 sound = [t for t in group.trajectories if t.status != "tool_fault"]
-                rewards = score_group(sound, reward_of, args.format_penalty)
+                rewards = [penalised(reward_of(t), args.format_penalty) for t in sound]
                 per_turn = [
                     turn_rewards(r, len(t.turns), args.gamma) for r, t in zip(rewards, sound)
                 ]
@@ -416,28 +335,22 @@ def main():
             run.step(norm, update)
 
             # 4. Bookkeeping.
-            train_s = time.perf_counter() - clock
             in_loss = sum(sum(map(bool, row.advantages)) for row in rows)
-            counts = counts_of(groups, outcomes, kept, in_loss)
-            counts |= {"parked": rollouts.parked(), "restarts": rollouts.restarts}
-            total = sum_over_ranks(counts | {"idle_share": rollouts.idle_share / run.ranks})
-            metrics = metrics_of(total, update) | {
-                "parked": total["parked"],
-                "restarts": total["restarts"],
-                "idle_share": total["idle_share"],
+            counts = sum_over_ranks(counts_of(groups, outcomes, kept, in_loss, rollouts))
+            metrics = metrics_of(counts, update) | {
                 "learning_rate": learning_rate_at(update, args),
                 "grad_norm": norm,
                 "rollout_s": rollout_s,
-                "train_s": train_s,
-                "tokens_per_s": total["tokens"] / rollout_s,
+                "train_s": time.perf_counter() - clock,
+                "tokens_per_s": counts["tokens"] / rollout_s,
             }
             run.log(metrics, groups)
             if args.eval_every and run.done % args.eval_every == 0 and run.done < args.steps:
-                run.evaluate(learner.loop, "dev", dev_tasks)
+                run.evaluate("dev", dev_tasks)
             if run.done % args.save_every == 0 or run.done == args.steps:
                 run.save()
-        run.evaluate(learner.loop, "dev", dev_tasks)
-        run.report(before, run.evaluate(learner.loop, "test", test_tasks))
+        run.evaluate("dev", dev_tasks)
+        run.report(before, run.evaluate("test", test_tasks))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ import pickle
 import signal
 import sys
 import time
-import traceback
 import zlib
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -49,6 +48,7 @@ from data.task import Task
 from engine import keep_memory, load_policy
 from rollout import AgentLoop, Group, RolloutArgs, open_engine, open_toolbox
 from support import endings
+from support.user_code import where_it_failed
 from tools import signatures
 
 SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced
@@ -214,14 +214,6 @@ class Setup:
     device: str = "cpu"
     threads: int = 1
     loop: type = AgentLoop
-
-
-def where_it_failed(error: BaseException) -> str:
-    """An exception in one line, with file and line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    words = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {words}{place}"
 
 
 class Worker:

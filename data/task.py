@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 
 @dataclass
 class Task:
@@ -99,3 +101,12 @@ def save_tasks(tasks: list[Task], path: Path | str) -> None:
     Path(path).write_text(
         "".join(json.dumps(asdict(task)) + "\n" for task in tasks), encoding="utf-8"
     )
+
+
+def task_at(tasks: list[Task], position: int, seed: int) -> Task:
+    """The stream of training tasks, from position 0 on. Each epoch is a new permutation, which
+    follows from the seed, so a resumed run draws the same tasks.
+    """
+    epoch, index = divmod(position, len(tasks))
+    order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
+    return tasks[order[index]]

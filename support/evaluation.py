@@ -113,3 +113,35 @@ def write_trajectories(
             line |= {"answer": t.answer, "score": score, "verdict": t.memory.get("verdict")}
             line |= {"status": t.status, "error": t.error, "turns": len(t.turns)}
             file.write(json.dumps(line) + "\n")
+
+
+def format_table(result: dict) -> str:
+    """The figures as a text table: overall, then by family, by hops and by template.
+
+    A part shows what the tasks state: no row for tasks without a family, hops or a template.
+    """
+    lines = [f"{'':14s} {'tasks':>6s} {'Pass@1':>8s}   95% interval"]
+
+    def add(name: str, row: dict) -> None:
+        low, high = row["pass@1_ci"]
+        lines.append(f"{name:14s} {row['n']:6d} {row['pass@1']:8.1%}   {low:.1%} to {high:.1%}")
+
+    add("all", result)
+    for part in ("by_family", "by_hops", "by_template"):
+        rows = {n: row for n, row in result[part].items() if n != "own" and not n.endswith(" 0")}
+        lines += [part.replace("_", " ") + ":"] if rows else []
+        for name, row in rows.items():
+            add(f"  {name}", row)
+    at_k = ", ".join(f"pass@{k} {value:.1%}" for k, value in result["pass@k"].items())
+    used = ", ".join(f"{name} {value:.2f}" for name, value in result["tool_calls"].items())
+    lines.append(
+        f"{at_k}; steps {result['steps_mean']:.2f}; URLs {result['urls_mean']:.1f}; format errors "
+        f"{result['format_error_rate']:.1%}; calls a trajectory: {used or 'none'}"
+    )
+    for key, what in (
+        ("n_error", "trajectories failed through no fault of the policy and count as wrong"),
+        ("n_judged", "answers were judged"),
+        ("n_judge_error", "answers got no readable verdict and count as wrong"),
+    ):
+        lines += [f"{result[key]} {what}"] if result[key] else []
+    return "\n".join(lines)

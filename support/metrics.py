@@ -9,7 +9,9 @@ from collections import Counter
 from reward import is_negative
 
 
-def counts_of(groups: list, outcomes: list[list], kept: list[list[bool]], in_loss: int) -> dict:
+def counts_of(
+    groups: list, outcomes: list[list], kept: list[list[bool]], in_loss: int, rollouts
+) -> dict:
     """Counts of one rank, which may be added to those of other ranks.
 
     Args:
@@ -17,6 +19,7 @@ def counts_of(groups: list, outcomes: list[list], kept: list[list[bool]], in_los
         outcomes: the Reward of each trajectory of each group that was scored.
         kept: whether negative control kept it.
         in_loss: tokens in the loss.
+        rollouts: what gave the groups.
     """
     trajectories = [t for group in groups for t in group.trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
@@ -54,6 +57,10 @@ def counts_of(groups: list, outcomes: list[list], kept: list[list[bool]], in_los
         "parts": dict(parts),
         "versions": dict(versions),
         "status": dict(Counter(t.status for t in trajectories)),
+        "parked": rollouts.parked(),
+        "restarts": rollouts.restarts,
+        "idle_share": rollouts.idle_share,
+        "ranks": 1,
         "errors": dict(Counter(t.error for t in trajectories if t.error)),
     }
 
@@ -85,6 +92,9 @@ def metrics_of(total: dict, version: int) -> dict:
         "stale_share": 1 - ages.get(0, 0) / tokens,
         "staleness": {str(age): count / tokens for age, count in sorted(ages.items())},
         "trained_share": total["in_loss"] / tokens,
+        "parked": total["parked"],
+        "restarts": total["restarts"],
+        "idle_share": total["idle_share"] / total["ranks"],
         "status": total["status"],
         "format_errors": total["errors"],
     }

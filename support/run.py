@@ -10,7 +10,7 @@ import os
 import sqlite3
 import sys
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,9 +19,11 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
 from transformers.utils import logging
 
+from context import Chat
+from data.task import task_at
 from engine import keep_memory
 from evaluate import format_table, summarise
-from rollout import EVALUATION, new_group, play
+from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, open_toolbox, play
 from support import endings, run_folder
 from support.curves import draw_curves
 from support.processes import (
@@ -31,9 +33,23 @@ from support.processes import (
     start_ranks,
     wanted_ranks,
 )
-from workers import WorkerError
+from support.run_folder import share_of
+from support.user_code import UserCodeError
+from tools import Toolbox
+from workers import AsyncRollouts, Setup, WorkerError
 
 SKIPS = 3  # updates in a row without a finite gradient, before the run stops
+
+
+@dataclass
+class Learner:
+    """The policy with what it needs to play and to learn."""
+
+    model: torch.nn.Module  # the language model; `policy` holds the same weights
+    policy: torch.nn.Module  # train.Policy, as Accelerate has wrapped it
+    optimizer: torch.optim.Optimizer
+    chat: Chat
+    loop: AgentLoop  # plays with the learner's own weights
 
 
 class Run:
@@ -80,6 +96,64 @@ class Run:
             self.state = run_folder.load_state(Path(args.resume))
             self.done = self.saved = self.state["step"]
         set_seed(args.seed)
+
+    def open_tools(self, rollout_args, tasks: list) -> Toolbox:
+        """The tools, with the worlds of these tasks open; one process writes them on first use."""
+        toolbox = open_toolbox(rollout_args)
+        if self.is_main:
+            print(f"python tool: {toolbox.isolation()}")
+        with self.accelerator.main_process_first():
+            toolbox.prepare(tasks)
+        return toolbox
+
+    def prepare(self, policy, learning_rate: float, chat: Chat, loop: AgentLoop) -> Learner:
+        """The learner, as an earlier run has left it, and wrapped by Accelerate."""
+        model = policy.model
+        if self.state:
+            model.load_state_dict(self.state["model"])
+        loop.engine.new_weights(self.done)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        policy, optimizer = self.accelerator.prepare(policy, optimizer)
+        if self.state:
+            optimizer.load_state_dict(self.state["optimizer"])
+        self.learner = Learner(model, policy, optimizer, chat, loop)
+        return self.learner
+
+    def open_rollouts(self, tasks: list, async_args):
+        """This rank's source of groups: its share of the tasks of each update, played here (sync)
+        or in rollout processes (async).
+        """
+        args, learner = self.args, self.learner
+        enough = len(range(self.rank, args.tasks_per_step, self.ranks))  # of this rank, an update
+
+        def next_group(number: int, version: int) -> Group:
+            update, k = divmod(number, enough)
+            position = update * args.tasks_per_step + self.rank + k * self.ranks
+            task = task_at(tasks, position, args.seed)
+            return new_group(task, position, args.samples, args.seed, version)
+
+        first = self.done * enough
+        if args.rollout == "sync":
+            self.rollouts = SyncRollouts(learner.loop, next_group, enough, first)
+            return self.rollouts
+        on_cpu = self.device.type == "cpu"
+        workers = async_args.workers or (cores_of(self.local_ranks) if on_cpu else 1)
+        threads = cores_of(self.local_ranks * workers) if on_cpu else 1
+        setup = Setup(args.model, learner.loop.args, str(self.device), threads)
+        state = share_of(self.state["rollouts"] if self.state else [], self.rank, self.ranks)
+        self.rollouts = AsyncRollouts(
+            learner.model,
+            setup,
+            workers,
+            next_group,
+            enough,
+            async_args,
+            self.done,
+            state or {"next_number": first, "groups": []},
+        )
+        return self.rollouts
 
     def open_folder(self) -> None:
         """Make the run's folder, and cut from its logs the updates that an earlier run lost."""
@@ -157,7 +231,7 @@ class Run:
         numbers = {key: v for key, v in metrics.items() if isinstance(v, (int, float))}
         self.accelerator.log(numbers, step=self.done)
 
-    def evaluate(self, loop, split: str, tasks: list) -> dict | None:
+    def evaluate(self, split: str, tasks: list) -> dict | None:
         """Pass@1 on held-out tasks, one sample each; None if there are no tasks."""
         if not tasks:
             return None
@@ -166,7 +240,7 @@ class Run:
         groups = [new_group(tasks[n], n, 1, seed, stream=EVALUATION) for n in shares]
         trajectories = [t for group in groups for t in group.trajectories]
         with self.bar(len(trajectories), f"evaluate on {split}") as progress:
-            played = gather_object(play(loop, trajectories, progress))
+            played = gather_object(play(self.learner.loop, trajectories, progress))
         settings = {"step": self.done, "split": split}
         result = summarise(played, settings, seed)
         if self.is_main:
@@ -224,6 +298,8 @@ class Run:
             return "stopped" if is_main else ""
         if isinstance(error, (ValueError, OSError, sqlite3.Error)) and not self.began:
             return str(error) if is_main else ""
+        if isinstance(error, UserCodeError):
+            return str(error)
         if isinstance(error, (WorkerError, OSError)):
             reason = str(error)
             if isinstance(error, OSError) and error.strerror:

@@ -2,10 +2,24 @@
 
 import inspect
 import math
+import os
 import sys
+import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
+
+
+class UserCodeError(RuntimeError):
+    """The user's function failed in the middle of a run; the message is one line."""
+
+
+def where_it_failed(error: BaseException) -> str:
+    """An exception in one line, with file and line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    words = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {words}{place}"
 
 
 def load_function(spec: str, flag: str) -> tuple[str, Callable]:
