@@ -26,7 +26,7 @@ PAGES = {"README.md": README} | {
 # Flags of programs that are not ours.
 OTHERS_FLAGS = {"--num_processes", "--no-deps", "--full"}
 PASSED_ON = {"tests/necessity.py": "evaluate.py"}  # it hands flags of its own on to that script
-OTHERS_FILES = {"python-doc.db", "browse_comp_test_set.csv", "corpus.db", "robots.txt"}
+OTHERS_FILES = {"corpus.db"}
 
 
 def recipe(name: str) -> str:
