@@ -1,7 +1,9 @@
-"""The README's pictures, from committed figures alone.
+"""The pictures of the README and of docs/results.md, drawn from committed figures alone.
 
-In: docs/results/NAME/metrics.jsonl and evaluations.jsonl (what train.py wrote), test.json (what evaluate.py wrote) and
-trajectory.json (one line of evaluate.py --trajectories). Out: learning.png, gamma.png, trajectory.png, partial.png and deep.png in docs/.
+In: from docs/results/NAME/ the files metrics.jsonl and evaluations.jsonl (train.py wrote them) and
+test.json (evaluate.py wrote it), and docs/results/trajectory.json (one line of evaluate.py
+--trajectories). Out: learning.png, gamma.png, trajectory.png, partial.png and deep.png in docs/.
+To draw another figure, write a function `draw_...` and call it at the end.
 
     python docs/figures.py
 """
@@ -39,7 +41,7 @@ def runs(prefix: str) -> list[str]:
 
 
 def draw_learning() -> None:
-    """Held-out Pass@1, turns and entropy of the default run, one thin line a seed and their mean."""
+    """Held-out Pass@1, turns and entropy of the default run: a thin line a seed, and the mean."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     metrics = [lines_of(run, "metrics") for run in runs("seed")]
     steps = [m["step"] for m in metrics[0]]
@@ -88,7 +90,7 @@ def draw_learning() -> None:
 
 
 def draw_gamma() -> None:
-    """Decay makes correct trajectories shorter: steps of correct test trajectories and Pass@1, a dot a seed."""
+    """Turns of correct test trajectories, and Pass@1, with and without decay: a dot is a seed."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     for axis, key, title in (
         (axes[0], "steps_mean_correct", "steps of correct trajectories"),
@@ -106,7 +108,10 @@ def draw_gamma() -> None:
 
 
 def draw_trajectory() -> None:
-    """One trajectory as training sees it: what the policy sampled (in the loss, with its step's reward) and what it only read."""
+    """One trajectory as training sees it.
+
+    What the policy sampled is in the loss and has the reward of its turn; the rest it only read.
+    """
     record = json.loads((DOCS / "results" / "trajectory.json").read_text())
     pieces = re.split(
         r"(?<=<\|im_start\|>assistant\n)|(?<=<\|im_end\|>)", record["text"]
@@ -131,7 +136,8 @@ def draw_trajectory() -> None:
     axis.text(
         0.01,
         -0.7,
-        "blue: sampled by the policy, in the loss, with the reward of its step (gamma 0.95)   |   grey: prompt and tool results, no loss",
+        "blue: sampled by the policy, in the loss, with the reward of its step (gamma 0.95)   |   "
+        "grey: prompt and tool results, no loss",
         fontsize=9,
     )
     for y, (line, ours, note) in enumerate(rows):
@@ -154,7 +160,10 @@ def draw_trajectory() -> None:
 
 
 def draw_partial() -> None:
-    """Learning with parked trajectories beside learning in sync: held-out Pass@1, age of the tokens, tokens that were trained on."""
+    """Learning with parked trajectories beside learning in sync.
+
+    Held-out Pass@1, tokens by older weights, and tokens that were trained on.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     modes = [
         ("sync", "--rollout sync", "tab:gray"),
@@ -206,7 +215,10 @@ def draw_partial() -> None:
 
 
 def draw_deep() -> None:
-    """Context managers on walks of thirty pages: training Pass@1 and turns over steps, held-out Pass@1 before and after."""
+    """Context managers on walks of thirty pages.
+
+    Training Pass@1 and turns over the steps, and held-out Pass@1 before and after training.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     kinds = [
         ("none", "--context none", "tab:gray"),
