@@ -9,6 +9,7 @@ expression, but only Monty runs it.
 In: code and the snapshot before it. Out: what it printed, what went wrong in words, the snapshot
 after it. NOT stopped: bugs of Monty itself, because no filter of system calls confines a worker; a
 worker that computes when its owner is killed goes on until its time limit; the code sees the clock.
+Python's parser needs a stack of 2 MiB for hostile code: Linux gives a thread 8, macOS 16.
 To try an idea, raise a limit or give the code functions of the host (`external_lookup` of
 `feed_run`).
 """
@@ -25,7 +26,7 @@ import pydantic_monty as monty
 from pydantic_monty import MontyError
 
 WORKERS = min(8, os.cpu_count() or 1)  # processes, started when they are needed
-MAX_CODE_CHARS = 100_000  # the host parses the code, and holds the interpreter lock meanwhile
+MAX_CODE_CHARS = 50_000  # the host parses the code, and holds the interpreter lock meanwhile
 MAX_OUTPUT_BYTES = 1_000_000  # of one call; a call that prints more is ended
 MAX_SNAPSHOT_BYTES = 4 << 20  # it travels with the trajectory
 MAX_DEPTH = 500  # calls of functions within each other
@@ -85,9 +86,10 @@ def show_last_value(code: str) -> str:
     last = tree.body[-1]
     lines = code.encode().split(b"\n")
     before = lines[: last.lineno - 1] + [lines[last.lineno - 1][: last.col_offset]]
-    show = "(lambda value: value is None or print(repr(value)))"
-    expression = ast.get_source_segment(code, last)
-    return b"\n".join(before).decode() + f"\n{show}((\n{expression}\n))"
+    value = ast.get_source_segment(code, last)
+    # A comprehension leaves no name behind and adds little to the snapshot, which holds all code.
+    show = f"[print(repr(_)) for _ in [(\n{value}\n)] if _ is not None]"
+    return b"\n".join(before).decode() + "\n" + show
 
 
 def one_error(error: BaseException) -> str:
