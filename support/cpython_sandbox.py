@@ -25,8 +25,7 @@ of files that were deleted while they are mapped, which the limit on memory boun
 shares its process with the loop below, so it can forge its own output. A session whose owner was
 killed leaves its folder. `shutil.copy` fails because it calls chmod; `shutil.copyfile` works.
 
-Ideas from the Linux documentation and from systems that are open about their limits, such as
-nanochat's execution.py. To let code do more (a data folder, say), add to READABLE.
+To let code do more (a data folder, say), add to READABLE. Ideas from nanochat's execution.py.
 """
 
 import ast
@@ -46,6 +45,7 @@ if __name__ != "__main__":  # the child needs none of these, and starts faster w
     import atexit
     import concurrent.futures
     import select
+    import shutil
     import subprocess
     import tempfile
     import time
@@ -371,11 +371,7 @@ class CPythonSession:
         return None if good else "python takes 'code', a string"
 
     def start(self) -> None:
-        """Start the child and wait until it has given up its rights (about 40 ms).
-
-        Raises:
-            ToolFault: it cannot be started or confined.
-        """
+        """Start the child and wait until it is confined (about 40 ms), or raise ToolFault."""
         try:
             self.launch()
             ready = self.poll.poll(30_000)
@@ -545,8 +541,10 @@ class CPythonSession:
         if self.done_fd >= 0:
             os.close(self.done_fd)
         if self.folder:
-            # Folders may be nested deeper than shutil.rmtree can go.
-            subprocess.run(["rm", "-rf", self.folder], stderr=subprocess.DEVNULL)
+            try:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            except RecursionError:  # nested deeper than it can go
+                subprocess.run(["rm", "-rf", self.folder])
         self.process, self.folder, self.done_fd = None, None, -1
         LIVE_SESSIONS.discard(self)
 

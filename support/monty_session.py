@@ -9,6 +9,7 @@ expression, but only Monty runs it.
 In: code and the snapshot before it. Out: what it printed, what went wrong in words, the snapshot
 after it. NOT stopped: bugs of Monty itself, because no filter of system calls confines a worker; a
 worker that computes when its owner is killed goes on until its time limit; the code sees the clock.
+Python's parser needs a stack of 2 MiB for hostile code: Linux gives a thread 8, macOS 16.
 To try an idea, raise a limit or give the code functions of the host (`external_lookup` of
 `feed_run`).
 """
@@ -24,7 +25,8 @@ import warnings
 import pydantic_monty as monty
 from pydantic_monty import MontyError
 
-MAX_CODE_CHARS = 100_000  # the host parses the code, and holds the interpreter lock meanwhile
+WORKERS = min(8, os.cpu_count() or 1)  # processes, started when they are needed
+MAX_CODE_CHARS = 50_000  # the host parses the code, and holds the interpreter lock meanwhile
 MAX_OUTPUT_BYTES = 1_000_000  # of one call; a call that prints more is ended
 MAX_SNAPSHOT_BYTES = 4 << 20  # it travels with the trajectory
 MAX_DEPTH = 500  # calls of functions within each other
@@ -43,7 +45,7 @@ warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>|<cod
 
 
 def worker_pool() -> monty.Monty:
-    """This process's pool of workers, one a core and at most 8, which ends with the process.
+    """This process's pool of workers, which ends with the process.
 
     Raises:
         OSError, RuntimeError, MontyError: it cannot start.
@@ -51,7 +53,7 @@ def worker_pool() -> monty.Monty:
     with LOCK:
         if not POOLS:
             pool = monty.Monty(
-                max_processes=min(8, os.cpu_count() or 1),
+                max_processes=WORKERS,
                 checkout_timeout=WAIT_S,
                 request_timeout=WATCHDOG_S,
             )
@@ -84,9 +86,10 @@ def show_last_value(code: str) -> str:
     last = tree.body[-1]
     lines = code.encode().split(b"\n")
     before = lines[: last.lineno - 1] + [lines[last.lineno - 1][: last.col_offset]]
-    show = "(lambda value: value is None or print(repr(value)))"
-    expression = ast.get_source_segment(code, last)
-    return b"\n".join(before).decode() + f"\n{show}((\n{expression}\n))"
+    value = ast.get_source_segment(code, last)
+    # A comprehension leaves no name behind and adds little to the snapshot, which holds all code.
+    show = f"[print(repr(_)) for _ in [(\n{value}\n)] if _ is not None]"
+    return b"\n".join(before).decode() + "\n" + show
 
 
 def one_error(error: BaseException) -> str:
@@ -134,22 +137,38 @@ def run_code(
         "max_memory": memory_mb << 20,
         "max_recursion_depth": MAX_DEPTH,
     }
-    for _ in range(2):  # a worker that somebody else killed (Ctrl-C reaches it too) costs nothing
-        checkout = worker_pool().checkout(
+    for _ in range(2):  # a worker that somebody else killed in mid-call costs nothing
+        session = check_out(limits)
+        pid = session.worker_pid
+        BUSY.add(pid)
+        try:
+            output, problem, after = feed(session, code, snapshot, timeout_s, memory_mb)
+        finally:
+            BUSY.discard(pid)
+            session.__exit__(None, None, None)
+        if problem not in (DIED, UNREADABLE):
+            break
+    return output, problem, after
+
+
+def check_out(limits: dict) -> monty.MontySession:
+    """A worker with an empty session. Workers that were killed while idle (by Ctrl-C in a terminal,
+    for one) are passed over.
+
+    Raises:
+        OSError, RuntimeError, MontyError: there is none.
+    """
+    for dead in range(WORKERS + 1):
+        session = worker_pool().checkout(
             limits=limits,
             assert_message_annotations=False,  # as Python words it
             os_policy={"random_start": {"seed": 0}},  # a run can be repeated bit for bit
         )
-        with checkout as session:
-            pid = session.worker_pid
-            BUSY.add(pid)
-            try:
-                output, problem, after = feed(session, code, snapshot, timeout_s, memory_mb)
-            finally:
-                BUSY.discard(pid)
-        if problem not in (DIED, UNREADABLE):
-            break
-    return output, problem, after
+        try:
+            return session.__enter__()
+        except monty.MontyCrashedError:
+            if dead == WORKERS:
+                raise
 
 
 def feed(

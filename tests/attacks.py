@@ -29,6 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
+
 from support.cpython_sandbox import CPythonSession
 
 HELP = """
@@ -41,6 +43,15 @@ def syscall(number, *arguments):
 def denied(action):
     try: result = action()
     except (OSError, ImportError, MemoryError, RuntimeError, ValueError) as error: print(type(error).__name__, error); return
+    print("BREACH", str(result)[:60])
+"""
+HELP_MONTY = """
+def denied(action):
+    try:
+        result = action()
+    except Exception as error:
+        print(type(error).__name__, error)
+        return
     print("BREACH", str(result)[:60])
 """
 DENIED = "PermissionError|OSError|FileNotFoundError|InterpreterError|BlockingIOError"
@@ -386,6 +397,9 @@ def main():
     parser.add_argument("--unsafe", action="store_true")
     parser.add_argument("--uid", type=int, default=0)
     parser.add_argument("--only", default="")
+    parser.add_argument(
+        "--third", type=int, default=None, help="0, 1 or 2: a sample of the attacks"
+    )
     args = parser.parse_args()
     hits = []
 
@@ -484,19 +498,11 @@ def main():
             for name, (_, pattern) in ATTACKS.items()
             if args.only in name and (not args.unsafe or pattern.startswith(DENIED))
         ]
+        if args.third is not None:
+            chosen = chosen[args.third :: 3]
         with concurrent.futures.ThreadPoolExecutor(1 if args.unsafe else 6) as pool:
             results = dict(zip(chosen, pool.map(attack, chosen)))
-        comms = []
-        for process in Path("/proc").iterdir():
-            try:
-                comms += (
-                    [process.name]
-                    if process.name.isdigit()
-                    and (process / "comm").read_text().strip() == "nanoattack"
-                    else []
-                )
-            except OSError:
-                pass
+        comms = [str(p.pid) for p in psutil.process_iter() if p.name() == "nanoattack"]
         for pid in map(int, comms):
             os.kill(pid, signal.SIGKILL)
         session = CPythonSession(unsafe=args.unsafe)

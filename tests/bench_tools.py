@@ -1,5 +1,5 @@
-"""Cost of the tools as a table in Markdown: start and calls of the sandbox, latency and memory over many calls, many sandboxes at
-once; cold and warm browse; search.
+"""Cost of the tools as a table in Markdown: calls of Monty; start and calls of the CPython sandbox,
+latency and memory over many calls, many sandboxes at once; cold and warm browse; search.
 
     python tests/bench_tools.py [--calls 1000] [--sandboxes 100] [--json FILE]
 """
@@ -23,6 +23,7 @@ import psutil
 from data.serve import start_server
 from data.world import World, write_world
 from support import cpython_sandbox as sandbox
+from support.cpython_sandbox import CPythonSession
 from tools import Browse, Python, Search
 
 
@@ -40,6 +41,31 @@ def summary(times: list[float]) -> str:
     return f"median {statistics.median(times):.2f} ms, p99 {sorted(times)[math.ceil(0.99 * len(times)) - 1]:.2f} ms of {len(times)}"
 
 
+def monty_rows(calls: int, rows: dict) -> None:
+    """The default interpreter: its pool, calls of one and of many sessions, size of a snapshot."""
+    process, memory = psutil.Process(), {}
+    rows["monty: first call of a process, with the pool"] = summary(
+        timed(lambda _: Python()(code="1 + 1"), 0)
+    )
+    rows["monty: a session's first call"] = summary(
+        timed(lambda n: Python()(code=f"print({n} + 116)"), *range(calls))
+    )
+    session = Python(memory)
+    times = timed(lambda n: session(code=f"x = {n}\nx + 1"), *range(min(calls, 200)))
+    rows["monty: a further call"] = summary(times)
+    rows["monty: snapshot"] = (
+        f"{len(memory['python']) / len(times):.0f} bytes a call after {len(times)} calls"
+    )
+    sessions = [Python() for _ in range(64)]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(lambda n: sessions[n % 64](code=f"x = {n}"), range(calls)))
+    each = 1000 * (time.perf_counter() - started) / calls
+    workers = [child for child in process.children() if "monty" in child.name()]
+    resident = sum(worker.memory_info().rss for worker in workers) / 2**20
+    rows["monty: 64 threads"] = f"{each:.2f} ms a call; {len(workers)} workers, {resident:.0f} MiB"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--calls", type=int, default=1000)
@@ -50,56 +76,57 @@ def main():
     unsafe = bool(sandbox.missing())
 
     def cycle(code: str) -> None:
-        session = Python(timeout_s=60, unsafe=unsafe)
+        session = CPythonSession(timeout_s=60, unsafe=unsafe)
         session(code=code)
         session.close()
 
-    session = Python(timeout_s=60, unsafe=unsafe)
+    session = CPythonSession(timeout_s=60, unsafe=unsafe)
     session.start()
     rows["machine"] = (
         f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}"
     )
     rows["sandbox"] = session.isolation
+    monty_rows(args.calls, rows)
     starts = []
     for _ in range(args.sandboxes):
-        other = Python(timeout_s=60, unsafe=unsafe)
-        starts += timed(lambda _: other.start(), 0)
+        other = CPythonSession(timeout_s=60, unsafe=unsafe)
+        starts += timed(CPythonSession.start, other)
         other.close()
-    rows["python: start until it is confined"] = summary(starts)
-    rows["python: start, one call, close"] = summary(timed(cycle, *["1 + 1"] * args.sandboxes))
-    rows["python: start, import numpy, close"] = summary(timed(cycle, *["import numpy"] * 5))
+    rows["cpython: start until it is confined"] = summary(starts)
+    rows["cpython: start, one call, close"] = summary(timed(cycle, *["1 + 1"] * args.sandboxes))
+    rows["cpython: start, import numpy, close"] = summary(timed(cycle, *["import numpy"] * 5))
     session(code="1")
     child, tenth = psutil.Process(session.process.pid), max(1, args.calls // 10)
     for n in range(tenth):  # what is set up once is no growth
         session(code=f"x = {n}\nx + 1")
     before = (process.memory_info().rss, process.num_fds(), child.memory_info().rss)
     times = timed(lambda n: session(code=f"x = {n}\nx + 1"), *range(args.calls))
-    rows["python: a further call"] = summary(times)
+    rows["cpython: a further call"] = summary(times)
     first, last = statistics.median(times[:tenth]), statistics.median(times[-tenth:])
-    rows[f"python: first and last tenth of {args.calls} calls"] = (
+    rows[f"cpython: first and last tenth of {args.calls} calls"] = (
         f"median {first:.2f} and {last:.2f} ms ({last / first - 1:+.0%})"
     )
-    rows[f"python: growth over {args.calls} calls"] = (
+    rows[f"cpython: growth over {args.calls} calls"] = (
         f"{(process.memory_info().rss - before[0]) >> 10} KiB of ours, {(child.memory_info().rss - before[2]) >> 10} KiB of the session, "
         f"{process.num_fds() - before[1]} descriptors"
     )
-    rows["python: memory of a session"] = f"{child.memory_info().rss / 2**20:.1f} MiB"
+    rows["cpython: memory of a session"] = f"{child.memory_info().rss / 2**20:.1f} MiB"
     session.close()
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir, children, fds = folder, len(process.children()), process.num_fds()
         os.chmod(folder, 0o755)
-        sessions = [Python(timeout_s=60, unsafe=unsafe) for _ in range(args.sandboxes)]
+        sessions = [CPythonSession(timeout_s=60, unsafe=unsafe) for _ in range(args.sandboxes)]
         started = time.perf_counter()
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda session: session(code="1"), sessions))
             started_s = time.perf_counter() - started
             memory = sum(child.memory_info().rss for child in process.children()) / 2**20
-            list(pool.map(Python.close, sessions))
+            list(pool.map(CPythonSession.close, sessions))
         closed_s = time.perf_counter() - started - started_s
-        rows[f"python: {args.sandboxes} sessions at once"] = (
+        rows[f"cpython: {args.sandboxes} sessions at once"] = (
             f"{started_s:.2f} s to start all and call each, {closed_s:.2f} s to close; {memory:.0f} MiB resident, shared pages counted each time"
         )
-        rows["python: left behind"] = (
+        rows["cpython: left behind"] = (
             f"{len(process.children()) - children} processes, {len(os.listdir(folder))} folders, {process.num_fds() - fds} descriptors"
         )
         tempfile.tempdir = None

@@ -1,12 +1,16 @@
 import json
 import os
+import pickle
 import random
 import re
 import time
+from dataclasses import replace
 
 import pytest
 
+from context import Trajectory
 from data.world import load_world
+from support import cpython_sandbox
 from support.web import html_to_text, split_pages, view_page
 from tools import (
     MAX_CALLS,
@@ -162,24 +166,84 @@ def test_hostile_html(page):
     )
 
 
-def test_python_is_stateful_and_bounded():
-    python = Python(timeout_s=2, output_chars=100)
-    try:
-        assert python(code="x = 20") == "(no output)"
-        assert python(code="print('sum'); x + 1") == "sum\n21"
-        assert "ZeroDivisionError" in python(code="1/0")
-        assert python(code="print('a' * 1000)").endswith("(1000 characters)")
-        assert "timeout" in python(code="while True: pass")
-        assert "NameError" in python(code="x")  # a new session after the timeout
-        assert "died" in python(code="import os; os._exit(3)")
-        assert "SECRET" not in python(code="import os; print(dict(os.environ))")
-        assert "MemoryError" in python(code="b = bytearray(4 << 30)")
-        assert python(code="print(3)") == "3"
-        pid = python.process.pid
-    finally:
-        python.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+@pytest.fixture(params=["monty", "cpython"])
+def new_python(request):
+    """A function that makes sessions of the `python` tool, of both kinds."""
+    if request.param == "cpython" and cpython_sandbox.missing():
+        pytest.skip(cpython_sandbox.missing())
+    sessions = []
+
+    def make(**settings):
+        kind = {"monty": Python, "cpython": cpython_sandbox.CPythonSession}[request.param]
+        sessions.append(kind(**settings))
+        return sessions[-1]
+
+    yield make
+    for session in sessions:
+        if request.param == "cpython":
+            session.close()
+
+
+def test_python_is_stateful_and_bounded(new_python):
+    python = new_python(timeout_s=2, output_chars=100)
+    assert python(code="x = 20") == "(no output)"
+    assert python(code="print('sum'); x + 1") == "sum\n21"
+    assert "ZeroDivisionError" in python(code="1/0")
+    assert python(code="print('a' * 1000)").endswith("(1000 characters)")
+    assert "MemoryError" in python(code="b = 'a' * (4 << 30)")
+    assert "NameError" in python(code="b")
+    text = python(code="print('partial: 17')\nwhile True: pass")
+    assert text.startswith("partial: 17\ntimeout after 2 s; ")
+    kept = "variables are as before the call" in text
+    assert python(code="x") == ("20" if kept else "NameError: name 'x' is not defined")
+    assert python(code="print(3)") == "3"
+    assert python.check({"code": "1"}) is None and python.check({"code": 1}) and python.check({})
+
+
+# What a small policy writes, and what it must see, whichever interpreter runs it.
+WORDS = {
+    "print(251 + 116)": "367",
+    "print(abs(384 - 127))": "257",
+    "251 + 116": "367",
+    "print(3, 'a', sep='-')": "3-a",
+    "a = 5": "(no output)",
+    "a; a + 1": "6",
+    "a;": "5",
+    "(b := 6)": "6",
+    "b, _ if False else 7": "(6, 7)",
+    "a  # the value\n# of a": "5",
+    "(\n1,\n'b')": "(1, 'b')",
+    "'it\\'s', \"é\", 'a\\nb'": "(\"it's\", 'é', 'a\\nb')",
+    "1/3, 0.1 + 0.2, 1e16, 10**20, -7 // 2": (
+        "(0.3333333333333333, 0.30000000000000004, 1e+16, 100000000000000000000, -4)"
+    ),
+    "None": "(no output)",
+    "print(None)": "None",
+    "[1, None, True, {'k': (1,)}]": "[1, None, True, {'k': (1,)}]",
+    "for i in range(3): i; i": "(no output)",
+    "for i in range(3):\r\n    print(i)": "0\n1\n2",
+    "type(5), len, range(3)": "(<class 'int'>, <built-in function len>, range(0, 3))",
+    "f'{a:>5}|{a=}|{1234567:,}'": "'    5|a=5|1,234,567'",
+    "x": "NameError: name 'x' is not defined",
+    "math.sqrt(2)": "NameError: name 'math' is not defined",
+    "1/0": "ZeroDivisionError: division by zero",
+    "{}['k']": "KeyError: 'k'",
+    "1 + 'a'": "TypeError: unsupported operand type(s) for +: 'int' and 'str'",
+    "int('a')": "ValueError: invalid literal for int() with base 10: 'a'",
+    "raise ValueError": "ValueError",
+    "assert a == 6": "AssertionError",
+    "import nope": "ModuleNotFoundError: No module named 'nope'",
+    "exit()": "NameError: name 'exit' is not defined",
+}
+
+
+def test_both_interpreters_say_the_same(new_python):
+    python = new_python(timeout_s=30)
+    assert {code: python(code=code) for code in WORDS} == WORDS
+    for code in ("def", "print(5", "x = = 3", "return 5", "1 +", "a b", "5 = a", "  1", "'abc"):
+        assert re.search(
+            r"line 1\n.*(SyntaxError|IndentationError): ", python(code=code), re.DOTALL
+        )
 
 
 def test_fuzzed_turns(world_dir):
@@ -283,13 +347,10 @@ def test_fuzzed_turns(world_dir):
         "'é' * 3",
     ],
 )
-def test_odd_code(code):
-    python = Python(timeout_s=30)
-    try:
-        assert isinstance(python(code=code), str) and "\0" not in python(code=code)
-        assert python(code="1 + 1").endswith("2") or python(code="1 + 1") == "2"
-    finally:
-        python.close()
+def test_odd_code(code, new_python):
+    python = new_python(timeout_s=30)
+    assert isinstance(python(code=code), str) and "\0" not in python(code=code)
+    assert python(code="1 + 1").endswith("2")
 
 
 def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
@@ -326,18 +387,49 @@ def test_a_sandbox_that_cannot_start_is_a_fault(monkeypatch):
     def full(*_, **__):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("subprocess.Popen", full)
     before = len(os.listdir("/proc/self/fd"))
-    ((text, fault),) = run_calls([ToolCall("python", {"code": "1"})], {"python": Python()})
-    assert fault and "python cannot be started" in text
+    for name in ("subprocess.Popen", "tempfile.mkdtemp"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            session = cpython_sandbox.CPythonSession()
+            ((text, fault),) = run_calls([ToolCall("python", {"code": "1"})], {"python": session})
+        assert fault and "python cannot be started" in text
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_machine_without_a_sandbox_is_refused(monkeypatch):
-    monkeypatch.setattr("sandbox.missing", lambda: "the kernel offers no Landlock")
+def test_a_machine_without_a_sandbox_is_refused_for_cpython_alone(monkeypatch):
+    monkeypatch.setattr(cpython_sandbox, "missing", lambda: "the kernel offers no Landlock")
     with pytest.raises(ValueError, match="no Landlock.*--unsafe_python"):
-        Toolbox()
-    assert Toolbox(unsafe_python=True).isolation().startswith("NO sandbox")
+        Toolbox(python="cpython")
+    assert Toolbox(python="cpython", unsafe_python=True).isolation().startswith("NO sandbox")
+    assert Toolbox().isolation() == "Monty, an interpreter without system calls"
+
+
+@pytest.mark.parametrize("python", ["monty", "cpython"])
+def test_a_trajectory_takes_its_session_along(python, dev_tasks, world_dir):
+    """Parked, sent elsewhere and brought back, a session goes on where the trajectory was."""
+    if python == "cpython" and cpython_sandbox.missing():
+        pytest.skip(cpython_sandbox.missing())
+    here, there = (Toolbox(str(world_dir / "pages.db"), python=python) for _ in range(2))
+
+    def call(toolbox, trajectory, code):
+        return toolbox.tools_for(trajectory)["python"](code=code)
+
+    try:
+        trajectory, other = (Trajectory(replace(dev_tasks[0], meta={}), (n,)) for n in range(2))
+        assert call(here, trajectory, "x = 1\nprint('once')") == "once"
+        assert "NameError" in call(here, other, "x")
+        trajectory = pickle.loads(pickle.dumps(trajectory))
+        assert call(there, trajectory, "x += 1\nx") == "2"
+        trajectory = pickle.loads(pickle.dumps(trajectory))
+        assert call(here, trajectory, "x += 1\nx") == "3"
+        assert call(here, trajectory, "x") == "3"
+        here.close(trajectory)
+        assert not [key for key in here.sessions if key == trajectory.key]
+    finally:
+        here.close_all()
+        there.close_all()
+    assert not here.sessions and not there.sessions
 
 
 def test_frequent_words_are_left_out_of_a_large_index(tmp_path, monkeypatch):

@@ -315,16 +315,15 @@ def mathematics(question: str, read, find) -> list:
     return []
 
 
-@functools.cache
 def python_session():
-    """One session for all programs: a start takes longer than a program. It ends with the process."""
+    """A session of the `python` tool, so that a program runs as it does for the policy."""
     from tools import Python
 
     return Python()
 
 
 def code(question: str, read, find) -> list:
-    """Run the program in the `python` tool's sandbox."""
+    """Run the program in the `python` tool."""
     output = python_session()(question.split("```")[1].removeprefix("python\n"))
     return [output.strip()] if re.fullmatch(r"-?\w+", output.strip()) else []
 
