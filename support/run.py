@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
 from transformers.utils import logging
 
-from context import Chat
+from context import Chat, Trajectory
 from data.task import task_at
 from engine import keep_memory
 from evaluate import format_table, summarise
@@ -91,6 +91,7 @@ class Run:
             mixed_precision="bf16" if on_gpu else "no",
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.no_bars = None if self.is_main else True  # None: where no terminal is
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         if args.resume:
             self.state = run_folder.load_state(Path(args.resume))
@@ -170,20 +171,16 @@ class Run:
 
     def bar(self, count: int, title: str) -> tqdm:
         """A progress bar over this rank's trajectories."""
-        hidden = not self.is_main
-        return tqdm(total=count, desc=title, unit="trajectory", leave=False, disable=hidden)
+        return tqdm(total=count, desc=title, unit="trajectory", leave=False, disable=self.no_bars)
 
     def updates(self):
         """The numbers of the updates that are left, from 0, under a progress bar."""
         steps = range(self.done, self.args.steps)
-        self.progress = tqdm(
-            steps, "train", initial=self.done, total=self.args.steps, disable=not self.is_main
-        )
-        for update in self.progress:
+        total = self.args.steps
+        for update in tqdm(steps, "train", initial=self.done, total=total, disable=self.no_bars):
             endings.check()
             self.began = True
             yield update
-        self.progress.close()
 
     def check_gap(self, gap: float, largest: float) -> None:
         """Print the gap between trainer and sampler; on a CPU a larger one than rounding ends the
@@ -212,24 +209,45 @@ class Run:
                 f"train.py: {SKIPS} steps in a row without a finite gradient: lower --learning_rate"
             )
 
-    def log(self, metrics: dict, groups: list) -> None:
-        """Write an update's line, and a trajectory of each group as text."""
+    def log(self, metrics: dict, groups: list[Group], outcomes: list[list]) -> None:
+        """Write an update's line, and a trajectory of each group with its reward.
+
+        Args:
+            outcomes: the Reward of each trajectory of each group, without those that the
+                environment failed.
+        """
         if self.is_main:
             run_folder.append_line(self.out / "metrics.jsonl", {"step": self.done} | metrics)
-            for group in groups:
-                t = group.trajectories[0]
-                texts = [self.learner.chat.decode(segment.ids) for segment in t.segments]
-                record = {"step": self.done, "id": t.task.id, "question": t.task.question}
-                record |= {"truth": t.task.answer, "answer": t.answer, "status": t.status}
-                record |= {"error": t.error, "turns": len(t.turns), "text": "\n\n".join(texts)}
-                run_folder.append_line(self.out / "trajectories.jsonl", record)
-            self.progress.set_postfix_str(
-                f"pass {metrics['pass_rate']:.2f}, turns {metrics['turns']:.1f}, "
-                f"entropy {metrics['entropy']:.2f}, "
-                f"{metrics['rollout_s']:.1f} s rollout, {metrics['train_s']:.1f} s update"
+            for group, rewards in zip(groups, outcomes):
+                sound = [t for t in group.trajectories if t.status != "tool_fault"]
+                for trajectory, reward in list(zip(sound, rewards))[:1]:
+                    run_folder.append_line(
+                        self.out / "trajectories.jsonl", self.record_of(trajectory, reward)
+                    )
+            tqdm.write(
+                f"update {self.done}: Pass@1 {metrics['pass_rate']:.1%}, "
+                f"reward {metrics['reward']:.2f}, {metrics['turns']:.1f} turns, "
+                f"entropy {metrics['entropy']:.2f}, rollout {metrics['rollout_s']:.1f} s, "
+                f"update {metrics['train_s']:.1f} s"
             )
         numbers = {key: v for key, v in metrics.items() if isinstance(v, (int, float))}
         self.accelerator.log(numbers, step=self.done)
+
+    def record_of(self, t: Trajectory, reward) -> dict:
+        """A trajectory as a line that people can read."""
+        return {
+            "step": self.done,
+            "id": t.task.id,
+            "question": t.task.question,
+            "truth": t.task.answer,
+            "answer": t.answer,
+            "status": t.status,
+            "error": t.error,
+            "reward": reward.total,
+            "reward_parts": reward.parts,
+            "turns": len(t.turns),
+            "text": "\n\n".join(self.learner.chat.decode(segment.ids) for segment in t.segments),
+        }
 
     def evaluate(self, split: str, tasks: list) -> dict | None:
         """Pass@1 on held-out tasks, one sample each; None if there are no tasks."""
