@@ -117,7 +117,7 @@ class Args:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 # Words, numbers and everything else are never in one token. A space belongs to the lower-case word beside it and never to a
 # name or number (" of " in "mayor of Belin"), so those are cut alike after a space, a quote, a slash or a bracket.
@@ -185,7 +185,7 @@ def tokenizer_corpus(args: Args):
             yield "p1: p2: p3: not found error (page 1 of 3) (page 2 of 4) no results old result removed system user assistant Let me look. Not sure. Not found."
 
 
-# ----------------------------------------------------------------------------------------------------------- explorers
+# ---------------------------------------------------------------------------------------- explorers
 
 
 class Explorer:
@@ -726,7 +726,7 @@ def write_transcripts(args: Args, chat: Chat) -> list[tuple[np.ndarray, np.ndarr
     return transcripts
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def copy_drill(

@@ -23,9 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.deep.families import number_relation
+from data.deep.funnel import Funnel
 from data.task import Task
 from data.tasks import FRAMES, make_tasks
-from data.validate import Funnel
 from data.world import RELATIONS, TYPES, World, write_world
 from reward import correct
 

@@ -7,10 +7,10 @@ import pytest
 from bench_funnel import KINDS, bench
 from conftest import ROOT
 
+from data.deep.funnel import STAGES, Funnel
 from data.deep.solve import solutions
 from data.task import Task, load_tasks, save_tasks
 from data.tasks import DEEP_SHARES, draw_task, make_tasks
-from data.validate import STAGES, Funnel
 from data.world import load_world
 
 
@@ -200,5 +200,5 @@ def test_wordings_of_every_form_can_be_read_by_the_solver(deep_dir):
     world, funnel, rng = load_world(deep_dir), Funnel(deep_dir, ["solver"]), random.Random(1)
     for family, level in DEEP_SHARES:
         for number in range(3 if (family, level) == ("collection", 3) else 10):
-            task = draw_task(world, family, level, rng, possessive=number % 2 == 0)
+            task = draw_task(world, family, level, rng, held_out=number % 2 == 0)
             assert funnel.check(task), (task.question, task.answer, funnel.rejects[-1]["reason"])

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import data.world
 from data.deep import pages as deep
+from data.deep.funnel import Funnel
 from data.deep.solve import solutions
 from data.index import (
     build_index,
@@ -28,7 +29,6 @@ from data.index import (
 from data.serve import start_server
 from data.task import load_tasks
 from data.tasks import FRAMES, form_of, make_tasks
-from data.validate import Funnel
 from data.world import SPLITS, World, load_world, page_html, write_world
 from support.web import html_to_text, view_page
 from tools import urls_in
@@ -306,13 +306,13 @@ def test_an_empty_task_file_is_refused(tmp_path):
 
 
 def test_an_interrupted_world_is_no_world(tmp_path, monkeypatch):
-    import data.index
+    import data.world
 
     def interrupted(documents, out):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.index, "build_index", interrupted)
+        patch.setattr(data.world, "build_index", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_world(World(3, 60, "dev"), tmp_path / "w")
     with pytest.raises(FileNotFoundError):
