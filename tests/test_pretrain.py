@@ -1,35 +1,27 @@
 """The walkers of data/pretrain.py: explorers whose walks are longer than the window."""
 
+import hashlib
 import random
 
 import numpy as np
 import torch
 
-from data.deep import pages as deep
-from data.pretrain import Explorer, Walker, walk_drill
-from data.tasks import draw_task
-from data.world import load_world, page_html
+from data.base.drills import plan_drill, walk_drill
+from data.base.explorers import open_site, write_transcripts
+from data.base.walkers import Walker, write_walks
+from data.tasks import draw_task, form_of
+from data.world import World, load_world
 from rollout import RolloutArgs
-from tools import Search
 
 
 def walks(deep_dir, chat, skill, count=12):
-    world = load_world(deep_dir)
-    pages = {world.url(i): page_html(world, world.entity(i)) for i in range(world.entities)}
-    pages |= {f"http://{world.host}/{path}": page for path, _, _, page in deep.pages(world)}
-    Explorer.world_type = {world.name(i): world.type(i) for i in range(world.entities)}
-    search, rng, done = Search(deep_dir / "pages.db"), random.Random(0), []
+    site, rng, done = open_site(load_world(deep_dir)), random.Random(0), []
+    args = RolloutArgs(context="summarize", max_turns=99)
     while len(done) < count:
-        task = draw_task(world, "collection", 1 + len(done) % 2, rng, rng.random() < 0.3)
-        if not task.meta["template"].startswith("total"):
-            done.append(
-                (
-                    task,
-                    *Walker(task, world, search, chat, rng, skill, pages).play(
-                        RolloutArgs(context="summarize", max_turns=99)
-                    ),
-                )
-            )
+        level = 1 + len(done) % 2
+        task = draw_task(site.world, "collection", level, rng, rng.random() < 0.3)
+        if form_of(task) != "total":
+            done.append((task, *Walker(task, site, chat, rng, skill).walk(args)))
     return done
 
 
