@@ -32,60 +32,24 @@ RELATIONS = {
     for type in TYPES
 }
 ALL_RELATIONS = sorted({relation for type in TYPES for relation, _, _ in RELATIONS[type]})
-PLURALS = {
-    "country": "countries",
-    "city": "cities",
-    "person": "persons",
-    "company": "companies",
-    "river": "rivers",
-    "book": "books",
-    "festival": "festivals",
-}
+PLURALS = {type: type[:-1] + "ies" if type[-1] == "y" else type + "s" for type in TYPES}
 OPERATIONS = {"sum": "+", "difference": "-", "product": "*"}
 
 # {np} is a noun phrase such as "the mayor of the capital of Norland". The splits share no frame.
-FRAMES = {
-    "pretrain": [
-        "Find {np}.",
-        "Look up {np}.",
-        "Please find {np}.",
-        "I need {np}.",
-        "I want to know {np}.",
-        "Give me {np}.",
-        "Which is {np}?",
-        "Search for {np}.",
-        "Could you find {np}?",
-        "My question: {np}?",
-        "We want {np}.",
-        "Who or what is {np}?",
-        "Answer this: {np}?",
-        "What do they call {np}?",
-        "Find out {np} for me.",
-        "It is about {np}. What is it?",
-        "{np}?",
-        "Can anyone say what {np} is?",
-        "Say {np}, please.",
-        "We would like to hear {np}.",
-        "Name the answer: {np}.",
-        "You should report {np}.",
-        "Tell us {np}.",
-    ],
-    "train": [
-        "What is {np}?",
-        "Tell me {np}.",
-        "Can you name {np}?",
-        "Do you know {np}?",
-        "I would like {np}.",
-    ],
-    "dev": ["Say what {np} is.", "Let me know {np}.", "What could {np} be?"],
-    "test": [
-        "Name {np}.",
-        "Report {np}.",
-        "Which answer fits {np}?",
-        "Can you tell me {np}?",
-        "State {np}, please.",
-    ],
+_FRAMES = {
+    "pretrain": "Find {np}. | Look up {np}. | Please find {np}. | I need {np}. | I want to know "
+    "{np}. | Give me {np}. | Which is {np}? | Search for {np}. | Could you find {np}? | My "
+    "question: {np}? | We want {np}. | Who or what is {np}? | Answer this: {np}? | What "
+    "do they call {np}? | Find out {np} for me. | It is about {np}. What is it? | {np}? | "
+    "Can anyone say what {np} is? | Say {np}, please. | We would like to hear {np}. | "
+    "Name the answer: {np}. | You should report {np}. | Tell us {np}.",
+    "train": "What is {np}? | Tell me {np}. | Can you name {np}? | Do you know {np}? | I would "
+    "like {np}.",
+    "dev": "Say what {np} is. | Let me know {np}. | What could {np} be?",
+    "test": "Name {np}. | Report {np}. | Which answer fits {np}? | Can you tell me {np}? | State "
+    "{np}, please.",
 }
+FRAMES = {split: frames.split(" | ") for split, frames in _FRAMES.items()}
 
 
 def number_relation(type: str) -> str:

@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from context import Chat
-from data.base.drills import Drill, copy_drill, empty_rows, fact_drill, plan_drill, walk_drill
+from data.base.drills import Drill, copy_drill, empty_rows, fact_drill, plans, text_drill, walks
 from data.base.explorers import Row, write_transcripts
 from data.base.induction import build_induction
 from data.base.tokenizer import tokenizer_corpus, train_tokenizer
@@ -48,60 +48,42 @@ from rollout import RolloutArgs
 from support.flags import parse_flags
 from tools import Browse, Python, Search
 
+NANO = Path(__file__).resolve().parent / "nano"
+
 
 @dataclass
 class Args:
-    out: str = HfArg(
-        default=str(Path(__file__).resolve().parent / "nano"), help="folder to write the model to"
-    )
+    out: str = HfArg(default=str(NANO), help="folder to write the model to")
     seed: int = HfArg(default=0, help="decides worlds, explorers, drills and weights")
     worlds: int = HfArg(default=16, help="number of pretraining worlds")
     entities: int = HfArg(default=300, help="entities in each of them")
     transcripts: int = HfArg(default=20000, help="explorer transcripts to write")
     skilled_share: float = HfArg(default=0.30, help="share of explorers that behave sensibly")
-    deep_share: float = HfArg(
-        default=0.0, help="share of rows that are segments of walks through deep worlds' catalogues"
-    )
-    deep_skilled_share: float = HfArg(
-        default=0.7,
-        help="share of those walkers that behave sensibly: thirty right moves in a row take more",
-    )
-    deep_entities: int = HfArg(
-        default=600, help="entities in each deep world; it has a catalogue for fifty of them"
-    )
+    deep_share: float = HfArg(default=0.0, help="share of rows that are segments of walks")
+    deep_skilled_share: float = HfArg(default=0.7, help="share of sensible walkers")
+    deep_entities: int = HfArg(default=600, help="entities in each deep world")
     deep_manager: Literal["summarize", "elide"] = HfArg(
         default="summarize", help="context manager of the walks"
     )
-    deep_context: int = HfArg(
-        default=1024, help="window of the walks; the manager acts at three quarters of it"
-    )
+    deep_context: int = HfArg(default=1024, help="window of the walks, in tokens")
     hidden: int = HfArg(default=128, help="width of the model")
     layers: int = HfArg(default=4, help="number of layers")
     heads: int = HfArg(default=4, help="attention heads")
-    drill_share: float = HfArg(
-        default=0.1, help="share of drills among the batches after that, until the last fifth"
-    )
-    drill_steps: int = HfArg(
-        default=800, help="optimizer steps on copy drills before the transcripts, at most"
-    )
+    drill_share: float = HfArg(default=0.1, help="share of drills among the transcripts' batches")
+    drill_steps: int = HfArg(default=800, help="optimizer steps on drills alone, at most")
     steps: int = HfArg(default=6000, help="optimizer steps on transcripts")
     batch_tokens: int = HfArg(default=4096, help="tokens in one optimizer step")
-    learning_rate: float = HfArg(
-        default=1.5e-3, help="peak learning rate; cosine decay to a thirtieth of it"
-    )
-    minutes: float = HfArg(
-        default=0.0, help="decay over this wall-clock time instead of `steps` (0: off)"
-    )
-    init: str = HfArg(
-        default="", help="model folder to go on from, with its tokenizer, instead of starting anew"
-    )
+    learning_rate: float = HfArg(default=1.5e-3, help="peak; it decays to a thirtieth")
+    minutes: float = HfArg(default=0.0, help="decay over this time instead of `steps` (0: off)")
+    init: str = HfArg(default="", help="model folder to go on from, with its tokenizer")
 
 
 def new_model(args: Args, chat: Chat) -> LlamaForCausalLM:
     """A small Llama that starts with an induction circuit, or the model of --init."""
-    tokenizer = chat.tokenizer
+    if args.init:
+        return LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(chat.tokenizer),
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=args.layers,
@@ -112,24 +94,13 @@ def new_model(args: Args, chat: Chat) -> LlamaForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         eos_token_id=chat.end_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=chat.tokenizer.pad_token_id,
         bos_token_id=None,
         attn_implementation="sdpa",
     )
-    if args.init:
-        return LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     model = LlamaForCausalLM(config)
     build_induction(model)
     return model
-
-
-def new_optimizer(model: LlamaForCausalLM, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW with weight decay on the matrices alone."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
 def batches_of(rows: list[Row], tokens: int, rng: np.random.Generator) -> list[list[Row]]:
@@ -193,9 +164,9 @@ class Lessons:
             return "transcripts", pad(self.queue.pop(), rng)
         size = (args.batch_tokens // 256, 256)
         if self.has_walks and self.can_copy and rng.random() < 0.5:
-            return "walks", walk_drill(rng, self.chat, self.drill_world, *size)
+            return "walks", text_drill(walks, rng, self.chat, self.drill_world, *size)
         if self.can_copy and rng.random() < 0.7:
-            return "plans", plan_drill(rng, self.chat, self.drill_world, *size)
+            return "plans", text_drill(plans, rng, self.chat, self.drill_world, *size)
         if rng.random() < 0.8:
             return "facts", fact_drill(rng, self.chat, *size)
         return "spans", copy_drill(rng, len(self.chat.tokenizer), *size)
@@ -214,29 +185,19 @@ def main():
         tokenizer = train_tokenizer(corpus, 2560)
     tokenizer.save_pretrained(args.out)
     chat = Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
-    transcripts = write_transcripts(
-        chat, args.seed, args.worlds, args.entities, args.transcripts, args.skilled_share
-    )
+    where = (chat, args.seed, args.worlds)
+    rows = write_transcripts(*where, args.entities, args.transcripts, args.skilled_share)
     walks, held_out_walks = [], []
     if args.deep_share:
-        count = round(len(transcripts) * args.deep_share / (1 - args.deep_share))
+        count = round(len(rows) * args.deep_share / (1 - args.deep_share))
         window = RolloutArgs(context=args.deep_manager, max_context=args.deep_context, max_turns=99)
         walks, held_out_walks = write_walks(
-            chat,
-            args.seed,
-            args.worlds,
-            args.deep_entities,
-            count,
-            args.deep_skilled_share,
-            window,
+            *where, args.deep_entities, count, args.deep_skilled_share, window
         )
     model = new_model(args, chat)
-    print(
-        f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, "
-        f"prompt {len(chat.before_question)} tokens"
-    )
-    held_out = (transcripts[-200:], held_out_walks)
-    train(model, args, chat, transcripts[:-200] + walks, bool(walks), held_out)
+    prompt = len(chat.before_question)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, prompt {prompt} tokens")
+    train(model, args, chat, rows[:-200] + walks, bool(walks), (rows[-200:], held_out_walks))
 
 
 def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_out: tuple) -> None:
@@ -247,7 +208,11 @@ def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_
         has_walks: whether walks are among them.
         held_out: transcripts and walks for the reports.
     """
-    optimizer = new_optimizer(model, args.learning_rate)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
     lessons = Lessons(args, chat, rows, has_walks)
     total = args.drill_steps + args.steps
     start, tokens, average = time.time(), 0, {}
@@ -290,23 +255,15 @@ def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_
 # -------------------------------------------------------------------------------------------- report
 
 
-@dataclass
-class Said:
-    """One of an explorer's own tokens, under the right ones before it."""
-
-    before: str  # the token before
-    token: str
-    hit: bool  # whether the likeliest token was this one
-    is_end: bool  # whether the turn ends here
+Said = tuple[str, str, bool]  # the token before, a token, whether it was the likeliest
 
 
 def tokens_of(model: LlamaForCausalLM, chat: Chat, row: Row) -> tuple[float, list[Said]]:
-    """Loss on the explorer's own tokens, and each of them."""
+    """Loss on the explorer's own tokens, and each of them, given the right ones before it."""
     ids, mask = torch.from_numpy(row[0].astype(np.int64))[None], torch.from_numpy(row[1])[None]
     loss, predicted, targets = loss_of(model, ids, torch.where(mask, ids, -100))
     text = chat.tokenizer.convert_ids_to_tokens(targets.tolist())
-    hits, ends = (predicted == targets).tolist(), (targets == chat.end_id).tolist()
-    return loss.item(), [Said(*said) for said in zip(["", *text], text, hits, ends)]
+    return loss.item(), list(zip(["", *text], text, (predicted == targets).tolist()))
 
 
 def share(hits: list[bool]) -> str:
@@ -321,21 +278,21 @@ def report(model: LlamaForCausalLM, chat: Chat, transcripts: list[Row], walks: l
     names, and whole turns or notes.
     """
     losses, rows = zip(*[tokens_of(model, chat, row) for row in transcripts])
-    facts = [said.hit for row in rows for said in row if said.before == "ĠisĠ"]
+    facts = [hit for row in rows for before, _, hit in row if before == "ĠisĠ"]
     line = f"held-out loss {np.mean(losses):.3f} | fact copied {share(facts)}"
     if not walks:
         return line
     losses, rows = zip(*[tokens_of(model, chat, row) for row in walks])
     tokens = [said for row in rows for said in row]
-    urls = [said.hit for said in tokens if said.before == "/"]
-    names = [s.hit for s in tokens if s.before.endswith("Ġ") and s.token[0].isupper()]
-    turns, notes, turn = [], [], []
-    for said in tokens:
-        turn.append(said)
-        if said.is_end:  # notes are turns without a thought
-            kind = turns if any(said.token == "<think>" for said in turn) else notes
-            kind.append(all(said.hit for said in turn))
-            turn = []
+    urls = [hit for before, _, hit in tokens if before == "/"]
+    names = [hit for before, token, hit in tokens if before.endswith("Ġ") and token[0].isupper()]
+    turns, notes, hits, is_turn = [], [], [], False
+    for _, token, hit in tokens:
+        hits.append(hit)
+        is_turn = is_turn or token == "<think>"  # notes are turns without a thought
+        if token == "<|im_end|>":
+            (turns if is_turn else notes).append(all(hits))
+            hits, is_turn = [], False
     return (
         f"{line} | walks: loss {np.mean(losses):.3f}, next page {share(urls)}, "
         f"names {share(names)}, whole turns {share(turns)}, whole notes {share(notes)}"

@@ -41,49 +41,27 @@ from support.flags import parse_flags
 
 DATA = Path(__file__).resolve().parent
 
-# Shares of the families; a multihop entry is (family, hops). At least 40% of test is multi-hop, and
-# half of that has 3 hops or more.
-SHARES = {
-    "train": {
-        ("lookup", 1): 0.20,
-        ("browse", 1): 0.22,
-        ("multihop", 2): 0.18,
-        ("multihop", 3): 0.12,
-        ("multihop", 4): 0.08,
-        ("compute", 1): 0.20,
-    },
-    "test": {
-        ("lookup", 1): 0.15,
-        ("browse", 1): 0.22,
-        ("multihop", 2): 0.19,
-        ("multihop", 3): 0.14,
-        ("multihop", 4): 0.08,
-        ("compute", 1): 0.22,
-    },
-}
-SHARES["pretrain"] = SHARES["train"]
-SHARES["dev"] = SHARES["test"]
-# A deep world asks every family; the second number is hops, or the level (1 to 3) of a family in
+# Shares of the families, each with its hops. At least 40% of test is multi-hop, and half of that has
+# 3 hops or more.
+_PLAIN = [("lookup", 1), ("browse", 1), *(("multihop", hops) for hops in (2, 3, 4)), ("compute", 1)]
+_TRAIN = dict(zip(_PLAIN, (0.20, 0.22, 0.18, 0.12, 0.08, 0.20)))
+_TEST = dict(zip(_PLAIN, (0.15, 0.22, 0.19, 0.14, 0.08, 0.22)))
+SHARES = {"pretrain": _TRAIN, "train": _TRAIN, "dev": _TEST, "test": _TEST}
+# A deep world asks every family; the numbers are hops, or the level (1 to 3) of a family in
 # data/deep/families.py.
-DEEP_SHARES = {
-    ("lookup", 1): 0.04,
-    ("browse", 1): 0.05,
-    **{("multihop", hops): 0.03 for hops in range(2, 7)},
-    ("compute", 1): 0.05,
-    ("compute", 2): 0.04,
-    ("compute", 3): 0.04,
-    ("collection", 1): 0.07,
-    ("collection", 2): 0.07,
-    ("collection", 3): 0.02,
-    **{
-        (family, level): 0.03
-        for family in ("conflict", "logic", "algorithmic")
-        for level in (1, 2, 3)
-    },
-    **{(family, level): 0.04 for family in ("math", "code") for level in (1, 2)},
-    ("math", 3): 0.02,
-    ("code", 3): 0.02,
+_DEEP = {
+    "lookup": {1: 0.04},
+    "browse": {1: 0.05},
+    "multihop": dict.fromkeys((2, 3, 4, 5, 6), 0.03),
+    "compute": {1: 0.05, 2: 0.04, 3: 0.04},
+    "collection": {1: 0.07, 2: 0.07, 3: 0.02},
+    "conflict": {1: 0.03, 2: 0.03, 3: 0.03},
+    "logic": {1: 0.03, 2: 0.03, 3: 0.03},
+    "algorithmic": {1: 0.03, 2: 0.03, 3: 0.03},
+    "math": {1: 0.04, 2: 0.04, 3: 0.02},
+    "code": {1: 0.04, 2: 0.04, 3: 0.02},
 }
+DEEP_SHARES = {(f, level): share for f, levels in _DEEP.items() for level, share in levels.items()}
 
 
 @dataclass

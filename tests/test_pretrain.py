@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from data.base.drills import plan_drill, walk_drill
+from data.base.drills import plans, text_drill, walks
 from data.base.explorers import open_site, write_transcripts
 from data.base.walkers import Walker, write_walks
 from data.tasks import draw_task, form_of
@@ -14,7 +14,7 @@ from data.world import World, load_world
 from rollout import RolloutArgs
 
 
-def walks(deep_dir, chat, skill, count=12):
+def play_walks(deep_dir, chat, skill, count=12):
     site, rng, done = open_site(load_world(deep_dir)), random.Random(0), []
     args = RolloutArgs(context="summarize", max_turns=99)
     while len(done) < count:
@@ -26,10 +26,11 @@ def walks(deep_dir, chat, skill, count=12):
 
 
 def test_skilled_walkers_find_the_answer_in_a_window_of_a_few_pages(deep_dir, chat):
-    done = walks(deep_dir, chat, 1.0)
+    done = play_walks(deep_dir, chat, 1.0)
     assert sum(right for _, _, right in done) >= 11
-    for task, rows, _ in done:
+    for _, rows, _ in done:
         assert len(rows) >= 3  # the first segment, the last, and what was chosen between
+        rows = [(ids.tolist(), mask.tolist()) for ids, mask in rows]
         for ids, mask in rows:
             assert len(ids) == len(mask) <= 1024
             own = [i for i, mine in zip(ids, mask) if mine]
@@ -46,16 +47,16 @@ def test_skilled_walkers_find_the_answer_in_a_window_of_a_few_pages(deep_dir, ch
 
 
 def test_most_walkers_do_it_badly(deep_dir, chat):
-    assert sum(right for _, _, right in walks(deep_dir, chat, 0.3)) <= 3
+    assert sum(right for _, _, right in play_walks(deep_dir, chat, 0.3)) <= 3
 
 
 def test_walk_drills_are_learned_where_their_rule_decides(deep_dir, chat):
-    ids, labels = walk_drill(np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)
+    ids, labels = text_drill(walks, np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)
     assert ids.shape == labels.shape == (8, 256) and bool(
         ((labels == ids) | (labels == -100)).all()
     )
     learned = chat.decode(ids[0][labels[0] >= 0].tolist())
     assert learned.startswith("<think>") and "Next:" not in learned and "browse" in learned
     assert torch.equal(
-        ids, walk_drill(np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)[0]
+        ids, text_drill(walks, np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)[0]
     )

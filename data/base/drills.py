@@ -1,7 +1,7 @@
 """Drills: rows of random text in which only the rule that is to be learned decides the next token.
 
 In: a random generator. Out: ids (B, T) and labels (B, T), with -100 where nothing can be known. To
-try an idea, write a generator of chunks like `plans` and give it to `written_rows`.
+try an idea, write a generator of chunks like `plans` and give it to `text_drill`.
 """
 
 from collections.abc import Iterator
@@ -93,13 +93,19 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
-def written_rows(chat: Chat, sources: list[Iterator[Chunk]], length: int) -> Drill:
-    """One row from each source of chunks, until it is full; what goes beyond the length is cut."""
-    ids, labels = empty_rows(len(sources), length)
-    for row, source in enumerate(sources):
-        row_ids, row_labels = [], []
+def text_drill(
+    source, rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int
+) -> Drill:
+    """Rows of text; what goes beyond the length is cut.
+
+    Args:
+        source: `plans` or `walks`, a generator of chunks for each row.
+    """
+    ids, labels = empty_rows(rows, length)
+    for row in range(rows):
+        chunks, row_ids, row_labels = source(rng, world), [], []
         while len(row_ids) < length:
-            for text, is_learned in next(source):
+            for text, is_learned in next(chunks):
                 new = chat.trusted(text)
                 row_ids += new
                 row_labels += new if is_learned else [-100] * len(new)
@@ -107,14 +113,9 @@ def written_rows(chat: Chat, sources: list[Iterator[Chunk]], length: int) -> Dri
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
-def plan_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> Drill:
-    """Plans worked off in thoughts alone: a fact is noted, the plan gets shorter, the next query
-    follows from it."""
-    return written_rows(chat, [plans(rng, world) for _ in range(rows)], length)
-
-
 def plans(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
-    """Each chunk is a whole plan, with names and relations drawn at random.
+    """Plans worked off in thoughts alone: a fact is noted, the plan gets shorter, the next query
+    follows from it. Each chunk is a whole plan, with names and relations drawn at random.
 
     "Kor: mayor, teacher." and "The mayor of Kor is Bel." give "The mayor of Kor is Bel. Bel:
     teacher." and the query "teacher of Bel"; two numbers give the sum to compute.
@@ -173,18 +174,13 @@ def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
     return [*pieces, (turn_text(fact, subject), True)]
 
 
-def walk_drill(rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int) -> Drill:
-    """Walks in small: notes, then pages of one to four entries; each thought says what was found so
-    far, each call follows "Next:".
+def walks(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
+    """Walks in small: notes, then pages of one to four entries, a chunk each. Each thought says
+    what was found so far, each call follows "Next:".
 
     A real page of seven entries rarely has one that is looked for, so on real walks alone the rule
     is learned slowly.
     """
-    return written_rows(chat, [walks(rng, world) for _ in range(rows)], length)
-
-
-def walks(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
-    """A chunk for the notes of each walk, and one for each page of it."""
     while True:
         host, is_extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.1
         if is_extreme:

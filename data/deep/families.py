@@ -22,76 +22,57 @@ from dataclasses import dataclass, field
 from data.deep import pages as deep
 from data.parts import LEAD, RELATIONS, TYPES, number_relation
 
-WORDINGS = {
-    "extreme": [
-        "the entry with the {word} price in the catalogue of {x}",
-        "the {word} price's entry in the catalogue of {x}",
-        "the entry of {word} price in {x}'s catalogue",
-    ],
-    "list": [
-        "all {word} entries in the catalogue of {x}",
-        "every {word} entry of the catalogue of {x}",
-        "the {word} entries in {x}'s catalogue",
-    ],
-    "count": [
-        "the number of {word} entries in the catalogue of {x}",
-        "the count of {word} entries in the catalogue of {x}",
-        "the number of {word} entries in {x}'s catalogue",
-    ],
-    "total": [
-        "the total price of the {word} entries in the catalogue of {x}",
-        "the total price of all {word} entries of the catalogue of {x}",
-        "the total price of the {word} entries in {x}'s catalogue",
-    ],
-    "visit": [
-        "the number of entries that are a {word} in the catalogue of {x}",
-        "the count of entries that are a {word} in the catalogue of {x}",
-        "the number of entries that are a {word} in {x}'s catalogue",
-    ],
-    "valid": ["the valid {word} of {x}", "the {word} that is valid for {x}"],
-    "date": ["the date of the valid notice on {x}", "the date on the valid notice on {x}"],
-    "digits": [
-        "the sum of the digits of the product of these numbers: {x}",
-        "the digits of the product of these numbers, added up: {x}",
-    ],
-    "average": [
-        "the average of these numbers, rounded down: {x}",
-        "the average, without its fraction, of these numbers: {x}",
-    ],
-    "squares": [
-        "the sum of the squares of these numbers: {x}",
-        "the squares of these numbers, added up: {x}",
-    ],
-    "among": ["the {word} of the one among {x} whose {y}"],
-    "inverse": ["the {word} of the {x} whose {y}"],
-    "way": [
-        "the length of the shortest way by road from {x} to {y}",
-        "the miles of the shortest journey by road from {x} to {y}",
-    ],
-    "cities": [
-        "the cities between on the shortest way by road from {x} to {y}",
-        "the cities passed on the shortest journey by road from {x} to {y}",
-    ],
-    "rank": ["the {word} of the one with the {y} among {x}"],
-    "schedule": [
-        "the most days at whole festivals that do not overlap, among {x}",
-        "the largest number of days at whole festivals without overlap, among {x}",
-    ],
-    "power": [
-        "the sum of the digits of {x} to the power of {y}",
-        "the digits of {x} to the power of {y}, added up",
-    ],
-    "modulo": [
-        "the remainder of {x} to the power of {y} divided by {word}",
-        "the remainder that {x} to the power of {y} leaves when divided by {word}",
-    ],
-    "divisible": [
-        "the number of integers from {x} to {y} that are divisible by {word}",
-        "the count of integers from {x} to {y} divisible by {word}",
-    ],
-    "primes": ["the sum of all primes from {x} to {y}", "the total of the primes from {x} to {y}"],
-    "program": ["the output of the program below", "the line that the program below prints"],
-}
+# form of the question, and one of its wordings; the last wording of a form is held out
+_WORDINGS = """
+extreme   the entry with the {word} price in the catalogue of {x}
+extreme   the {word} price's entry in the catalogue of {x}
+extreme   the entry of {word} price in {x}'s catalogue
+list      all {word} entries in the catalogue of {x}
+list      every {word} entry of the catalogue of {x}
+list      the {word} entries in {x}'s catalogue
+count     the number of {word} entries in the catalogue of {x}
+count     the count of {word} entries in the catalogue of {x}
+count     the number of {word} entries in {x}'s catalogue
+total     the total price of the {word} entries in the catalogue of {x}
+total     the total price of all {word} entries of the catalogue of {x}
+total     the total price of the {word} entries in {x}'s catalogue
+visit     the number of entries that are a {word} in the catalogue of {x}
+visit     the count of entries that are a {word} in the catalogue of {x}
+visit     the number of entries that are a {word} in {x}'s catalogue
+valid     the valid {word} of {x}
+valid     the {word} that is valid for {x}
+date      the date of the valid notice on {x}
+date      the date on the valid notice on {x}
+digits    the sum of the digits of the product of these numbers: {x}
+digits    the digits of the product of these numbers, added up: {x}
+average   the average of these numbers, rounded down: {x}
+average   the average, without its fraction, of these numbers: {x}
+squares   the sum of the squares of these numbers: {x}
+squares   the squares of these numbers, added up: {x}
+among     the {word} of the one among {x} whose {y}
+inverse   the {word} of the {x} whose {y}
+way       the length of the shortest way by road from {x} to {y}
+way       the miles of the shortest journey by road from {x} to {y}
+cities    the cities between on the shortest way by road from {x} to {y}
+cities    the cities passed on the shortest journey by road from {x} to {y}
+rank      the {word} of the one with the {y} among {x}
+schedule  the most days at whole festivals that do not overlap, among {x}
+schedule  the largest number of days at whole festivals without overlap, among {x}
+power     the sum of the digits of {x} to the power of {y}
+power     the digits of {x} to the power of {y}, added up
+modulo    the remainder of {x} to the power of {y} divided by {word}
+modulo    the remainder that {x} to the power of {y} leaves when divided by {word}
+divisible the number of integers from {x} to {y} that are divisible by {word}
+divisible the count of integers from {x} to {y} divisible by {word}
+primes    the sum of all primes from {x} to {y}
+primes    the total of the primes from {x} to {y}
+program   the output of the program below
+program   the line that the program below prints
+"""
+WORDINGS: dict[str, list[str]] = {}
+for _line in _WORDINGS.strip().splitlines():
+    _form, _wording = _line.split(maxsplit=1)
+    WORDINGS.setdefault(_form, []).append(_wording)
 
 
 @dataclass
