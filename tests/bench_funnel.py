@@ -22,11 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.deep.families import number_relation
+
 from data.deep.funnel import Funnel
+from data.parts import FRAMES, RELATIONS, TYPES, number_relation
 from data.task import Task
-from data.tasks import FRAMES, make_tasks
-from data.world import RELATIONS, TYPES, World, write_world
+from data.tasks import make_tasks
+from data.world import World, write_world
 from reward import correct
 
 KINDS = ["wrong", "ambiguous", "leak", "duplicate", "trivial"]

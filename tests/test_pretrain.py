@@ -1,4 +1,4 @@
-"""The walkers of data/pretrain.py: explorers whose walks are longer than the window."""
+"""The base models' recipe: walkers, drills, and the rows that it writes."""
 
 import hashlib
 import random
@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from data.base.drills import plans, text_drill, walks
+from data.base.drills import copy_drill, fact_drill, plans, text_drill, walks
 from data.base.explorers import open_site, write_transcripts
 from data.base.walkers import Walker, write_walks
 from data.tasks import draw_task, form_of
@@ -60,3 +60,30 @@ def test_walk_drills_are_learned_where_their_rule_decides(deep_dir, chat):
     assert torch.equal(
         ids, text_drill(walks, np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)[0]
     )
+
+
+DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "f80d847dd7ee"]
+TRANSCRIPTS, WALKS = "863fd6ada832", ("becd3716005e", "02e0f5d49587")
+
+
+def digest(rows) -> str:
+    """Of (ids, mask) or (ids, labels), whatever they are arrays of."""
+    numbers = [part.tolist() for row in rows for part in row]
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
+
+
+def test_the_recipe_writes_the_rows_that_the_shipped_models_learned_from(chat):
+    """A change here means that the shipped base models cannot be made again by the recipe."""
+    drills = [
+        copy_drill(np.random.default_rng(0), len(chat.tokenizer), 4, 256),
+        fact_drill(np.random.default_rng(0), chat, 4, 256),
+        *(
+            text_drill(source, np.random.default_rng(0), chat, World(116, 5000, "pretrain"), 8, 256)
+            for source in (plans, walks)
+        ),
+    ]
+    assert [digest([drill]) for drill in drills] == DRILLS
+    assert digest(write_transcripts(chat, 0, 2, 60, 60, 0.3)) == TRANSCRIPTS
+    window = RolloutArgs(context="summarize", max_turns=99)
+    segments, held_out = write_walks(chat, 0, 1, 300, 20, 0.7, window)
+    assert (digest(segments), digest(held_out)) == WALKS
