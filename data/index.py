@@ -40,18 +40,10 @@ from support.web import html_to_text
 class Args:
     out: str = HfArg(help="database file to write")
     html: str = HfArg(default="", help="folder of HTML files")
-    jsonl: str = HfArg(
-        default="", help="file with one JSON document a line: text, title, url; or give --html"
-    )
-    base_url: str = HfArg(
-        default="http://corpus.test/", help="what the URLs of pages without one begin with"
-    )
-    processes: int = HfArg(
-        default=os.cpu_count() or 1, help="how many work at a large folder of HTML files"
-    )
-    strict: bool = HfArg(
-        default=False, help="stop at the first malformed line instead of skipping it"
-    )
+    jsonl: str = HfArg(default="", help="or a file of JSON documents, one a line: text, title, url")
+    base_url: str = HfArg(default="http://corpus.test/", help="for pages that have no URL")
+    processes: int = HfArg(default=os.cpu_count() or 1, help="how many read a large folder")
+    strict: bool = HfArg(default=False, help="stop at the first malformed line, skip none")
 
 
 SNIPPET_TOKENS = 24

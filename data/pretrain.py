@@ -115,7 +115,7 @@ def batches_of(rows: list[Row], tokens: int, rng: np.random.Generator) -> list[l
 
 
 def pad(batch: list[Row], rng: np.random.Generator) -> Drill:
-    """Right-padded ids (B, T) and labels (B, T): the explorer's tokens and a tenth of the others."""
+    """Right-padded ids and labels (B, T): the explorer's tokens and a tenth of the others."""
     ids, labels = empty_rows(len(batch), max(len(ids) for ids, _ in batch))
     for row, (row_ids, mask) in enumerate(batch):
         ids[row, : len(row_ids)] = row_ids
@@ -252,7 +252,7 @@ def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_
     save(step)
 
 
-# -------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 Said = tuple[str, str, bool]  # the token before, a token, whether it was the likeliest

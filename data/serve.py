@@ -40,33 +40,39 @@ class PageHandler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     timeout = 60  # an idle connection gives its thread back
 
+    def setup(self) -> None:
+        """Each client has a connection to the index of its own: a slow search holds up nobody."""
+        self.index = open_index(self.server.db)
+        super().setup()
+
+    def finish(self) -> None:
+        self.index.close()
+        super().finish()
+
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
-        with self.server.index() as index:
-            if parts.path == "/search":
-                query = parse_qs(parts.query)
-                k = query.get("k", ["5"])[0]
-                count = min(int(k), 50) if k.isascii() and k.isdigit() else 5
-                hits = search_index(index, query.get("q", [""])[0], count)
-                self.reply(200, json.dumps(hits).encode(), "application/json")
-                return
-            page = self.page(index, parts.path, f"?{parts.query}" if parts.query else "")
-        if page is None:
-            self.reply(404, b"<html><body>no such page</body></html>", "text/html; charset=utf-8")
-        else:
+        if parts.path == "/search":
+            query = parse_qs(parts.query)
+            k = query.get("k", ["5"])[0]
+            count = min(int(k), 50) if k.isascii() and k.isdigit() else 5
+            hits = search_index(self.index, query.get("q", [""])[0], count)
+            self.reply(200, json.dumps(hits).encode(), "application/json")
+        elif page := self.page(parts.path, f"?{parts.query}" if parts.query else ""):
             self.reply(200, page.encode("utf-8", "replace"), "text/html; charset=utf-8")
+        else:
+            self.reply(404, b"<html><body>no such page</body></html>", "text/html; charset=utf-8")
 
-    def page(self, index: sqlite3.Connection, path: str, query: str) -> str | None:
+    def page(self, path: str, query: str) -> str | None:
         """The HTML of a page, whichever way its address is quoted; None if there is none."""
         for path_in_index in dict.fromkeys((path, unquote(path))):
-            if page := page_html_of(index, f"{self.server.base_url}{path_in_index}{query}"):
+            if page := page_html_of(self.index, f"{self.server.base_url}{path_in_index}{query}"):
                 return page
         if path != "/":
             return None
         # A corpus without a home page needs a way in.
         links = "".join(
             f'<li><a href="{html.escape(urlsplit(url).path)}">{html.escape(title)}</a></li>'
-            for url, title in index.execute("select url, title from pages limit 100")
+            for url, title in self.index.execute("select url, title from pages limit 100")
         )
         return f"<html><body><h1>{self.server.host}</h1><ul>{links}</ul></body></html>"
 
@@ -92,8 +98,7 @@ class PageServer(ThreadingHTTPServer):
 
     def __init__(self, db: Path | str, port: int = 0):
         self.db = db
-        self.idle = []  # connections that no request uses now: a slow search holds up nobody
-        with self.index() as index:
+        with contextlib.closing(open_index(db)) as index:
             meta = dict(index.execute("select key, value from meta"))
         self.host = meta.get("host") or "corpus.test"
         self.base_url = f"http://{self.host}"
@@ -103,18 +108,6 @@ class PageServer(ThreadingHTTPServer):
         """Leave out HTTPServer's reverse lookup, which can stall where there is no name server."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address
-
-    @contextlib.contextmanager
-    def index(self):
-        """A connection to the index for one request."""
-        try:
-            connection = self.idle.pop()
-        except IndexError:
-            connection = open_index(self.db)
-        try:
-            yield connection
-        finally:
-            self.idle.append(connection)
 
     def handle_error(self, request, client_address) -> None:
         pass  # a client that hangs up is no news

@@ -2,7 +2,7 @@
 
 In: a file of JSON lines. Out: `Task` objects, or one line that says what is wrong and where. This
 file imports nothing of the project, so everything else may import it. To try an idea, add a field
-to `Task` and its type to `TYPES_OF_FIELDS`.
+to `Task` and its type to `FIELD_TYPES`.
 """
 
 import hashlib
@@ -16,14 +16,7 @@ Kind = Literal["plain", "deep"]
 SPLITS = get_args(Split)  # worlds of different splits share no name, whatever their seeds
 MAX_ENTITIES = 1_000_000  # a larger world would run out of names
 ANSWER_TYPES = ("name", "number", "date", "list")
-TYPES_OF_FIELDS = {
-    "id": str,
-    "family": str,
-    "split": str,
-    "hops": int,
-    "evidence": list,
-    "meta": dict,
-}
+FIELD_TYPES = {"id": str, "family": str, "split": str, "hops": int, "evidence": list, "meta": dict}
 
 
 @dataclass
@@ -66,6 +59,36 @@ def check_world(world) -> None:
         raise ValueError(f"a {kind} world needs at least {least} entities, not {entities}")
 
 
+def check_task(record: dict) -> None:
+    """Whether these are fields of a Task.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    for key in ("question", "answer"):
+        if not record.get(key):
+            raise ValueError(f"the task has no {key!r}")
+    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
+    texts = [record["question"], *answers]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(
+            "'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)"
+        )
+    if record.get("answer_type", "name") not in ANSWER_TYPES:
+        raise ValueError(f"'answer_type' {record['answer_type']!r}: use {', '.join(ANSWER_TYPES)}")
+    for key, kind in FIELD_TYPES.items():
+        if key in record and not isinstance(record[key], kind):
+            found = type(record[key]).__name__
+            raise ValueError(f"{key!r} must be of type {kind.__name__}, not {found}")
+    if not all(isinstance(url, str) for url in record.get("evidence", [])):
+        raise ValueError("'evidence' must be a list of strings")
+    meta = record.get("meta", {})
+    if not isinstance(meta.get("template", ""), str):
+        raise ValueError("'template' in 'meta' must be a string")
+    if "world" in meta:
+        check_world(meta["world"])
+
+
 def parse_task(line: bytes) -> Task:
     """One line of a task file.
 
@@ -80,28 +103,7 @@ def parse_task(line: bytes) -> Task:
         raise ValueError("not valid JSON (nested too deeply)") from None
     if not isinstance(record, dict):
         raise ValueError(f"a task is a JSON object, not {type(record).__name__}")
-    for key in ("question", "answer"):
-        if not record.get(key):
-            raise ValueError(f"the task has no {key!r}")
-    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
-    is_text = all(isinstance(answer, str) and answer.strip() for answer in answers)
-    if not isinstance(record["question"], str) or not is_text:
-        raise ValueError(
-            "'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)"
-        )
-    if record.get("answer_type", "name") not in ANSWER_TYPES:
-        raise ValueError(f"'answer_type' {record['answer_type']!r}: use {', '.join(ANSWER_TYPES)}")
-    for key, kind in TYPES_OF_FIELDS.items():
-        if key in record and not isinstance(record[key], kind):
-            found = type(record[key]).__name__
-            raise ValueError(f"{key!r} must be of type {kind.__name__}, not {found}")
-    if not all(isinstance(url, str) for url in record.get("evidence", [])):
-        raise ValueError("'evidence' must be a list of strings")
-    meta = record.get("meta", {})
-    if not isinstance(meta.get("template", ""), str):
-        raise ValueError("'template' in 'meta' must be a string")
-    if "world" in meta:
-        check_world(meta["world"])
+    check_task(record)
     question_hash = hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()
     record.setdefault("id", question_hash[:12])
     return Task(**{key: value for key, value in record.items() if key in Task.__dataclass_fields__})

@@ -41,8 +41,8 @@ from support.flags import parse_flags
 
 DATA = Path(__file__).resolve().parent
 
-# Shares of the families, each with its hops. At least 40% of test is multi-hop, and half of that has
-# 3 hops or more.
+# Shares of the families, each with its hops. At least 40% of test is multi-hop, and half of that
+# has 3 hops or more.
 _PLAIN = [("lookup", 1), ("browse", 1), *(("multihop", hops) for hops in (2, 3, 4)), ("compute", 1)]
 _TRAIN = dict(zip(_PLAIN, (0.20, 0.22, 0.18, 0.12, 0.08, 0.20)))
 _TEST = dict(zip(_PLAIN, (0.15, 0.22, 0.19, 0.14, 0.08, 0.22)))
@@ -79,13 +79,9 @@ class Args:
         metadata={"choices": sorted(WORDINGS)},
         help="forms of question to draw (default: all)",
     )
-    rejects: str = HfArg(
-        default="", help="file for what the funnel rejected, with stage and reason"
-    )
+    rejects: str = HfArg(default="", help="file for what the funnel rejected, with reasons")
     seed: int = HfArg(default=0, help="decides every draw")
-    shipped: bool = HfArg(
-        default=False, help="rebuild data/train.jsonl, dev.jsonl, test.jsonl and the deep ones"
-    )
+    shipped: bool = HfArg(default=False, help="rebuild the task files that are in data/")
 
 
 # ---------------------------------------------------------------------------------------- questions

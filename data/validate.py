@@ -32,16 +32,11 @@ class Args:
     tasks: str = HfArg(help="task file to check (JSON lines)")
     out: str = HfArg(help="file for the good tasks")
     rejects: str = HfArg(help="file for the rejected ones, with stage and reason")
-    world: str = HfArg(
-        default="", help="folder of the world (data/world.py) that the tasks are about"
-    )
+    world: str = HfArg(default="", help="folder of the tasks' world (data/world.py)")
     skip: list[str] = HfArg(
         default_factory=list, metadata={"choices": list(STAGES)}, help="stages to leave out"
     )
-    model: str = HfArg(
-        default="",
-        help="policy of the Pass@N stage: nano or a checkpoint folder (default: no such stage)",
-    )
+    model: str = HfArg(default="", help="policy of the Pass@N stage: nano or a checkpoint folder")
     pass_n: int = HfArg(default=4, help="attempts at each task in the Pass@N stage")
     max_turns: int = HfArg(default=8, help="model steps of one attempt")
 

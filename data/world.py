@@ -47,13 +47,8 @@ class Args:
     seed: int = HfArg(default=7, help="decides every name and fact")
     entities: int = HfArg(default=500, help="number of entities (pages)")
     split: Split = HfArg(default="train", help="worlds of different splits share no name")
-    kind: Kind = HfArg(
-        default="plain", help="deep: catalogues, notices, roads and a calendar besides"
-    )
-    processes: int = HfArg(
-        default=os.cpu_count() or 1,
-        help="how many make the pages of a large world; it is the same for any number",
-    )
+    kind: Kind = HfArg(default="plain", help="deep: catalogues, notices, roads, calendar besides")
+    processes: int = HfArg(default=os.cpu_count() or 1, help="how many make a large world's pages")
 
 
 # People are what most relations point at, so a third of the entities are people.

@@ -232,7 +232,8 @@ def test_search_survives_odd_queries(world_dir):
 
 def test_jsonl_corpus_and_its_malformed_lines(tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text(
-        '{"text": "hens lay eggs", "title": "Hens"}\n{broken\n{"title": "no text"}\n{"contents": "cows give milk"}\n'
+        '{"text": "hens lay eggs", "title": "Hens"}\n{broken\n'
+        '{"title": "no text"}\n{"contents": "cows give milk"}\n'
     )
     assert (
         build_index(
@@ -449,7 +450,10 @@ def test_a_stopped_build_leaves_no_process_and_no_world(tmp_path, stop):
 
 
 def test_menus_around_a_page_are_not_its_text():
-    page = '<nav>Menu</nav><div class="body" role="main"><h1>Zip<a class="headerlink" href="#z">¶</a></h1><p>Text</p></div><div class="sphinxsidebar">Contents</div>'
+    page = (
+        '<nav>Menu</nav><div class="body" role="main"><h1>Zip<a class="headerlink" href="#z">¶</a>'
+        '</h1><p>Text</p></div><div class="sphinxsidebar">Contents</div>'
+    )
     assert html_to_text(page) == "# Zip\nText" and "Menu" in html_to_text(
         "<nav>Menu</nav><p>Text</p>"
     )

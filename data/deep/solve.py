@@ -93,8 +93,7 @@ def compute(question: str, read, find) -> list:
         return []
     numbers = [int(value) for value in values]
     if "product" in question:
-        product = functools.reduce(lambda a, b: a * b, numbers)
-        return [str(sum(int(digit) for digit in str(product)))]
+        return [str(sum(map(int, str(math.prod(numbers)))))]
     if "average" in question:
         return [str(sum(numbers) // len(numbers))]
     if "squares" in question:
@@ -190,29 +189,30 @@ def logic(question: str, read, find) -> list:
     conditions = re.findall(
         r"(\w+) is (above that of|above|below|not|) ?([A-Z]\w+|\d+)", conditions
     )
-    wanted = re.search(r"the (\w+) of (?:the one among|the (\w+)$)", head)
-    if not wanted or not conditions:
-        return []
+    wanted, type = re.search(r"the (\w+) of (?:the one among|the (\w+)$)", head).groups()
     if among := re.search(r"among (.+)$", head):
         candidates = re.findall(r"[A-Z]\w+", among.group(1))
     else:  # every page that says "is X" or has X in its table is looked at
         equal = [(relation, value) for relation, comparison, value in conditions if not comparison]
         phrases = [phrase for r, value in equal for phrase in (f"is {value}", f"{r} {value}")]
-        candidates = sorted({path for phrase in phrases for path in find(phrase)})
-        is_a = rf" is a {wanted.group(2)}\."
-        candidates = [c for c in candidates if re.search(rf"\b{re.escape(c)}{is_a}", read(c) or "")]
+        paths = sorted({path for phrase in phrases for path in find(phrase)})
+        candidates = [path for path in paths if f"{path} is a {type}." in (read(path) or "")]
+    for condition in conditions:
+        candidates = [name for name in candidates if holds(name, *condition, read)]
+    if not conditions:
+        return []
+    return [value for name in candidates if (value := read_fact(read(name) or "", name, wanted))]
 
-    def holds(name: str, relation: str, comparison: str, value: str) -> bool:
-        fact = read_fact(read(name) or "", name, relation)
-        if fact is None or comparison in ("", "not"):
-            return fact is not None and (fact == value) == (comparison == "")
-        bound = follow(value, [relation], read) if comparison == "above that of" else value
-        if bound is None:
-            return False
-        return int(fact) < int(bound) if comparison == "below" else int(fact) > int(bound)
 
-    fits = [name for name in candidates if all(holds(name, *condition) for condition in conditions)]
-    return [value for name in fits if (value := read_fact(read(name) or "", name, wanted.group(1)))]
+def holds(name: str, relation: str, comparison: str, value: str, read) -> bool:
+    """Whether a condition is true of an entity by what its page says."""
+    fact = read_fact(read(name) or "", name, relation)
+    if fact is None or comparison in ("", "not"):
+        return fact is not None and (fact == value) == (comparison == "")
+    bound = follow(value, [relation], read) if comparison == "above that of" else value
+    if bound is None:
+        return False
+    return int(fact) < int(bound) if comparison == "below" else int(fact) > int(bound)
 
 
 def roads_of(name: str, read) -> dict[str, int]:
@@ -289,10 +289,7 @@ def mathematics(question: str, read, find) -> list:
     """By brute force, where the generator has a formula."""
     n = [int(number) for number in re.findall(r"\d+", question)]
     if "digits" in question:
-        value = 1
-        for _ in range(n[1]):
-            value *= n[0]
-        return [str(sum(map(int, str(value))))]
+        return [str(sum(map(int, str(math.prod([n[0]] * n[1])))))]
     if "remainder" in question:
         value = 1
         for _ in range(n[1]):
