@@ -1,13 +1,13 @@
-"""The embedded web: pages and search of one index over HTTP on loopback, so that `browse` reads real pages.
+"""The embedded web: pages and search of one index over HTTP on loopback, for `browse` to read.
 
-In: an index (data/world.py or data/index.py writes one). Out: GET /path gives the page, GET /search?q=…&k=… gives JSON.
-URLs inside a corpus keep their own host name (http://w7.test/Belin); `Browse(hosts=…)` maps that name to this server, so
-tasks do not depend on ports. To try an idea (slow pages, errors), change `PageHandler`.
+In: an index (data/world.py or data/index.py writes one). Out: GET /path gives the page, and
+GET /search?q=…&k=… gives JSON. URLs inside a corpus keep their own host name
+(http://w7.test/Belin); `Browse(hosts=…)` maps that name to this server, so tasks do not depend on
+ports. To try an idea (slow pages, errors), change `PageHandler`.
 
     python data/serve.py --world data/worlds/w7 --port 8000
 """
 
-import argparse
 import contextlib
 import html
 import json
@@ -15,13 +15,24 @@ import socketserver
 import sqlite3
 import sys
 import threading
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from transformers.hf_argparser import HfArg
+
 from data.index import open_index, page_html_of, search_index
+from support.flags import parse_flags
+
+
+@dataclass
+class Args:
+    world: str = HfArg(default="", help="folder written by data/world.py; or give --db")
+    db: str = HfArg(default="", help="index written by data/index.py")
+    port: int = HfArg(default=8000, help="port on 127.0.0.1 (0: any free one)")
 
 
 class PageHandler(BaseHTTPRequestHandler):
@@ -29,35 +40,41 @@ class PageHandler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     timeout = 60  # an idle connection gives its thread back
 
+    def setup(self) -> None:
+        """Each client has a connection to the index of its own: a slow search holds up nobody."""
+        self.index = open_index(self.server.db)
+        super().setup()
+
+    def finish(self) -> None:
+        self.index.close()
+        super().finish()
+
     def do_GET(self) -> None:
-        server, parts = self.server, urlsplit(self.path)
+        parts = urlsplit(self.path)
         if parts.path == "/search":
             query = parse_qs(parts.query)
             k = query.get("k", ["5"])[0]
-            with server.index() as index:
-                hits = search_index(
-                    index,
-                    query.get("q", [""])[0],
-                    min(int(k), 50) if k.isascii() and k.isdigit() else 5,
-                )
+            count = min(int(k), 50) if k.isascii() and k.isdigit() else 5
+            hits = search_index(self.index, query.get("q", [""])[0], count)
             self.reply(200, json.dumps(hits).encode(), "application/json")
-            return
-        with server.index() as index:
-            page = None
-            for path in dict.fromkeys((parts.path, unquote(parts.path))):
-                page = page or page_html_of(
-                    index, f"{server.base_url}{path}" + (f"?{parts.query}" if parts.query else "")
-                )
-            if page is None and parts.path == "/":  # a corpus without a home page: a way in
-                links = "".join(
-                    f'<li><a href="{html.escape(urlsplit(url).path)}">{html.escape(title)}</a></li>'
-                    for url, title in index.execute("select url, title from pages limit 100")
-                )
-                page = f"<html><body><h1>{server.host}</h1><ul>{links}</ul></body></html>"
-        if page is None:
-            self.reply(404, b"<html><body>no such page</body></html>", "text/html; charset=utf-8")
-        else:
+        elif page := self.page(parts.path, f"?{parts.query}" if parts.query else ""):
             self.reply(200, page.encode("utf-8", "replace"), "text/html; charset=utf-8")
+        else:
+            self.reply(404, b"<html><body>no such page</body></html>", "text/html; charset=utf-8")
+
+    def page(self, path: str, query: str) -> str | None:
+        """The HTML of a page, whichever way its address is quoted; None if there is none."""
+        for path_in_index in dict.fromkeys((path, unquote(path))):
+            if page := page_html_of(self.index, f"{self.server.base_url}{path_in_index}{query}"):
+                return page
+        if path != "/":
+            return None
+        # A corpus without a home page needs a way in.
+        links = "".join(
+            f'<li><a href="{html.escape(urlsplit(url).path)}">{html.escape(title)}</a></li>'
+            for url, title in self.index.execute("select url, title from pages limit 100")
+        )
+        return f"<html><body><h1>{self.server.host}</h1><ul>{links}</ul></body></html>"
 
     def reply(self, status: int, body: bytes, kind: str) -> None:
         self.send_response(status)
@@ -71,35 +88,26 @@ class PageHandler(BaseHTTPRequestHandler):
 
 
 class PageServer(ThreadingHTTPServer):
+    """Serves the index `db` on a port of loopback.
+
+    Raises:
+        OSError, OverflowError, sqlite3.Error: there is no such index, or the port is not free.
+    """
+
     daemon_threads, request_queue_size = True, 256
 
     def __init__(self, db: Path | str, port: int = 0):
-        self.db, self.idle = (
-            db,
-            [],
-        )  # connections to the index that no request uses now: a slow search holds up nobody
-        with self.index() as index:
+        self.db = db
+        with contextlib.closing(open_index(db)) as index:
             meta = dict(index.execute("select key, value from meta"))
         self.host = meta.get("host") or "corpus.test"
         self.base_url = f"http://{self.host}"
         super().__init__(("127.0.0.1", port), PageHandler)
 
     def server_bind(self) -> None:
-        """Without the reverse lookup of HTTPServer, which can stall on a machine without a name server."""
+        """Leave out HTTPServer's reverse lookup, which can stall where there is no name server."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address
-
-    @contextlib.contextmanager
-    def index(self):
-        """A connection to the index for one request."""
-        try:
-            connection = self.idle.pop()
-        except IndexError:
-            connection = open_index(self.db)
-        try:
-            yield connection
-        finally:
-            self.idle.append(connection)
 
     def handle_error(self, request, client_address) -> None:
         pass  # a client that hangs up is no news
@@ -109,7 +117,8 @@ def start_server(db: Path | str) -> PageServer:
     """Serve an index from a background thread on a free port of loopback.
 
     Returns:
-        The server: `.host` is the corpus's own host name, `.server_address` where it really listens. It ends with the process.
+        The server: `.host` is the corpus's own host name, `.server_address` where it really
+        listens. It ends with the process.
     """
     server = PageServer(db)
     threading.Thread(target=server.serve_forever, name=f"serve {server.host}", daemon=True).start()
@@ -117,28 +126,17 @@ def start_server(db: Path | str) -> PageServer:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Serve a world or a corpus on loopback: pages and /search?q=…"
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--world", help="folder written by data/world.py")
-    source.add_argument("--db", help="index written by data/index.py")
-    parser.add_argument(
-        "--port", type=int, default=8000, help="port on 127.0.0.1 (0: any free one)"
-    )
-    args = parser.parse_args()
+    (args,) = parse_flags((Args,), __doc__)
+    if bool(args.world) == bool(args.db):
+        sys.exit("data/serve.py: give --world DIR or --db FILE (see --help)")
     try:
         server = PageServer(args.db or Path(args.world) / "pages.db", args.port)
     except (OSError, sqlite3.Error, OverflowError) as error:
         sys.exit(f"data/serve.py: {error}")
-    print(
-        f"http://127.0.0.1:{server.server_address[1]}/ serves {server.base_url}/  (Ctrl-C ends it)",
-        flush=True,
-    )
-    try:
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+    print(f"{address} serves {server.base_url}/  (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        pass
 
 
 if __name__ == "__main__":

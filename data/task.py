@@ -1,15 +1,24 @@
 """A task: one question with its answer, and the file it stands in.
 
-In: a file of JSON lines. Out: `Task` objects, or one line that says what is wrong and where. This file imports nothing of the
-project, so everything else may import it.
+In: a file of JSON lines. Out: `Task` objects, or one line that says what is wrong and where. This
+file imports nothing of the project, so everything else may import it. To try an idea, add a field
+to `Task` and its type to `FIELD_TYPES`.
 """
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
+
+Split = Literal["pretrain", "train", "dev", "test"]
+Kind = Literal["plain", "deep"]
+SPLITS = get_args(Split)  # worlds of different splits share no name, whatever their seeds
+MAX_ENTITIES = 1_000_000  # a larger world would run out of names
+ANSWER_TYPES = ("name", "number", "date", "list")
+FIELD_TYPES = {"id": str, "family": str, "split": str, "hops": int, "evidence": list, "meta": dict}
 
 
 @dataclass
@@ -19,88 +28,141 @@ class Task:
     id: str
     question: str
     answer: str | list[str]
-    answer_type: str = "name"  # name, number, date or list: decides how reward.correct compares
+    answer_type: str = "name"  # one of ANSWER_TYPES; it decides how reward.correct compares
     family: str = "own"
     split: str = "own"
-    hops: int = 0  # pages on the way; for a family of data/families.py its level, 1 to 3
+    hops: int = 0  # pages on the way; for a family of data/deep/families.py its level, 1 to 3
     evidence: list[str] = field(default_factory=list)  # URLs of the pages that hold the answer
     meta: dict = field(default_factory=dict)  # "world": arguments of the World it was made from
 
 
-def parse_task(line: str) -> Task:
+def check_world(world) -> None:
+    """Whether these are arguments of a World (data/world.py).
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    if not isinstance(world, dict) or not {"seed", "entities", "split"} <= set(world):
+        raise ValueError("a world is an object with seed, entities and split")
+    if unknown := set(world) - {"seed", "entities", "split", "kind"}:
+        raise ValueError(f"a world has no {min(unknown)!r}")
+    seed, entities, split = world["seed"], world["entities"], world["split"]
+    kind = world.get("kind", "plain")
+    if type(seed) is not int or abs(seed) >= 10**18:
+        raise ValueError("the seed of a world is an integer of at most 18 digits")
+    if type(entities) is not int or entities > MAX_ENTITIES:
+        raise ValueError(f"'entities' of a world is an integer of at most {MAX_ENTITIES}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    if kind not in get_args(Kind):
+        raise ValueError(f"unknown kind {kind!r} of world; choose from {', '.join(get_args(Kind))}")
+    least = 300 if kind == "deep" else 20  # a deep world needs them for its catalogues
+    if entities < least:
+        raise ValueError(f"a {kind} world needs at least {least} entities, not {entities}")
+
+
+def check_task(record: dict) -> None:
+    """Whether these are fields of a Task.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    for key in ("question", "answer"):
+        if not record.get(key):
+            raise ValueError(f"the task has no {key!r}")
+    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
+    texts = [record["question"], *answers]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(
+            "'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)"
+        )
+    if record.get("answer_type", "name") not in ANSWER_TYPES:
+        raise ValueError(f"'answer_type' {record['answer_type']!r}: use {', '.join(ANSWER_TYPES)}")
+    for key, kind in FIELD_TYPES.items():
+        if key in record and not isinstance(record[key], kind):
+            found = type(record[key]).__name__
+            raise ValueError(f"{key!r} must be of type {kind.__name__}, not {found}")
+    if not all(isinstance(url, str) for url in record.get("evidence", [])):
+        raise ValueError("'evidence' must be a list of strings")
+    meta = record.get("meta", {})
+    if not isinstance(meta.get("template", ""), str):
+        raise ValueError("'template' in 'meta' must be a string")
+    if "world" in meta:
+        check_world(meta["world"])
+
+
+def parse_task(line: bytes) -> Task:
     """One line of a task file.
 
     Raises:
         ValueError: what is wrong with it.
     """
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
     if not isinstance(record, dict):
         raise ValueError(f"a task is a JSON object, not {type(record).__name__}")
-    for key in ("question", "answer"):
-        if not record.get(key):
-            raise ValueError(f"the task has no {key!r}")
-    answers = record["answer"] if isinstance(record["answer"], list) else [record["answer"]]
-    if not isinstance(record["question"], str) or not all(
-        isinstance(answer, str) and answer.strip() for answer in answers
-    ):
-        raise ValueError(
-            "'question' must be a string, 'answer' a string or a list of strings (\"42\", not 42)"
-        )
-    if record.get("answer_type", "name") not in ("name", "number", "date", "list"):
-        raise ValueError(f"'answer_type' {record['answer_type']!r}: use name, number, date or list")
-    for key, kind in (
-        ("id", str),
-        ("family", str),
-        ("split", str),
-        ("hops", int),
-        ("evidence", list),
-        ("meta", dict),
-    ):
-        if key in record and not isinstance(record[key], kind):
-            raise ValueError(
-                f"{key!r} must be of type {kind.__name__}, not {type(record[key]).__name__}"
-            )
-    record.setdefault(
-        "id", hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()[:12]
-    )
+    check_task(record)
+    question_hash = hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()
+    record.setdefault("id", question_hash[:12])
     return Task(**{key: value for key, value in record.items() if key in Task.__dataclass_fields__})
+
+
+def parse_tasks(path: Path | str):
+    """Each line of a task file that is not blank: its number, its bytes, and a Task or ValueError.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no task file {path}")
+    seen = set()
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                task = parse_task(line)
+                if task.id in seen:
+                    raise ValueError(
+                        f"the id {task.id!r} was used on an earlier line "
+                        "(without an id, the question stands for it)"
+                    )
+                seen.add(task.id)
+                yield number, line, task
+            except ValueError as error:
+                yield number, line, error
 
 
 def load_tasks(path: Path | str) -> list[Task]:
     """Read a task file.
 
     Raises:
-        FileNotFoundError, ValueError: one line that names the file, the line number and what is wrong with it.
+        FileNotFoundError, ValueError: one line that names the file, the line number and what is
+            wrong with it.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no task file {path}")
-    tasks, seen = [], set()
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                task = parse_task(line.decode("utf-8-sig"))
-                if task.id in seen:
-                    raise ValueError(
-                        f"the id {task.id!r} was used on an earlier line (without an id, the question stands for it)"
-                    )
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            seen.add(task.id)
-            tasks.append(task)
+    tasks = []
+    for number, _, task in parse_tasks(path):
+        if isinstance(task, ValueError):
+            raise ValueError(f"{path}:{number}: {task}") from None
+        tasks.append(task)
     if not tasks:
         raise ValueError(f"{path}: no tasks in it")
     return tasks
 
 
 def save_tasks(tasks: list[Task], path: Path | str) -> None:
-    Path(path).write_text(
-        "".join(json.dumps(asdict(task)) + "\n" for task in tasks), encoding="utf-8"
-    )
+    """Write a task file."""
+    save_lines([asdict(task) for task in tasks], path)
+
+
+def save_lines(records: list[dict], path: Path | str) -> None:
+    """Write one JSON object a line."""
+    lines = [json.dumps(record) + "\n" for record in records]
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def task_at(tasks: list[Task], position: int, seed: int) -> Task:

@@ -1,43 +1,36 @@
-"""The walkers of data/pretrain.py: explorers whose walks are longer than the window."""
+"""The base models' recipe: walkers, drills, and the rows that it writes."""
 
+import hashlib
 import random
 
 import numpy as np
 import torch
 
-from data.deep import pages as deep
-from data.pretrain import Explorer, Walker, walk_drill
-from data.tasks import draw_task
-from data.world import load_world, page_html
+from data.base.drills import copy_drill, fact_drill, plans, text_drill, walks
+from data.base.explorers import open_site, write_transcripts
+from data.base.walkers import Walker, write_walks
+from data.tasks import draw_task, form_of
+from data.world import World, load_world
 from rollout import RolloutArgs
-from tools import Search
 
 
-def walks(deep_dir, chat, skill, count=12):
-    world = load_world(deep_dir)
-    pages = {world.url(i): page_html(world, world.entity(i)) for i in range(world.entities)}
-    pages |= {f"http://{world.host}/{path}": page for path, _, _, page in deep.pages(world)}
-    Explorer.world_type = {world.name(i): world.type(i) for i in range(world.entities)}
-    search, rng, done = Search(deep_dir / "pages.db"), random.Random(0), []
+def play_walks(deep_dir, chat, skill, count=12):
+    site, rng, done = open_site(load_world(deep_dir)), random.Random(0), []
+    args = RolloutArgs(context="summarize", max_turns=99)
     while len(done) < count:
-        task = draw_task(world, "collection", 1 + len(done) % 2, rng, rng.random() < 0.3)
-        if not task.meta["template"].startswith("total"):
-            done.append(
-                (
-                    task,
-                    *Walker(task, world, search, chat, rng, skill, pages).play(
-                        RolloutArgs(context="summarize", max_turns=99)
-                    ),
-                )
-            )
+        level = 1 + len(done) % 2
+        task = draw_task(site.world, "collection", level, rng, rng.random() < 0.3)
+        if form_of(task) != "total":
+            done.append((task, *Walker(task, site, chat, rng, skill).walk(args)))
     return done
 
 
 def test_skilled_walkers_find_the_answer_in_a_window_of_a_few_pages(deep_dir, chat):
-    done = walks(deep_dir, chat, 1.0)
+    done = play_walks(deep_dir, chat, 1.0)
     assert sum(right for _, _, right in done) >= 11
-    for task, rows, _ in done:
+    for _, rows, _ in done:
         assert len(rows) >= 3  # the first segment, the last, and what was chosen between
+        rows = [(ids.tolist(), mask.tolist()) for ids, mask in rows]
         for ids, mask in rows:
             assert len(ids) == len(mask) <= 1024
             own = [i for i, mine in zip(ids, mask) if mine]
@@ -54,16 +47,43 @@ def test_skilled_walkers_find_the_answer_in_a_window_of_a_few_pages(deep_dir, ch
 
 
 def test_most_walkers_do_it_badly(deep_dir, chat):
-    assert sum(right for _, _, right in walks(deep_dir, chat, 0.3)) <= 3
+    assert sum(right for _, _, right in play_walks(deep_dir, chat, 0.3)) <= 3
 
 
 def test_walk_drills_are_learned_where_their_rule_decides(deep_dir, chat):
-    ids, labels = walk_drill(np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)
+    ids, labels = text_drill(walks, np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)
     assert ids.shape == labels.shape == (8, 256) and bool(
         ((labels == ids) | (labels == -100)).all()
     )
     learned = chat.decode(ids[0][labels[0] >= 0].tolist())
     assert learned.startswith("<think>") and "Next:" not in learned and "browse" in learned
     assert torch.equal(
-        ids, walk_drill(np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)[0]
+        ids, text_drill(walks, np.random.default_rng(0), chat, load_world(deep_dir), 8, 256)[0]
     )
+
+
+DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "f80d847dd7ee"]
+TRANSCRIPTS, WALKS = "863fd6ada832", ("becd3716005e", "02e0f5d49587")
+
+
+def digest(rows) -> str:
+    """Of (ids, mask) or (ids, labels), whatever they are arrays of."""
+    numbers = [part.tolist() for row in rows for part in row]
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()[:12]
+
+
+def test_the_recipe_writes_the_rows_that_the_shipped_models_learned_from(chat):
+    """A change here means that the shipped base models cannot be made again by the recipe."""
+    drills = [
+        copy_drill(np.random.default_rng(0), len(chat.tokenizer), 4, 256),
+        fact_drill(np.random.default_rng(0), chat, 4, 256),
+        *(
+            text_drill(source, np.random.default_rng(0), chat, World(116, 5000, "pretrain"), 8, 256)
+            for source in (plans, walks)
+        ),
+    ]
+    assert [digest([drill]) for drill in drills] == DRILLS
+    assert digest(write_transcripts(chat, 0, 2, 60, 60, 0.3)) == TRANSCRIPTS
+    window = RolloutArgs(context="summarize", max_turns=99)
+    segments, held_out = write_walks(chat, 0, 1, 300, 20, 0.7, window)
+    assert (digest(segments), digest(held_out)) == WALKS

@@ -1,4 +1,5 @@
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -7,10 +8,10 @@ import pytest
 from bench_funnel import KINDS, bench
 from conftest import ROOT
 
+from data.deep.funnel import STAGES, Funnel
 from data.deep.solve import solutions
 from data.task import Task, load_tasks, save_tasks
 from data.tasks import DEEP_SHARES, draw_task, make_tasks
-from data.validate import STAGES, Funnel
 from data.world import load_world
 
 
@@ -98,7 +99,8 @@ def test_two_equal_answers_make_a_question_ambiguous():
         )
     ) == [["Bb"], ["Cc"]]
     pages = {
-        f"{name}": f"{name} is a river. The length of {name} is {length}. The mouth of {name} is {mouth}."
+        name: f"{name} is a river. The length of {name} is {length}. "
+        f"The mouth of {name} is {mouth}."
         for name, length, mouth in (
             ("Ee", 900, "Kk"),
             ("Ff", 500, "Ll"),
@@ -194,11 +196,10 @@ def test_families_are_chosen_and_a_plain_world_says_what_it_lacks(world_dir, tmp
 
 
 def test_wordings_of_every_form_can_be_read_by_the_solver(deep_dir):
-    """Every wording, the held-out ones too: ten raw draws of each family and level have the answer that the pages give."""
-    import random
-
+    """Ten raw draws of each family and level, in held-out wordings too, have the answer that the
+    pages give."""
     world, funnel, rng = load_world(deep_dir), Funnel(deep_dir, ["solver"]), random.Random(1)
     for family, level in DEEP_SHARES:
         for number in range(3 if (family, level) == ("collection", 3) else 10):
-            task = draw_task(world, family, level, rng, possessive=number % 2 == 0)
+            task = draw_task(world, family, level, rng, held_out=number % 2 == 0)
             assert funnel.check(task), (task.question, task.answer, funnel.rejects[-1]["reason"])

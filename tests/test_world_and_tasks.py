@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ from conftest import ROOT
 
 import data.world
 from data.deep import pages as deep
+from data.deep.funnel import Funnel
 from data.deep.solve import solutions
 from data.index import (
     build_index,
@@ -25,13 +28,19 @@ from data.index import (
     page_html_of,
     search_index,
 )
+from data.parts import FRAMES
 from data.serve import start_server
 from data.task import load_tasks
-from data.tasks import FRAMES, form_of, make_tasks
-from data.validate import Funnel
+from data.tasks import SHIPPED, SHIPPED_STAGES, form_of, make_tasks
 from data.world import SPLITS, World, load_world, page_html, write_world
 from support.web import html_to_text, view_page
 from tools import urls_in
+
+
+def command(script, *arguments, cwd=None):
+    """A script of the repository in a process of its own."""
+    line = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
 def test_a_world_is_a_function_of_its_seed():
@@ -223,7 +232,8 @@ def test_search_survives_odd_queries(world_dir):
 
 def test_jsonl_corpus_and_its_malformed_lines(tmp_path, capsys):
     (tmp_path / "c.jsonl").write_text(
-        '{"text": "hens lay eggs", "title": "Hens"}\n{broken\n{"title": "no text"}\n{"contents": "cows give milk"}\n'
+        '{"text": "hens lay eggs", "title": "Hens"}\n{broken\n'
+        '{"title": "no text"}\n{"contents": "cows give milk"}\n'
     )
     assert (
         build_index(
@@ -236,6 +246,65 @@ def test_jsonl_corpus_and_its_malformed_lines(tmp_path, capsys):
     with pytest.raises(ValueError, match="c.jsonl:2:"):
         list(jsonl_documents(tmp_path / "c.jsonl", "http://c.test/", strict=True))
     assert search_index(open_index(tmp_path / "c.db"), "eggs", 1)[0]["title"] == "Hens"
+
+
+def test_hostile_files_are_named_and_skipped(tmp_path):
+    """A fifo, links, a name that is no UTF-8 and pages that no parser likes end no index."""
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    (folder / "good.html").write_text("<title>Good</title><p>hens lay eggs</p>")
+    (folder / "number.html").write_text(f"<title>&#{'5' * 5000};</title><p>cows</p>")
+    (tmp_path / "secret.html").write_text("secret")
+    (folder / "link.html").symlink_to(tmp_path / "secret.html")
+    os.mkfifo(folder / "fifo.html")
+    names = ["number.html", "link.html", "fifo.html"]
+    with contextlib.suppress(OSError):  # some file systems take no such name
+        (tmp_path / "pages" / os.fsdecode(b"bad\xff.html")).write_text("<p>goats</p>")
+        names.append("bad")
+    done = command("data/index.py", "--html", folder, "--out", tmp_path / "c.db")
+    assert done.returncode == 0 and "1 pages indexed" in done.stdout, done.stderr
+    assert all(f"{name}" in done.stderr for name in names) and "Traceback" not in done.stderr
+    assert done.stderr.count("skipped") == len(names)
+    assert not search_index(open_index(tmp_path / "c.db"), "secret", 3)
+
+
+def test_hostile_lines_are_named_and_skipped(tmp_path):
+    lines = [
+        '\ufeff{"text": "hens lay eggs", "title": "Hens"}',
+        '{"text": "x", "html": ["<p>"]}',
+        '{"text": ["x"]}',
+        '{"text": "\\ud800"}',
+        '{"text": "x", "url": "http://[x/"}',
+        '{"text": "x", "url": "nowhere"}',
+        "[" * 100_000,
+        '["text"]',
+        '{"text": "cows give milk"}',
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    done = command("data/index.py", "--jsonl", tmp_path / "c.jsonl", "--out", tmp_path / "c.db")
+    assert done.returncode == 0 and "2 pages indexed" in done.stdout
+    assert [f"c.jsonl:{n}: skipped" in done.stderr for n in range(1, 10)] == [
+        n not in (1, 9) for n in range(1, 10)
+    ]
+
+
+def test_a_read_only_checkout_keeps_its_worlds_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.world, "WORLDS", Path("/sys/worlds"))  # nobody can write there
+    monkeypatch.setenv("NANO_RESEARCHER_CACHE", str(tmp_path))
+    folder = data.world.world_folder(World(3, 60, "dev").description())
+    assert folder == tmp_path / "worlds" / "dev-3-60" and load_world(folder).entities == 60
+    assert data.world.world_folder(World(3, 60, "dev").description()) == folder
+    with pytest.raises(ValueError, match="seed"):
+        data.world.world_folder({"seed": "/../../x", "entities": 60, "split": "dev"})
+
+
+@pytest.mark.parametrize("name, number", [("dev", 60), ("deep-dev", 6)])
+def test_shipped_tasks_can_be_made_again(name, number, tmp_path):
+    world, _, forms = SHIPPED[name]
+    write_world(world, tmp_path)
+    funnel = Funnel(tmp_path, SHIPPED_STAGES) if world.kind == "plain" else None
+    tasks, _ = make_tasks(world, tmp_path, number, 0, forms=forms, funnel=funnel)
+    assert tasks == load_tasks(ROOT / "data" / f"{name}.jsonl")[:number]
 
 
 def test_pages_and_search_over_http(world_dir):
@@ -252,24 +321,27 @@ def test_pages_and_search_over_http(world_dir):
 
 
 @pytest.mark.parametrize(
-    "command, words",
+    "arguments, words",
     [
         (["data/serve.py", "--world", "nowhere", "--port", "0"], "no search index"),
         (["data/index.py", "--html", "nowhere", "--out", "x.db"], "no folder nowhere"),
         (["data/tasks.py", "--world", "nowhere", "--out", "x.jsonl"], "no world at nowhere"),
         (["data/world.py", "--entities", "2", "--out", "x"], "at least"),
+        (["data/world.py", "--out", "x", "--kind", "wide"], "invalid choice"),
+        (["data/tasks.py", "--families", "poems", "--out", "x"], "invalid choice"),
+        (["data/index.py", "--html", ".", "--jsonl", "x", "--out", "x.db"], "or --jsonl"),
+        (["data/serve.py", "--port", "x"], "--port"),
     ],
 )
-def test_bad_input_gives_one_line(command, words, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *command[1:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def test_bad_input_gives_one_line(arguments, words, tmp_path):
+    done = command(*arguments, cwd=tmp_path)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def with_world(**changes) -> str:
+    world = {"seed": 1, "entities": 60, "split": "dev"} | changes
+    return json.dumps({"question": "q", "answer": "a", "meta": {"world": world}})
 
 
 @pytest.mark.parametrize(
@@ -287,6 +359,18 @@ def test_bad_input_gives_one_line(command, words, tmp_path):
         ('{"question": "question 3", "answer": "a"}', "earlier line"),
         ('{"id": 7, "question": "q", "answer": "a"}', "'id'"),
         (b'{"question": "\xff", "answer": "a"}', "17"),
+        ("[" * 100_000, "nested"),
+        ('{"question": "q", "answer": "a", "evidence": [3]}', "'evidence'"),
+        ('{"question": "q", "answer": "a", "meta": {"template": ["of"]}}', "'template'"),
+        ('{"question": "q", "answer": "a", "meta": {"world": "w7"}}', "a world is"),
+        ('{"question": "q", "answer": "a", "meta": {"world": {"seed": 1}}}', "a world is"),
+        (with_world(seed="/../../x"), "the seed"),
+        (with_world(seed=True), "the seed"),
+        (with_world(entities=10**9), "'entities'"),
+        (with_world(entities=2), "at least 20"),
+        (with_world(split="eval"), "unknown split"),
+        (with_world(kind=["deep"]), "unknown kind"),
+        (with_world(size=3), "no 'size'"),
     ],
 )
 def test_a_broken_line_17_is_named(tmp_path, line, words):
@@ -306,13 +390,11 @@ def test_an_empty_task_file_is_refused(tmp_path):
 
 
 def test_an_interrupted_world_is_no_world(tmp_path, monkeypatch):
-    import data.index
-
     def interrupted(documents, out):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.index, "build_index", interrupted)
+        patch.setattr(data.world, "build_index", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_world(World(3, 60, "dev"), tmp_path / "w")
     with pytest.raises(FileNotFoundError):
@@ -368,7 +450,10 @@ def test_a_stopped_build_leaves_no_process_and_no_world(tmp_path, stop):
 
 
 def test_menus_around_a_page_are_not_its_text():
-    page = '<nav>Menu</nav><div class="body" role="main"><h1>Zip<a class="headerlink" href="#z">¶</a></h1><p>Text</p></div><div class="sphinxsidebar">Contents</div>'
+    page = (
+        '<nav>Menu</nav><div class="body" role="main"><h1>Zip<a class="headerlink" href="#z">¶</a>'
+        '</h1><p>Text</p></div><div class="sphinxsidebar">Contents</div>'
+    )
     assert html_to_text(page) == "# Zip\nText" and "Menu" in html_to_text(
         "<nav>Menu</nav><p>Text</p>"
     )

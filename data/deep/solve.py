@@ -1,23 +1,32 @@
-"""The second solver: answers a question from its words and the pages alone, by other ways than the generator's.
+"""The second solver: answers a question from its words and the pages alone, by other ways than the
+generator's.
 
-It imports nothing of the generator (data/tasks.py) or the world (data/world.py, data/deep.py), so that an error in one is
-not repeated in the other, and it gives *all* answers that fit: none means it cannot tell, two or more that the question is
-ambiguous. In: a question, `read(path)` -> text of a page or None, `find(phrase)` -> paths of all pages with that phrase.
-To try an idea, write a function `(question, read, find) -> list of answers` and add its pattern to FORMS.
+It imports nothing of the generator (data/tasks.py, data/deep/families.py) or the world
+(data/world.py, data/deep/pages.py), so that an error in one is not repeated in the other, and it
+gives *all* answers that fit: none means it cannot tell, two or more that the question is ambiguous.
+
+In: a question, `read(path)` -> text of a page or None, `find(phrase)` -> paths of all pages with
+that phrase. Out: a list of answers. To try an idea, write a function
+`(question, read, find) -> list of answers` and add its pattern to FORMS.
 """
 
-import functools
 import heapq
 import itertools
 import math
 import re
+
+from tools import Python
 
 NP = r"(?:the \w+ of )*[A-Z]\w+"  # a name, or "the mayor of the capital of Norland"
 ORDINALS = {"second": 1, "third": 2, "fourth": 3}
 
 
 def parse_question(question: str) -> tuple[str | None, list[tuple[str, list[str]]]]:
-    """The operation asked for, if any, and each (entity name, relations in the order to follow), from the words alone."""
+    """What the words ask for.
+
+    Returns:
+        The operation, if any, and each (entity name, relations in the order to follow).
+    """
     operation = re.search(r"\b(sum|difference|product) of\b", question, re.IGNORECASE)
     rest = question[operation.end() :] if operation else question
     chains = [
@@ -32,7 +41,7 @@ def parse_question(question: str) -> tuple[str | None, list[tuple[str, list[str]
 
 
 def read_fact(text: str, name: str, relation: str) -> str | None:
-    """The value of a relation on the page of `name`, from the page's text; None where the page does not say."""
+    """The value of a relation in the text of the page of `name`; None where it does not say."""
     match = re.search(rf"\b[Tt]he {relation} of {name} is (\w+)\.", text)
     match = match or re.search(rf"^\s*{relation}\s*\|\s*(\w+)", text, re.MULTILINE)
     return match.group(1) if match else None
@@ -83,8 +92,7 @@ def compute(question: str, read, find) -> list:
         return []
     numbers = [int(value) for value in values]
     if "product" in question:
-        product = functools.reduce(lambda a, b: a * b, numbers)
-        return [str(sum(int(digit) for digit in str(product)))]
+        return [str(sum(map(int, str(math.prod(numbers)))))]
     if "average" in question:
         return [str(sum(numbers) // len(numbers))]
     if "squares" in question:
@@ -92,10 +100,8 @@ def compute(question: str, read, find) -> list:
     return []
 
 
-def collection(question: str, read, find) -> list:
-    """Walk a catalogue to its end, then count, add up, list or find the extreme."""
-    owner = re.search(rf"catalogue of ({NP})|({NP})'s catalogue", question)
-    keeper = owner and resolve(owner.group(1) or owner.group(2), read)
+def walk_catalogue(keeper: str, read) -> list[tuple[str, str, int]]:
+    """All entries of a catalogue, by following its pages; none if its end is not reached."""
     path, entries = f"{keeper}-catalogue", []
     while path and (text := read(path)):
         entries += read_entries(text)
@@ -103,18 +109,20 @@ def collection(question: str, read, find) -> list:
         path = following.group(1) if following else None
         if path is None and "ends here" not in text:
             return []
+    return entries
+
+
+def collection(question: str, read, find) -> list:
+    """Walk a catalogue to its end, then count, add up, list or find the extreme."""
+    owner = re.search(rf"catalogue of ({NP})|({NP})'s catalogue", question)
+    keeper = owner and resolve(owner.group(1) or owner.group(2), read)
+    entries = walk_catalogue(keeper, read)
     if not entries:
         return []
     question = question.replace(owner.group(0), "")
     if type := re.search(r"\bentries that are a (\w+)", question):
-        return [
-            str(
-                sum(
-                    bool(re.search(rf"{name} is a {type.group(1)}\.", read(name) or ""))
-                    for name, _, _ in entries
-                )
-            )
-        ]
+        pages = [(name, read(name) or "") for name, _, _ in entries]
+        return [str(sum(f"{name} is a {type.group(1)}." in page for name, page in pages))]
     if colour := re.search(r"\b(red|blue|green|black|white|grey|gold)\b", question):
         entries = [entry for entry in entries if entry[1] == colour.group(1)]
     if re.search(r"\b(greatest|smallest)\b", question):
@@ -122,11 +130,9 @@ def collection(question: str, read, find) -> list:
         return [name for name, _, price in entries if price == wanted]
     if "total" in question:
         return [str(sum(price for _, _, price in entries))]
-    return (
-        [str(len(entries))]
-        if "number of" in question or "count of" in question
-        else [[name for name, _, _ in entries]]
-    )
+    if "number of" in question or "count of" in question:
+        return [str(len(entries))]
+    return [[name for name, _, _ in entries]]
 
 
 def conflict(question: str, read, find) -> list:
@@ -138,24 +144,16 @@ def conflict(question: str, read, find) -> list:
     relation = subject and (subject.group(1) or subject.group(2))
     which = re.search(r"the notice with the (latest|earliest) date counts", rules)
     order = re.search(
-        r"notice of the (\w+) counts before one of the (\w+), and one of the \w+ before one of the (\w+)",
+        r"notice of the (\w+) counts before one of the (\w+), "
+        r"and one of the \w+ before one of the (\w+)",
         rules,
     )
     if not name or not which:
         return []
-    found, retracted = {}, set()
-    for number in itertools.count(1):
-        text = read(f"{name}-notice-{number}")
-        if text is None:
-            break
-        claim = re.search(
-            r"Published on (\S+) by the (\w+)\. It puts the (\w+) of \w+ at (\w+)\.", text
-        )
-        found[number] = claim.groups()
-        retracted |= {int(n) for n in re.findall(rf"Notice (\d+) on {name} is retracted", text)}
+    claims, retracted = read_notices(name, read)
     left = [
         claim
-        for number, claim in found.items()
+        for number, claim in claims.items()
         if number not in retracted and relation in (None, claim[2])
     ]
     if order and left:
@@ -169,58 +167,63 @@ def conflict(question: str, read, find) -> list:
     ]
 
 
+def read_notices(name: str, read) -> tuple[dict[int, tuple], set[int]]:
+    """Number -> (date, office, relation, value) of the notices on an entity, and the numbers of
+    those that others retract."""
+    claims, retracted = {}, set()
+    for number in itertools.count(1):
+        text = read(f"{name}-notice-{number}")
+        if text is None:
+            return claims, retracted
+        claim = re.search(
+            r"Published on (\S+) by the (\w+)\. It puts the (\w+) of \w+ at (\w+)\.", text
+        )
+        claims[number] = claim.groups()
+        retracted |= {int(n) for n in re.findall(rf"Notice (\d+) on {name} is retracted", text)}
+
+
 def logic(question: str, read, find) -> list:
-    """The entity that meets all conditions: among those named, or of its type in the whole world."""
+    """The entity that meets all conditions: among those named, or in the whole world."""
     head, conditions = question.split(" whose ", 1)
     conditions = re.findall(
         r"(\w+) is (above that of|above|below|not|) ?([A-Z]\w+|\d+)", conditions
     )
-    wanted = re.search(r"the (\w+) of (?:the one among|the (\w+)$)", head)
-    if not wanted or not conditions:
-        return []
+    wanted, type = re.search(r"the (\w+) of (?:the one among|the (\w+)$)", head).groups()
     if among := re.search(r"among (.+)$", head):
         candidates = re.findall(r"[A-Z]\w+", among.group(1))
     else:  # every page that says "is X" or has X in its table is looked at
-        candidates = {
-            path
-            for relation, comparison, value in conditions
-            if comparison == ""
-            for phrase in (f"is {value}", f"{relation} {value}")
-            for path in find(phrase)
-        }
-        candidates = [
-            c
-            for c in sorted(candidates)
-            if re.search(rf"\b{re.escape(c)} is a {wanted.group(2)}\.", read(c) or "")
-        ]
+        equal = [(relation, value) for relation, comparison, value in conditions if not comparison]
+        phrases = [phrase for r, value in equal for phrase in (f"is {value}", f"{r} {value}")]
+        paths = sorted({path for phrase in phrases for path in find(phrase)})
+        candidates = [path for path in paths if f"{path} is a {type}." in (read(path) or "")]
+    for condition in conditions:
+        candidates = [name for name in candidates if holds(name, *condition, read)]
+    if not conditions:
+        return []
+    return [value for name in candidates if (value := read_fact(read(name) or "", name, wanted))]
 
-    def holds(name: str, relation: str, comparison: str, value: str) -> bool:
-        fact = read_fact(read(name) or "", name, relation)
-        if fact is None or comparison in ("", "not"):
-            return fact is not None and (fact == value) == (comparison == "")
-        bound = follow(value, [relation], read) if comparison == "above that of" else value
-        return bound is not None and (
-            int(fact) < int(bound) if comparison == "below" else int(fact) > int(bound)
-        )
 
-    fits = [name for name in candidates if all(holds(name, *condition) for condition in conditions)]
-    return [value for name in fits if (value := read_fact(read(name) or "", name, wanted.group(1)))]
+def holds(name: str, relation: str, comparison: str, value: str, read) -> bool:
+    """Whether a condition is true of an entity by what its page says."""
+    fact = read_fact(read(name) or "", name, relation)
+    if fact is None or comparison in ("", "not"):
+        return fact is not None and (fact == value) == (comparison == "")
+    bound = follow(value, [relation], read) if comparison == "above that of" else value
+    if bound is None:
+        return False
+    return int(fact) < int(bound) if comparison == "below" else int(fact) > int(bound)
 
 
 def roads_of(name: str, read) -> dict[str, int]:
-    return {
-        other: int(miles)
-        for other, miles in re.findall(
-            rf"The road from {name} to (\w+) is (\d+) miles long", read(name) or ""
-        )
-    }
+    road = rf"The road from {name} to (\w+) is (\d+) miles long"
+    return {other: int(miles) for other, miles in re.findall(road, read(name) or "")}
 
 
 def way(question: str, read, find) -> list:
-    """Shortest ways by Dijkstra's algorithm, reading a city's page when it is reached; all equally short ones are found."""
-    start, goal = (
-        resolve(phrase, read) for phrase in re.search(rf"from ({NP}) to ({NP})", question).groups()
-    )
+    """Shortest ways by Dijkstra's algorithm, reading a city's page when it is reached; all equally
+    short ones are found."""
+    ends = re.search(rf"from ({NP}) to ({NP})", question).groups()
+    start, goal = (resolve(phrase, read) for phrase in ends)
     if not start or not goal:
         return []
     distance, before, heap = {start: 0}, {start: []}, [(0, start)]
@@ -272,29 +275,20 @@ def schedule(question: str, read, find) -> list:
     if not all(held):
         return []
     spans = [(int(m.group(1)), int(m.group(2))) for m in held]
-    free = lambda chosen: all(
-        a[1] < b[0] or b[1] < a[0] for a, b in itertools.combinations(chosen, 2)
-    )
-    return [
-        str(
-            max(
-                sum(last - first + 1 for first, last in chosen)
-                for size in range(1, len(spans) + 1)
-                for chosen in itertools.combinations(spans, size)
-                if free(chosen)
-            )
-        )
-    ]
+    best = 0
+    for size in range(1, len(spans) + 1):
+        for chosen in itertools.combinations(spans, size):
+            pairs = itertools.combinations(chosen, 2)
+            if all(a[1] < b[0] or b[1] < a[0] for a, b in pairs):
+                best = max(best, sum(last - first + 1 for first, last in chosen))
+    return [str(best)]
 
 
 def mathematics(question: str, read, find) -> list:
     """By brute force, where the generator has a formula."""
     n = [int(number) for number in re.findall(r"\d+", question)]
     if "digits" in question:
-        value = 1
-        for _ in range(n[1]):
-            value *= n[0]
-        return [str(sum(map(int, str(value))))]
+        return [str(sum(map(int, str(math.prod([n[0]] * n[1])))))]
     if "remainder" in question:
         value = 1
         for _ in range(n[1]):
@@ -303,22 +297,14 @@ def mathematics(question: str, read, find) -> list:
     if "divisible" in question:
         return [str(sum(k % n[2] == 0 and k % n[3] != 0 for k in range(n[0], n[1] + 1)))]
     if "primes" in question:
-        return [
-            str(
-                sum(
-                    k
-                    for k in range(max(2, n[0]), n[1] + 1)
-                    if all(k % d for d in range(2, math.isqrt(k) + 1))
-                )
-            )
-        ]
+        numbers = range(max(2, n[0]), n[1] + 1)
+        primes = [k for k in numbers if all(k % d for d in range(2, math.isqrt(k) + 1))]
+        return [str(sum(primes))]
     return []
 
 
-def python_session():
+def python_session() -> Python:
     """A session of the `python` tool, so that a program runs as it does for the policy."""
-    from tools import Python
-
     return Python()
 
 
@@ -343,7 +329,7 @@ FORMS = [
 
 
 def solutions(question: str, read, find) -> list:
-    """All answers that the pages give; the first form whose pattern stands in the question decides how.
+    """All answers that the pages give. The first form whose pattern is in the question decides how.
 
     Args:
         question: the task's question.
@@ -353,10 +339,5 @@ def solutions(question: str, read, find) -> list:
     solve = next(function for pattern, function in FORMS if re.search(pattern, question))
     try:
         return solve(question, read, find)
-    except (
-        AttributeError,
-        ValueError,
-        IndexError,
-        TypeError,
-    ):  # the question is not of the form it looked like
-        return []
+    except (AttributeError, ValueError, IndexError, TypeError):
+        return []  # the question is not of the form it looked like

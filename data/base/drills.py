@@ -1,0 +1,224 @@
+"""Drills: rows of random text in which only the rule that is to be learned decides the next token.
+
+In: a random generator. Out: ids (B, T) and labels (B, T), with -100 where nothing can be known. To
+try an idea, write a generator of chunks like `plans` and give it to `text_drill`.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from context import Chat
+from data.base.explorers import browse, call_text, compute, search_for, turn_text
+from data.base.walkers import listed
+from data.deep.pages import COLOURS, RARE_COLOUR
+from data.parts import ALL_RELATIONS, OPERATIONS
+from data.world import World
+
+Drill = tuple[torch.Tensor, torch.Tensor]  # ids (B, T), labels (B, T)
+Chunk = list[tuple[str, bool]]  # pieces of text, and whether there is loss on their tokens
+
+
+def empty_rows(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """ids and labels of (rows, length), to be filled."""
+    return np.zeros((rows, length), dtype=np.int64), np.full((rows, length), -100, dtype=np.int64)
+
+
+def copy_drill(rng: np.random.Generator, vocabulary: int, rows: int, length: int) -> Drill:
+    """Random spans of random tokens that come again in random order; loss on every token of a span
+    seen before."""
+    ids, labels = empty_rows(rows, length)
+    for row in range(rows):
+        sizes = range(rng.integers(4, 24))
+        spans = [rng.integers(0, vocabulary, rng.integers(2, 12)) for _ in sizes]
+        seen, position = set(), 0
+        while position < length:
+            k = rng.integers(len(spans))
+            span = spans[k][: length - position]
+            ids[row, position : position + len(span)] = span
+            if k in seen:  # the first token of a span cannot be known
+                labels[row, position + 1 : position + len(span)] = span[1:]
+            seen.add(k)
+            position += len(span)
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> Drill:
+    """Facts about a few names, then the same facts again in random order; loss on the second
+    mention's value.
+
+    Only the name *and* the relation together say which value it is: this is what reading a fact off
+    a page takes. Names are random pairs of tokens, so that the circuit is learned and not the
+    names.
+    """
+    encode = chat.untrusted
+    in_sentence = [encode(f" {relation} of A")[:-1] for relation in ALL_RELATIONS]
+    in_table = [encode(relation) for relation in ALL_RELATIONS]
+    the, dot = encode("The"), encode(".")
+    is_, bar = encode("A is A")[1:-1], encode("A| A")[1:-1]
+
+    def random_pair() -> list[int]:
+        return rng.integers(270, len(chat.tokenizer), 2).tolist()
+
+    ids, labels = empty_rows(rows, length)
+    for row in range(rows):
+        names = [random_pair() for _ in range(rng.integers(2, 6))]
+        kinds = rng.choice(len(ALL_RELATIONS), rng.integers(2, 5), replace=False)
+        facts = {}
+        for n in range(len(names)):
+            for k in kinds:
+                is_new = rng.random() < 0.7
+                facts[n, k] = random_pair() if is_new else names[rng.integers(len(names))]
+        text, values = [], []
+        order = list(facts)
+        if rng.random() < 0.5:
+            rng.shuffle(order)
+        is_table = len(names) == 2 and rng.random() < 0.5
+        for n, k in order:
+            if not is_table:
+                text += the + in_sentence[k] + names[n] + is_ + facts[n, k] + dot
+            elif n == 0:  # the rows of a table have no name in them, so it is one entity's
+                text += in_table[k] + bar + facts[n, k] + dot
+        while len(text) < length:
+            n, k = list(facts)[rng.integers(len(facts))]
+            if is_table and n == 1:
+                continue
+            text += the + in_sentence[k] + names[n] + is_
+            values.append(len(text))
+            text += facts[n, k] + dot
+        ids[row] = text[:length]
+        for position in values:
+            labels[row, position : position + 2] = ids[row, position : position + 2]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def text_drill(
+    source, rng: np.random.Generator, chat: Chat, world: World, rows: int, length: int
+) -> Drill:
+    """Rows of text; what goes beyond the length is cut.
+
+    Args:
+        source: `plans` or `walks`, a generator of chunks for each row.
+    """
+    ids, labels = empty_rows(rows, length)
+    for row in range(rows):
+        chunks, row_ids, row_labels = source(rng, world), [], []
+        while len(row_ids) < length:
+            for text, is_learned in next(chunks):
+                new = chat.trusted(text)
+                row_ids += new
+                row_labels += new if is_learned else [-100] * len(new)
+        ids[row], labels[row] = row_ids[:length], row_labels[:length]
+    return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def plans(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
+    """Plans worked off in thoughts alone: a fact is noted, the plan gets shorter, the next query
+    follows from it. Each chunk is a whole plan, with names and relations drawn at random.
+
+    "Kor: mayor, teacher." and "The mayor of Kor is Bel." give "The mayor of Kor is Bel. Bel:
+    teacher." and the query "teacher of Bel"; two numbers give the sum to compute.
+    """
+    while True:
+        yield sum_plan(rng, world) if rng.random() < 0.3 else hop_plan(rng, world)
+
+
+def random_name(rng: np.random.Generator, world: World) -> str:
+    return world.name(int(rng.integers(world.entities)))
+
+
+def random_value(rng: np.random.Generator, world: World) -> str:
+    return random_name(rng, world) if rng.random() < 0.6 else str(rng.integers(100, 1000))
+
+
+def response(rng: np.random.Generator, world: World, facts: list[str]) -> tuple[str, bool]:
+    """A result that holds these facts among others."""
+    others = []
+    for _ in range(rng.integers(0, 3)):
+        relation, name = rng.choice(ALL_RELATIONS), random_name(rng, world)
+        others.append(f"The {relation} of {name} is {random_value(rng, world)}.")
+    return f"<tool_response>{' '.join(rng.permutation(facts + others))}</tool_response>", False
+
+
+def sum_plan(rng: np.random.Generator, world: World) -> Chunk:
+    operation, relation = rng.choice(sorted(OPERATIONS)), rng.choice(ALL_RELATIONS)
+    names = [random_name(rng, world) for _ in range(2)]
+    numbers = [str(rng.integers(100, 1000)) for _ in range(2)]
+    queries = [f"{relation} of {name}" for name in names]
+    facts = [f"The {query} is {number}." for query, number in zip(queries, numbers)]
+    plan = f"{operation}: {', '.join(queries)}."
+    (a, b), sign = numbers, OPERATIONS[operation]
+    thought = f"{' '.join(facts)} {operation}: {a}, {b}."
+    return [
+        (f"<think>{plan}</think>", False),
+        (call_text(search_for(*queries)), True),
+        response(rng, world, facts),
+        (turn_text(thought, compute(a, sign, b)), True),
+    ]
+
+
+def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
+    subject = random_name(rng, world)
+    left = list(rng.choice(ALL_RELATIONS, rng.integers(1, 5)))
+    pieces, thought, is_learned = [], f"{subject}: {', '.join(left)}.", False
+    while left:
+        query = f"{left.pop(0)} of {subject}"
+        # The plan is given at first, and follows from the last result afterwards.
+        pieces.append((f"<think>{thought}</think>", is_learned))
+        pieces.append((call_text(search_for(query)), True))
+        subject = random_name(rng, world) if left else random_value(rng, world)
+        fact = f"The {query} is {subject}."
+        pieces.append(response(rng, world, [fact]))
+        thought, is_learned = f"{fact} {subject}: {', '.join(left)}.", True
+    return [*pieces, (turn_text(fact, subject), True)]
+
+
+def walks(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
+    """Walks in small: notes, then pages of one to four entries, a chunk each. Each thought says
+    what was found so far, each call follows "Next:".
+
+    A real page of seven entries rarely has one that is looked for, so on real walks alone the rule
+    is learned slowly.
+    """
+    while True:
+        host, is_extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.1
+        if is_extreme:
+            word = rng.choice(["greatest", "smallest"])
+            found = [f"{random_name(rng, world)} {rng.integers(100, 1000)}"]
+        else:
+            word = RARE_COLOUR if rng.random() < 0.7 else rng.choice([*COLOURS, RARE_COLOUR])
+            found = [random_name(rng, world) for _ in range(rng.integers(0, 4))]
+        state = f"{word}: {found[0]}." if is_extreme else listed(word, found)
+        yield [(f"\nNotes: {state} {random_name(rng, world)}: catalogue, {word}.", False)]
+        is_last = False
+        while not is_last and len(found) < 6 and rng.random() < 0.95:
+            entries = random_entries(rng, world, None if is_extreme else word)
+            following, is_last = random_name(rng, world), rng.random() < 0.25
+            page = "".join(f"{c} {n} {p} {host}/{n}\n" for n, c, p in entries)
+            page += "The catalogue ends here." if is_last else f"Next: {host}/{following}"
+            if is_extreme:
+                prices = [*found, *(f"{name} {price}" for name, _, price in entries)]
+                choose = max if word == "greatest" else min
+                found = [choose(prices, key=lambda item: item.split()[1])]
+                state = f"{word}: {found[0]}."
+            else:
+                found += [name for name, colour, _ in entries if colour == word]
+                state = listed(word, found)
+            answer = ", ".join(item.split()[0] for item in found) or following
+            action = answer if is_last else browse(f"{host}/{following}")
+            response = f"<tool_response>{page}</tool_response>"
+            yield [(response, False), (turn_text(state, action), True)]
+
+
+def random_entries(
+    rng: np.random.Generator, world: World, wanted: str | None
+) -> list[tuple[str, str, int]]:
+    """(name, colour, price) of one to four entries, a wanted colour more often than others."""
+    entries = []
+    for _ in range(rng.integers(1, 5)):
+        name = random_name(rng, world)
+        is_wanted = wanted is not None and rng.random() < 0.25
+        colour = wanted if is_wanted else rng.choice([*COLOURS, RARE_COLOUR])
+        entries.append((name, colour, int(rng.integers(100, 1000))))
+    return entries

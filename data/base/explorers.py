@@ -1,0 +1,284 @@
+"""Explorers of mixed skill: what the base model has read about how to use tools.
+
+Most explorers act at random over valid moves: they search the wrong thing, open the wrong page,
+stop too early or go round in circles; a minority behaves sensibly. So the base model writes valid
+calls, can copy names and read a fact off a page, and solves few tasks.
+
+In: worlds of the split "pretrain". Out: transcripts as token ids, with a mask on the explorer's own
+tokens. To try an idea, change `sensible_move` or `random_move`.
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from context import Chat
+from data.deep import pages as deep
+from data.deep.solve import read_fact
+from data.parts import OPERATIONS, RECORDS, RELATIONS, TYPES
+from data.task import Task
+from data.tasks import SHARES, draw_task
+from data.world import World, page_html, world_folder
+from support.web import view_page
+from tools import Search
+
+Row = tuple[np.ndarray, np.ndarray]  # ids (T,) int16, and mask (T,) of the explorer's own tokens
+Call = dict  # {"name": …, "arguments": {…}}
+
+
+@dataclass
+class Site:
+    """A world as explorers meet it."""
+
+    world: World
+    search: Search
+    pages: dict[str, str]  # URL -> HTML
+    types: dict[str, str]  # name -> type of the entity
+
+
+def open_site(world: World) -> Site:
+    """The site of a world, which is written on first use."""
+    pages = {world.url(i): page_html(world, world.entity(i)) for i in range(world.entities)}
+    if world.kind == "deep":
+        pages |= {f"http://{world.host}/{path}": page for path, _, _, page in deep.pages(world)}
+    types = {world.name(i): world.type(i) for i in range(world.entities)}
+    return Site(world, Search(world_folder(world.description()) / "pages.db"), pages, types)
+
+
+def search_for(*queries: str) -> Call:
+    return {"name": "search", "arguments": {"queries": list(queries)}}
+
+
+def browse(url: str, **extra) -> Call:
+    return {"name": "browse", "arguments": {"url": url, **extra}}
+
+
+def compute(a: str, sign: str, b: str) -> Call:
+    code = f"print(abs({a} - {b}))" if sign == "-" else f"print({a} {sign} {b})"
+    return {"name": "python", "arguments": {"code": code}}
+
+
+def call_text(call: Call) -> str:
+    return f"<tool_call>{json.dumps(call)}</tool_call>"
+
+
+def turn_text(thought: str, action: Call | str) -> str:
+    """A turn as the policy would write it; an action that is no call is the answer."""
+    is_answer = isinstance(action, str)
+    said = f"<answer>{action}</answer>" if is_answer else call_text(action)
+    return f"<think>{thought}</think>{said}"
+
+
+class Explorer:
+    """Plays one task with a given skill.
+
+    At each turn it makes the sensible move with probability `skill`, else a random valid one.
+    Thoughts of both kinds look alike: a plan read off the question, then facts read off the last
+    results, so that style gives nothing away. A move is (thought, action), as of `turn_text`.
+
+    Args:
+        task: what to find out.
+        site: the world of the task.
+        chat: encodes what is said.
+        rng: decides every move.
+        skill: probability of a sensible move.
+    """
+
+    def __init__(self, task: Task, site: Site, chat: Chat, rng: random.Random, skill: float):
+        self.task, self.site, self.chat, self.rng, self.skill = task, site, chat, rng, skill
+        self.relations = task.meta.get("relations", [])
+        # These names stand in the question.
+        named = task.evidence[: 2 if task.family == "compute" else 1]
+        self.names = [url.rsplit("/", 1)[1] for url in named]
+        self.seen_names, self.seen_urls, self.numbers = list(self.names), [], []
+        self.facts: dict[tuple[str, str], str] = {}  # (name, relation) -> value, as read so far
+        self.last_facts: list[tuple[str, str]] = []  # those of the last result
+        self.last_call: Call | None = None
+        self.computed: str | None = None  # what `python` printed last
+        self.noted: set[str] = set()
+
+    def plan(self) -> str:
+        if self.task.family == "compute":
+            relation, operation = self.relations
+            one, other = self.names
+            return f"{operation}: {relation} of {one}, {relation} of {other}."
+        return f"{self.names[0]}: {', '.join(self.relations)}."
+
+    def note(self, name: str, relation: str) -> str:
+        return f"The {relation} of {name} is {self.facts[name, relation]}."
+
+    # ---------------------------------------------------------------------------------------- moves
+
+    def sensible_move(self) -> tuple[str, Call | str]:
+        """Note what was found, say what is left of the plan, and go on with that."""
+        if self.task.family == "compute":
+            return self.sensible_sum()
+        value, left, notes = self.names[0], list(self.relations), []
+        while left and (value, left[0]) in self.facts:
+            notes.append(self.note(value, left[0]))
+            value = self.facts[value, left.pop(0)]
+        thought = " ".join(note for note in notes if note not in self.noted)
+        self.noted.update(notes)
+        if not left:
+            return thought or notes[-1], value
+        thought = f"{thought} {value}: {', '.join(left)}.".strip()
+        url = f"http://{self.site.world.host}/{value}"
+        if left[0] in RECORDS.get(self.site.types.get(value), {}) and url in self.seen_urls:
+            return thought, browse(url, find=left[0])
+        return thought, search_for(f"{left[0]} of {value}")
+
+    def sensible_sum(self) -> tuple[str, Call | str]:
+        relation, operation = self.relations
+        if self.computed is not None:
+            return f"It is {self.computed}.", self.computed
+        known = [name for name in self.names if (name, relation) in self.facts]
+        missing = [name for name in self.names if name not in known]
+        thought = " ".join(self.note(name, relation) for name in known)
+        if missing:
+            queries = [f"{relation} of {name}" for name in missing]
+            return f"{thought} {self.plan()}".strip(), search_for(*queries)
+        a, b = (self.facts[name, relation] for name in self.names)
+        return f"{thought} {operation}: {a}, {b}.", compute(a, OPERATIONS[operation], b)
+
+    def random_move(self) -> tuple[str, Call | str]:
+        """A valid move that follows no plan: some name at hand, some relation, any tool.
+
+        Answers quote a fact, mostly a wrong one.
+        """
+        rng = self.rng
+        fact = rng.choice(self.last_facts) if self.last_facts else None
+        if fact and rng.random() < 0.7:
+            thought = self.note(*fact)
+        else:
+            thought = rng.choice(["Let me look.", "Not sure.", "Not found."])
+        name = rng.choice(3 * self.names + self.seen_names[-4:])
+        if rng.random() < 0.5:
+            relation = rng.choice(self.relations)
+        else:
+            relation = rng.choice(RELATIONS[rng.choice(TYPES)])[0]
+        if rng.random() < 0.5:
+            thought = f"{thought} {name}: {relation}."
+        roll = rng.random()
+        if roll < 0.35 and fact:
+            return self.note(*fact), self.facts[fact]
+        if roll < 0.6 and self.seen_urls:
+            url = rng.choice(self.seen_urls[-3:])
+            views = [{}, {"page": rng.randint(1, 4)}, {"links": True}] + 4 * [{"find": relation}]
+            return thought, browse(url, **rng.choice(views))
+        if roll < 0.65 and len(self.numbers) >= 2:
+            a, b = self.numbers[-2:]
+            return thought, compute(a, rng.choice("+-*"), b)
+        queries = [rng.choice([f"{relation} of {name}", f"{relation} of {name}", name, relation])]
+        if rng.random() < 0.15:
+            queries.append(f"{relation} of {rng.choice(self.names)}")
+        return thought, search_for(*queries)
+
+    # -------------------------------------------------------------------------------------- results
+
+    def run(self, call: Call) -> str:
+        """The result of a call, as the agent's tools would give it."""
+        arguments = call["arguments"]
+        if call["name"] == "search":
+            return self.site.search(**arguments)
+        if call["name"] == "python":
+            a, sign, b = re.search(r"(\d+) ([-+*]) (\d+)", arguments["code"]).groups()
+            values = {"+": int(a) + int(b), "-": abs(int(a) - int(b)), "*": int(a) * int(b)}
+            self.computed = str(values[sign])
+            return self.computed
+        url = arguments["url"]
+        if url not in self.site.pages:
+            return f"error 404 for {url}"
+        page, find = arguments.get("page", 1), arguments.get("find")
+        return view_page(self.site.pages[url], url, page, find, arguments.get("links", False))
+
+    def read(self, text: str) -> None:
+        """Take in a tool result: names, URLs, numbers and facts that a reader would find in it."""
+        types, self.last_facts = self.site.types, []
+        for word in text.replace("/", " ").replace(".", " ").split():
+            if word in types and word not in self.seen_names:
+                self.seen_names.append(word)
+            if word.isdigit() and len(word) == 3:
+                self.numbers.append(word)
+        title = None
+        for line in text.splitlines():
+            if "http" in line:
+                url = next(w for w in line.split() if w.startswith("http"))
+                title = url.rsplit("/", 1)[-1]
+                if title in types and url not in self.seen_urls:
+                    self.seen_urls.append(url)
+            elif title in types:
+                for relation, _, _ in RELATIONS[types[title]]:
+                    if value := read_fact(line.split(": ", 1)[-1], title, relation):
+                        self.facts[title, relation] = value
+                        self.last_facts.append((title, relation))
+
+    def play(self, max_turns: int = 6, max_tokens: int = 900) -> tuple[list[int], list[int], bool]:
+        """Returns (ids, mask with 1 on the explorer's own tokens, whether the answer was right)."""
+        chat, rng = self.chat, self.rng
+        ids = chat.head(self.task.question)
+        mask = [0] * len(ids)
+        for turn in range(max_turns):
+            if rng.random() < self.skill:
+                thought, action = self.sensible_move()
+            else:
+                thought, action = self.random_move()
+                if self.last_call and rng.random() < 0.08:
+                    action = self.last_call  # round in circles
+            thought = self.plan() if turn == 0 else thought or "Let me look."
+            said = chat.trusted(turn_text(thought, action)) + [chat.end_id]
+            ids += said
+            mask += [1] * len(said)
+            if isinstance(action, str):
+                return ids, mask, action == self.task.answer
+            result = self.run(action)
+            # A view by `find` does not repeat the URL: the reader remembers whose page it is.
+            is_find = action["name"] == "browse" and "http" not in result
+            self.read(f"{action['arguments']['url']}\n{result}" if is_find else result)
+            observation = chat.observation([result], 192)
+            if len(ids) + len(observation) > max_tokens:
+                break
+            ids += observation
+            mask += [0] * len(observation)
+            self.last_call = action
+        return ids, mask, False
+
+
+def write_transcripts(
+    chat: Chat, seed: int, worlds: int, entities: int, number: int, skilled_share: float
+) -> list[Row]:
+    """Explorer transcripts over all pretraining worlds; prints how often they were right.
+
+    Args:
+        seed: decides tasks and moves.
+        worlds: how many worlds there are.
+        entities: how many entities each has.
+        number: how many transcripts to write.
+        skilled_share: share of explorers that behave sensibly.
+    """
+    rng = random.Random(f"explorers-{seed}")
+    transcripts, right_by_family = [], {}
+    per_world = number // worlds
+    families, weights = zip(*SHARES["pretrain"].items())
+    progress = tqdm(total=per_world * worlds, desc="explorers", unit="transcript", mininterval=5)
+    for world_seed in range(100, 100 + worlds):
+        site = open_site(World(world_seed, entities, "pretrain"))
+        for _ in range(per_world):
+            family, hops = rng.choices(families, weights)[0]
+            task = draw_task(site.world, family, hops, rng, rng.random() < 0.25)
+            skill = 0.97 if rng.random() < skilled_share else rng.uniform(0.0, 0.12)
+            ids, mask, is_right = Explorer(task, site, chat, rng, skill).play()
+            transcripts.append((np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)))
+            right_by_family.setdefault(f"{family}{hops}", []).append(is_right)
+            progress.update()
+    progress.close()
+    right = sum(map(sum, right_by_family.values()))
+    print(
+        f"explorers were right on {right / len(transcripts):.1%} of {len(transcripts)} tasks;",
+        f"{np.mean([len(ids) for ids, _ in transcripts]):.0f} tokens a transcript;",
+        {name: f"{np.mean(hits):.0%}" for name, hits in sorted(right_by_family.items())},
+    )
+    return transcripts
