@@ -287,3 +287,9 @@ def extend_segments(segments: list[Segment], prompt_ids: list[int]) -> None:
     else:
         segments.append(Segment())
         segments[-1].append(prompt_ids)
+
+
+def add_turn(trajectory: Trajectory, turn: Turn) -> None:
+    """Append what was sampled to the trajectory, and to the segment whose prompt it follows."""
+    trajectory.segments[-1].append(turn.action_ids, len(trajectory.turns), turn.logprobs)
+    trajectory.turns.append(turn)

@@ -15,7 +15,7 @@ weights, which is written in it.
 
 In: a policy behind an engine, tasks. Out: `Trajectory` objects with token ids *as sampled*, their
 log-probs, and the segments that training sees.
-To try an idea (another stop rule, another observation), change `begin_turns` or `join_results`.
+To try an idea (another stop rule, another observation), change `next_prompt` or `take_results`.
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from context import MANAGERS, Chat, Trajectory, Turn, extend_segments
+from context import MANAGERS, Chat, Trajectory, Turn, add_turn, extend_segments
 from data.task import Task
 from engine import Engine, Slot
 from support import endings
@@ -148,6 +148,41 @@ def in_thread(function, *arguments) -> concurrent.futures.Future:
     return future
 
 
+def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[int] | None:
+    """The context manager's prompt for the next turn, or None if the trajectory ends at a limit;
+    its status then says at which.
+    """
+    prompt = MANAGERS[args.context](trajectory, chat, budget_of(args))
+    seconds = sum(turn.generate_s + turn.tool_s for turn in trajectory.turns)
+    if len(trajectory.turns) >= args.max_turns:
+        trajectory.status = "over_turns"
+    elif seconds > args.trajectory_timeout_s:
+        trajectory.status = "tool_fault"  # nobody is punished: the environment is slow
+    elif len(prompt) + args.max_new_tokens > args.max_context:
+        trajectory.status = "over_context"
+    else:
+        extend_segments(trajectory.segments, prompt)
+        return prompt
+    return None
+
+
+def read_turn(trajectory: Trajectory, chat: Chat, tools: dict) -> list[ToolCall]:
+    """Read the last turn: an answer or a format error sets the status, calls are returned."""
+    ids, number = trajectory.turns[-1].action_ids, len(trajectory.turns) - 1
+    try:
+        if ids[-1] != chat.end_id:
+            raise FormatError("unfinished", "the turn was cut at its token limit")
+        if number in trajectory.memory.get("notes_turns", []):
+            return []  # notes are free text, see context.summarize
+        calls, answer = parse_action(chat.decode(ids[:-1]), tools)
+    except FormatError as error:
+        trajectory.status, trajectory.error = "format_error", error.kind
+        return []
+    if answer is not None:
+        trajectory.status, trajectory.answer = "answered", answer
+    return calls
+
+
 def take_results(trajectory: Trajectory, results: list[tuple[str, bool]]) -> None:
     """Write the results of the last turn's calls into the trajectory.
 
@@ -239,20 +274,11 @@ class AgentLoop:
     def begin_turns(self) -> None:
         """Let the context manager make the next prompts; a trajectory at a limit ends."""
         for slot in self.ready:
-            trajectory = slot.trajectory
-            prompt = MANAGERS[self.args.context](trajectory, self.chat, budget_of(self.args))
-            seconds = sum(turn.generate_s + turn.tool_s for turn in trajectory.turns)
-            if len(trajectory.turns) >= self.args.max_turns:
-                trajectory.status = "over_turns"
-            elif seconds > self.args.trajectory_timeout_s:
-                trajectory.status = "tool_fault"  # nobody is punished: the environment is slow
-            elif len(prompt) + self.args.max_new_tokens > self.args.max_context:
-                trajectory.status = "over_context"
-            if trajectory.status == "running":
-                extend_segments(trajectory.segments, prompt)
-                self.engine.start_turn(slot, prompt)
-            else:
+            prompt = next_prompt(slot.trajectory, self.chat, self.args)
+            if prompt is None:
                 self.end_trajectory(slot)
+            else:
+                self.engine.start_turn(slot, prompt)
         self.ready.clear()
 
     def end_turn(self, slot: Slot) -> None:
@@ -260,8 +286,7 @@ class AgentLoop:
         trajectory = slot.trajectory
         turn = Turn(slot.ids, slot.logprobs, self.engine.version, began=slot.started)
         turn.generate_s = time.perf_counter() - slot.started
-        trajectory.segments[-1].append(slot.ids, len(trajectory.turns), slot.logprobs)
-        trajectory.turns.append(turn)
+        add_turn(trajectory, turn)
         calls = self.read_turn(trajectory)
         turn.calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
         if trajectory.status != "running":
@@ -272,21 +297,7 @@ class AgentLoop:
             self.ready.append(slot)
 
     def read_turn(self, trajectory: Trajectory) -> list[ToolCall]:
-        """Read the last turn: an answer or a format error sets the status, calls are returned."""
-        ids, number = trajectory.turns[-1].action_ids, len(trajectory.turns) - 1
-        try:
-            if ids[-1] != self.chat.end_id:
-                raise FormatError("unfinished", "the turn was cut at its token limit")
-            if number in trajectory.memory.get("notes_turns", []):
-                return []  # notes are free text, see context.summarize
-            tools = self.toolbox.tools_for(trajectory)
-            calls, answer = parse_action(self.chat.decode(ids[:-1]), tools)
-        except FormatError as error:
-            trajectory.status, trajectory.error = "format_error", error.kind
-            return []
-        if answer is not None:
-            trajectory.status, trajectory.answer = "answered", answer
-        return calls
+        return read_turn(trajectory, self.chat, self.toolbox.tools_for(trajectory))
 
     def run_tools(self, slot: Slot, calls: list[ToolCall]) -> None:
         """Let the calls run in a thread beside the engine."""

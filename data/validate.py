@@ -21,7 +21,7 @@ from transformers.hf_argparser import HfArg
 from data.deep.funnel import STAGES, Funnel
 from data.task import Task, save_lines, save_tasks
 from evaluate import make_trajectories, open_policy
-from rollout import RolloutArgs, rollout
+from rollout import AgentLoop, RolloutArgs, play
 from support.answers import correct
 from support.flags import parse_flags
 from tools import Toolbox
@@ -46,10 +46,10 @@ def pass_window(tasks: list[Task], funnel: Funnel, args: Args) -> list[Task]:
     corpus = str(Path(args.world) / "pages.db") if args.world else ""
     rollout_args = RolloutArgs(max_turns=args.max_turns, corpus=corpus)
     _, chat, engine = open_policy(args.model, rollout_args)
-    trajectories = make_trajectories(tasks, args.pass_n, 0, 0)
+    loop = AgentLoop(engine, chat, Toolbox(corpus), rollout_args, lockstep=True)
     solved = Counter(
         t.task.id
-        for t in rollout(engine, chat, trajectories, Toolbox(corpus), rollout_args)
+        for t in play(loop, make_trajectories(tasks, args.pass_n, seed=0))
         if t.status == "answered" and correct(t.answer, t.task.answer, t.task.answer_type)
     )
     funnel.looked["pass@n"] = len(tasks)

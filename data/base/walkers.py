@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from context import Chat, Trajectory
+from context import Chat, Trajectory, Turn, add_turn
 from data.base.explorers import Call, Explorer, Row, Site, browse, open_site, search_for, turn_text
 from data.deep.pages import COLOURS, RARE_COLOUR
 from data.deep.solve import NP, read_entries
@@ -20,7 +20,7 @@ from data.task import Task
 from data.tasks import draw_task, form_of
 from data.world import World
 from reward import correct
-from rollout import RolloutArgs, finish_turn, next_prompt, take_results
+from rollout import RolloutArgs, next_prompt, read_turn, take_results
 
 WORD = rf"\b(greatest|smallest|{'|'.join(COLOURS)}|{RARE_COLOUR})\b"  # what a question looks for
 # Turns are only parsed here, so the tools need no more than to find every call well formed.
@@ -186,9 +186,12 @@ class Walker(Explorer):
                 text = turn_text(thought if trajectory.turns else self.plan(), call)
             news |= {len(trajectory.segments) - 1} if self.has_news else set()
             ids = self.chat.trusted(text) + [self.chat.end_id]
-            if finish_turn(trajectory, ids, [0.0] * len(ids), 0, self.chat, TOOLS):
-                take_results(trajectory, [(self.run(call), False)], self.chat, args)
-                self.read(trajectory.turns[-1].results[0])
+            turn = Turn(ids, [0.0] * len(ids), 0)
+            add_turn(trajectory, turn)
+            if read_turn(trajectory, self.chat, TOOLS):
+                take_results(trajectory, [(self.run(call), False)])
+                turn.observation_ids = self.chat.observation(turn.results, args.observation_tokens)
+                self.read(turn.results[0])
                 self.last_call = call
         segments = trajectory.segments
         if len(segments) > 4:
