@@ -410,6 +410,8 @@ def test_any_number_of_processes_writes_the_same_index(tmp_path, monkeypatch):
     assert (tmp_path / "1" / "pages.db").read_bytes() == (tmp_path / "2" / "pages.db").read_bytes()
     with pytest.raises(ZeroDivisionError):  # what a process raises is raised here
         list(in_processes([functools.partial(divmod, 1, n) for n in (1, 2, 0, 3)], 2))
+    with pytest.raises(OSError, match="has died"):
+        list(in_processes([functools.partial(os._exit, 3), functools.partial(divmod, 1, 1)], 2))
     assert not multiprocessing.active_children()
 
 
