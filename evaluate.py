@@ -50,7 +50,7 @@ from rollout import (
     trajectory_key,
 )
 from support.flags import parse_flags
-from tools import SIGNATURES, FormatError, Toolbox, parse_action, run_calls
+from tools import FormatError, Toolbox, parse_action, run_calls, signatures
 
 
 @dataclass
@@ -513,7 +513,7 @@ def api_rollout(
     is counted.
     """
     messages = [
-        {"role": "system", "content": SYSTEM_PROMPT.format(signatures="; ".join(SIGNATURES))},
+        {"role": "system", "content": SYSTEM_PROMPT.format(signatures="; ".join(signatures()))},
         {"role": "user", "content": trajectory.task.question},
     ]
     tools = toolbox.tools_for(trajectory)
@@ -616,7 +616,7 @@ def read_snippet(trajectory: Trajectory, toolbox: Toolbox, nearest: bool) -> Non
 def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None = None):
     """(model, chat, engine) of a local policy."""
     model, tokenizer = load_policy(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chat = Chat(tokenizer, SIGNATURES)
+    chat = Chat(tokenizer, signatures())
     return model, chat, engine_for(model, chat, args)
 
 

@@ -74,7 +74,7 @@ from support.run_folder import (
     start_ranks,
     use_threads,
 )
-from tools import SIGNATURES
+from tools import signatures
 from workers import Group, Rollouts, Setup, WorkerError, make_group, signals_later, where_it_failed
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -503,7 +503,7 @@ def main():
             print(f"python tool: {toolbox.isolation()}")
         model, tokenizer = load_policy(args.model, device)
         check_full_attention(model, rollout_args.max_context)
-        chat = Chat(tokenizer, SIGNATURES)
+        chat = Chat(tokenizer, signatures())
         with (
             accelerator.main_process_first()
         ):  # one process writes the worlds, the others find them

@@ -34,7 +34,7 @@ from context import Chat, Segment, Trajectory, Turn
 from data.task import Task
 from engine import keep_memory, load_policy
 from rollout import RolloutArgs, engine_for, finish_turn, open_toolbox, play
-from tools import SIGNATURES
+from tools import signatures
 
 SILENCE_S = 600.0  # a worker that has said nothing for so long is killed and replaced; it speaks between engine steps and after loading
 FEW = 0.25  # with --partial: when fewer than this share of the slots is in use, a group of the next step is begun
@@ -239,7 +239,7 @@ class Worker:
     def __init__(self, channel: Channel, weights: SharedWeights, setup: Setup):
         self.channel, self.weights = channel, weights
         self.model, tokenizer = load_policy(setup.policy, setup.device)
-        self.chat = Chat(tokenizer, SIGNATURES)
+        self.chat = Chat(tokenizer, signatures())
         args = setup.args
         self.engine = engine_for(self.model, self.chat, args)
         self.engine.new_weights(weights.read(self.model))

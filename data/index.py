@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from support.web import html_to_text
+from support.html_text import html_to_text
 
 SNIPPET_TOKENS = 24
 LARGE_INDEX = 20_000  # pages from which on words that stand in more than one page in COMMON are left out of a query

@@ -49,7 +49,7 @@ from engine import keep_memory
 from reward import correct
 from rollout import RolloutArgs, finish_turn, next_prompt, take_results
 from support.flags import parse_flags
-from support.web import html_to_text, view_page
+from support.html_text import html_to_text, view_page
 from tools import Browse, Python, Search
 
 

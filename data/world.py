@@ -309,7 +309,7 @@ def page_html(world: World, entity: Entity) -> str:
 
 def document(world: World, path: str, title: str, description: str, page: str) -> dict:
     """A page as data.index.build_index wants it."""
-    from support.web import html_to_text
+    from support.html_text import html_to_text
 
     return {
         "url": f"http://{world.host}/{path}",

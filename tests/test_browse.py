@@ -17,20 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from support.web import (
-    ONLY_HTML_PARSER,
-    Browse,
-    DiskCache,
-    Refused,
-    ToolFault,
-    html_to_text,
-    is_public,
-    split_pages,
-    tls_context,
-    view_page,
-    visible_html,
-)
-from tools import PROVIDERS, Toolbox, WebSearch
+from support.html_text import decode_page, html_to_text, links_of, split_pages, view_page
+from support.search_services import SERVICES, WebSearch
+from support.web import LiveWeb, Refused, ToolFault, is_public
+from tools import Browse, Search, Toolbox
 
 
 class Server(ThreadingHTTPServer):
@@ -243,7 +233,7 @@ def test_the_checked_address_is_the_one_connected_to(server, monkeypatch):
         ),
     )
     with pytest.raises((ToolFault, Refused)):
-        Browse(live=True, timeout_s=2, gap_s=0).fetch("http://rebinding.example/")
+        Browse(live=LiveWeb(gap_s=0), timeout_s=2).reader.fetch("http://rebinding.example/")
     assert (
         dialled == ["203.0.113.7"] and checked == ["203.0.113.7", "127.0.0.1"] and not server.asked
     )
@@ -277,7 +267,7 @@ def test_a_redirect_from_the_web_does_not_lead_inside(server, web, monkeypatch):
         "/secret": (200, {}, b"the secret"),
     }
     monkeypatch.setattr("support.web.is_public", lambda address: web[-1] == "outside.example")
-    assert "not public" in Browse(live=True, timeout_s=3, gap_s=0)(url="http://outside.example/")
+    assert "not public" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(url="http://outside.example/")
     assert "/secret" not in server.asked
 
 
@@ -365,7 +355,7 @@ def test_hostile_servers_are_bounded(server, answer, seen):
     server.answers = {"/": answer}
     started = time.monotonic()
     try:
-        text = browse.fetch("http://w.test/")
+        text = browse.reader.fetch("http://w.test/").html
     except Refused as error:
         text = str(error)
     except ToolFault as fault:
@@ -710,7 +700,7 @@ def test_robots_txt_is_obeyed(server, web):
         "/open": (200, {}, b"welcome"),
         "/jump": (302, {"Location": "/private/a"}, b""),
     }
-    browse = Browse(live=True, timeout_s=3, gap_s=0)
+    browse = Browse(live=LiveWeb(gap_s=0), timeout_s=3)
     assert "welcome" in browse(url="http://site.example/open")
     assert "robots.txt of this site forbids" in browse(url="http://site.example/private/a")
     assert "robots.txt of this site forbids" in browse(url="http://site.example/jump")
@@ -723,10 +713,10 @@ def test_robots_txt_is_obeyed(server, web):
 
 def test_without_robots_txt_all_is_allowed_and_a_broken_one_is_a_fault(server, web):
     server.answers = {"/open": (200, {}, b"welcome")}
-    assert "welcome" in Browse(live=True, timeout_s=3, gap_s=0)(url="http://site.example/open")
+    assert "welcome" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(url="http://site.example/open")
     server.answers["/robots.txt"] = (500, {"Retry-After": "0"}, b"")
     with pytest.raises(ToolFault, match="robots.txt"):
-        Browse(live=True, timeout_s=3, gap_s=0)(url="http://other.example/open")
+        Browse(live=LiveWeb(gap_s=0), timeout_s=3)(url="http://other.example/open")
 
 
 def test_robots_and_pauses_are_for_the_real_web_only(server, browse):
@@ -741,7 +731,7 @@ def test_robots_and_pauses_are_for_the_real_web_only(server, browse):
 
 def test_requests_to_one_host_keep_their_distance(server, web):
     server.answers = {f"/{n}": (200, {}, b"page") for n in range(3)}
-    browse, times = Browse(live=True, timeout_s=9, gap_s=0.2), []
+    browse, times = Browse(live=LiveWeb(gap_s=0.2), timeout_s=9), []
     server.answers |= {
         f"/{n}": lambda h: (
             times.append(time.monotonic()),
@@ -758,7 +748,7 @@ def test_requests_to_one_host_keep_their_distance(server, web):
 
 def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
     server.answers = {"/": (200, {}, b"first"), "/bad": (404, {}, b"")}
-    make = lambda: Browse(live=True, timeout_s=3, gap_s=0, cache=DiskCache(tmp_path))
+    make = lambda: Browse(live=LiveWeb(tmp_path, gap_s=0), timeout_s=3)
     assert "first" in make()(url="http://site.example/")
     server.answers["/"] = (200, {}, b"second")
     assert "first" in make()(url="http://site.example/")  # another process sees the same page
@@ -843,10 +833,10 @@ KEY_HEADER = {
 }
 
 
-@pytest.fixture(params=list(PROVIDERS))
+@pytest.fixture(params=list(SERVICES))
 def provider(request, server, monkeypatch):
-    monkeypatch.setattr("tools.RETRY_S", 0.02)
-    for each in PROVIDERS.values():
+    monkeypatch.setattr("support.search_services.RETRY_S", 0.02)
+    for each in SERVICES.values():
         if each.key_name:
             monkeypatch.setenv(each.key_name, "k-123-secret")
     url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -931,7 +921,7 @@ def test_provider_recovers(provider):
 
 def test_odd_hits(provider):
     name, url, server = provider
-    title, link, snippet = PROVIDERS[name].fields
+    title, link, snippet = SERVICES[name].fields
     hits = [
         {title: "<tool_call>&lt;b&gt;\n", link: "http://a.example/\n x", snippet: ["list"]},
         "no object",
@@ -981,8 +971,8 @@ def test_queries_run_side_by_side_in_call_order(server, monkeypatch):
 
 @pytest.mark.parametrize("name", ["brave", "serper", "tavily"])
 def test_a_missing_key_is_named(name, monkeypatch):
-    monkeypatch.delenv(PROVIDERS[name].key_name, raising=False)
-    with pytest.raises(ValueError, match=PROVIDERS[name].key_name):
+    monkeypatch.delenv(SERVICES[name].key_name, raising=False)
+    with pytest.raises(ValueError, match=SERVICES[name].key_name):
         Toolbox(search=name)
 
 
@@ -1055,23 +1045,20 @@ def test_https_checks_the_name_on_the_pinned_address(web, monkeypatch, tmp_path)
                 (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", secure.server_address[1]))
             ],
         )
-        assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(
+        assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(
             url="https://secure.example/"
         )  # signed by nobody known
-        monkeypatch.setattr("requests.certs.where", lambda: str(tmp_path / "cert"))
-        tls_context.cache_clear()
-        try:
-            assert "over TLS" in Browse(live=True, timeout_s=3, gap_s=0)(
+        monkeypatch.setattr("requests.adapters.DEFAULT_CA_BUNDLE_PATH", str(tmp_path / "cert"))
+        if True:
+            assert "over TLS" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(
                 url="https://secure.example/"
             )
-            assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(
+            assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(
                 url="https://other.example/"
             )  # another name
             started = time.monotonic()
-            assert "the page was cut" in Browse(live=True, timeout_s=1, gap_s=0).fetch(
+            assert "the page was cut" in Browse(live=LiveWeb(gap_s=0), timeout_s=1).reader.fetch(
                 "https://secure.example/drip"
-            )
+            ).html
             assert time.monotonic() - started < 3
-        finally:
-            tls_context.cache_clear()
         secure.shutdown()

@@ -30,7 +30,7 @@ from data.task import load_tasks
 from data.tasks import FRAMES, form_of, make_tasks
 from data.validate import Funnel
 from data.world import SPLITS, World, load_world, page_html, write_world
-from support.web import html_to_text, view_page
+from support.html_text import html_to_text, view_page
 from tools import urls_in
 
 
