@@ -64,7 +64,7 @@ class FormatError(Exception):
         self.kind = kind
 
 
-# -------------------------------------------------------------------------------------------- parsing
+# ------------------------------------------------------------------------------------------ parsing
 
 
 @dataclass
@@ -165,7 +165,7 @@ def run_calls(calls: list[ToolCall], tools: dict) -> list[tuple[str, bool]]:
     """Run one turn's calls: side by side, or in order if one of the tools is stateful.
 
     Returns:
-        One (text, is_fault) a call, in call order. A fault is the environment's; no exception escapes.
+        One (text, is_fault) a call, in call order. A fault is the environment's. Nothing is raised.
     """
 
     def run(call: ToolCall) -> tuple[str, bool]:
@@ -182,7 +182,7 @@ def run_calls(calls: list[ToolCall], tools: dict) -> list[tuple[str, bool]]:
         return list(pool.map(run, calls))
 
 
-# --------------------------------------------------------------------------------- search and browse
+# -------------------------------------------------------------------------------- search and browse
 
 
 class Search:
@@ -274,7 +274,7 @@ class Browse:
         for key, value in given.items():
             if not isinstance(value, kinds[key]):
                 return f"browse: {key!r} is of the wrong type"
-        if isinstance(page, bool) or page != int(page) or page < 1:
+        if isinstance(page, bool) or page % 1 or page < 1:  # True, 2.5, infinity
             return "browse: 'page' counts from 1"
         return None
 
@@ -530,7 +530,7 @@ def close_sessions() -> None:
         session.close()
 
 
-# ------------------------------------------------------------------------------------------- toolbox
+# ------------------------------------------------------------------------------------------ toolbox
 
 
 def urls_in(text: str) -> list[str]:
@@ -539,7 +539,7 @@ def urls_in(text: str) -> list[str]:
 
 
 class Toolbox:
-    """Gives each trajectory its tools: search and browse of its task's world, and a Python session of its own.
+    """Gives each trajectory its tools: search and browse of its task's world, and its own Python.
 
     Args:
         corpus: index (data/index.py) for tasks that name no world; "" if there are none.
@@ -609,7 +609,7 @@ class Toolbox:
         return self.shared[str(db)]
 
     def prepare(self, tasks) -> None:
-        """Open (and on first use write) the worlds of these tasks now rather than in the middle of a rollout.
+        """Open (and on first use write) the worlds of these tasks before the first rollout.
 
         Raises:
             ValueError: a task names no world and there is no corpus.

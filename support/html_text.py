@@ -1,8 +1,9 @@
-"""A web page as text: its bytes decoded, its HTML cleaned, and the piece of it that the policy sees.
+"""A web page as text: its bytes decoded, its HTML cleaned, and the piece that the policy sees.
 
-In: bytes or HTML, all of it hostile. Out: plain text, links, pieces, passages. Everything takes time in proportion to the page:
-lxml parses it, and html2text gets elements and texts from the tree instead of reading the markup once more.
-To try an idea (another view of a page), change `view_page`; what counts as the main part of a page is `main_parts`.
+In: bytes or HTML, all of it hostile. Out: plain text, links, pieces, passages. Everything takes
+time in proportion to the page: lxml parses it, and html2text gets elements and texts from the tree,
+so that nothing reads the markup twice. To try an idea (another view of a page), change `view_page`;
+what counts as the main part of a page is `main_parts`.
 """
 
 import bisect
@@ -32,7 +33,7 @@ FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
 
 
 def decode_page(body: bytes, content_type: str = "") -> str:
-    """Bytes as text: by the byte order mark, the header, the page's <meta>, else UTF-8 or cp1252."""
+    """Bytes as text, by byte order mark, header or the page's <meta>; else UTF-8 or cp1252."""
     for mark, name in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF16_LE, "utf-16"),
@@ -58,14 +59,14 @@ def decode_page(body: bytes, content_type: str = "") -> str:
         return body.decode("utf-8" if error.start > 1000 else "cp1252", "replace")
 
 
-# ------------------------------------------------------------------------------------ the page as a tree
+# ------------------------------------------------------------------------------- the page as a tree
 
 
 def parse(page: str) -> etree._Element:
     """The tree of a page; an empty <html> if there is nothing in it."""
     target, markup = TreeTarget(), page.encode("utf-8", "replace")
     parser = etree.HTMLParser(target=target, encoding="utf-8", huge_tree=False)
-    # In parts, because the parser cannot be stopped inside one: the time it takes grows with the depth.
+    # In parts, because the parser cannot be stopped in one, and deep pages take it long.
     for at in range(0, len(markup), FEED_BYTES):
         parser.feed(markup[at : at + FEED_BYTES])
         if target.flattened > TOO_DEEP:
@@ -91,7 +92,9 @@ class TreeTarget:
             self.data(" ")
             self.dropped += 1
             return
-        self.builder.start(tag, {key: attributes[key] for key in ATTRIBUTES if key in attributes})
+        tag = tag if tag.isascii() and tag.isalnum() else "span"
+        kept = {key: clean(attributes[key]) for key in ATTRIBUTES if key in attributes}
+        self.builder.start(tag, kept)
         if len(self.open) < MAX_DEPTH:
             self.open.append(tag)
         else:  # closed at once, so that its text comes after it
@@ -108,7 +111,7 @@ class TreeTarget:
 
     def data(self, text: str) -> None:
         if not self.dropped:
-            self.builder.data(text)
+            self.builder.data(clean(text))
 
     def close(self) -> etree._Element:
         while self.open:
@@ -117,6 +120,11 @@ class TreeTarget:
             return self.builder.close()
         except etree.LxmlError:  # there is nothing in the page
             return etree.Element("html")
+
+
+def clean(text: str) -> str:
+    """Text without the control characters that no tree may hold."""
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", " ", text)
 
 
 def main_parts(tree: etree._Element) -> list[etree._Element]:
@@ -139,7 +147,7 @@ def refresh_target(meta: etree._Element) -> str:
 
 
 def start_of(element: etree._Element, pieces: int, length: int) -> str:
-    """The text an element begins with, on one line; elements may stand in each other, so not all of it."""
+    """The text an element begins with, on one line; all of it for each element would be too much."""
     return " ".join("".join(itertools.islice(element.itertext(), pieces))[:length].split())
 
 
@@ -168,7 +176,7 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
     return list(found)
 
 
-# ------------------------------------------------------------------------------------- the tree as text
+# --------------------------------------------------------------------------------- the tree as text
 
 
 def html_to_text(page: str) -> str:
@@ -240,7 +248,7 @@ class TreeWriter:
 
 
 def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
-    """What stands before and after a <sup>: 10^6 for a power, Oslo [3] for a footnote, 2nd as is."""
+    """What stands around a <sup>: 10^6 for a power, Oslo [3] for a footnote, 2nd as it is."""
     mark = start_of(sup, 8, 40)
     linked = len(sup) > 0 and sup[0].tag == "a"
     if EXPONENT.fullmatch(mark) and not linked and re.search(r"(?<!\w)\w{1,3}$|\)$", before[-9:]):
@@ -250,11 +258,11 @@ def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
     return "", ""
 
 
-# -------------------------------------------------------------------------------- what the policy sees
+# ----------------------------------------------------------------------------- what the policy sees
 
 
 def piece_starts(text: str, page_chars: int) -> list[int]:
-    """Where pieces of at most `page_chars` characters begin: at line or sentence ends if possible."""
+    """Where pieces of at most `page_chars` characters begin: with a line or sentence, if they can."""
     starts, start = [0], 0
     while len(text) - start > page_chars:
         end = start + page_chars
@@ -312,7 +320,7 @@ def view_page(
     page_chars: int = 400,
     text: str | None = None,
 ) -> str:
-    """What the policy sees of a page: one piece of its text, the passages with a word, or its links.
+    """What the policy sees of a page: a piece of its text, the passages with a word, or its links.
 
     Args:
         page: HTML.

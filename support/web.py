@@ -2,8 +2,8 @@
 
 In: a URL that the policy wrote. Out: the HTML of the page. Sizes, times, types and redirects are
 bounded. An address outside the embedded world must be public, and the connection goes to the very
-address that was checked, so a name that changes its mind between check and use (DNS rebinding) gains
-nothing. On the real web robots.txt is obeyed, and requests to one host keep their distance.
+address that was checked, so a name that changes its mind between check and use (DNS rebinding)
+gains nothing. On the real web robots.txt is obeyed, and requests to one host keep their distance.
 To try an idea (another kind of page, such as PDF), change `html_of`.
 """
 
@@ -83,7 +83,7 @@ def is_public(address: str) -> bool:
     )
 
 
-# -------------------------------------------------------------------------------- bounded connections
+# ------------------------------------------------------------------------------ bounded connections
 
 
 class TotalTimeout:
@@ -130,7 +130,7 @@ def addresses_of(host: str, port: int, timeout_s: float) -> list[tuple]:
 
 
 class Connection:
-    """Mixed into urllib3's connections: the addresses that were checked are the ones connected to."""
+    """Mixed into urllib3's connections: they go to the very addresses that were checked."""
 
     public = False  # whether an address must be public
 
@@ -274,7 +274,7 @@ def wait_of(reply: requests.Response, otherwise: float) -> float:
     return float(asked) if re.fullmatch(r"\d{1,6}", asked) else otherwise
 
 
-# -------------------------------------------------------------------------------------------- browse
+# ------------------------------------------------------------------------------------------- browse
 
 
 @dataclass
@@ -318,7 +318,7 @@ class WebReader:
         """A page, in up to three tries.
 
         Raises:
-            Refused: what the policy got wrong or can see itself (no such page, not public, no text).
+            Refused: what the policy got wrong or can see itself (no such page, not public).
             ToolFault: the server cannot be reached, or says 429 or 5xx each time.
         """
         deadline = time.monotonic() + self.timeout_s
