@@ -147,7 +147,7 @@ def refresh_target(meta: etree._Element) -> str:
 
 
 def start_of(element: etree._Element, pieces: int, length: int) -> str:
-    """The text an element begins with, on one line; all of it for each element would be too much."""
+    """The text an element begins with, on one line; all of it for each would be too much."""
     return " ".join("".join(itertools.islice(element.itertext(), pieces))[:length].split())
 
 
@@ -262,7 +262,7 @@ def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
 
 
 def piece_starts(text: str, page_chars: int) -> list[int]:
-    """Where pieces of at most `page_chars` characters begin: with a line or sentence, if they can."""
+    """Where pieces of at most `page_chars` characters begin: with a line or sentence if possible."""
     starts, start = [0], 0
     while len(text) - start > page_chars:
         end = start + page_chars

@@ -1,5 +1,7 @@
-"""browse against hostile servers, addresses and pages, all on loopback; search providers against servers that answer in their shapes."""
+"""browse against hostile servers, addresses and pages, all on loopback; search services against
+servers that answer in their shapes."""
 
+import concurrent.futures
 import gzip
 import hashlib
 import json
@@ -92,7 +94,7 @@ def browse(server):
 
 @pytest.fixture
 def web(server, monkeypatch):
-    """`server` as the real web: every name leads to it, and its address counts as public unless the test says otherwise."""
+    """`server` as the real web: every name leads to it, and its address counts as public."""
     lookups = []
 
     def getaddrinfo(host, port, *_, **__):
@@ -106,7 +108,7 @@ def web(server, monkeypatch):
     return lookups
 
 
-# ------------------------------------------------------------------------------------------------------------ addresses
+# ---------------------------------------------------------------------------------------- addresses
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_names_that_lead_inside_are_refused(server, monkeypatch, answers):
 
 
 def test_the_checked_address_is_the_one_connected_to(server, monkeypatch):
-    """DNS rebinding: each connection asks once, checks that answer, and uses it; the next, different answer is checked anew."""
+    """DNS rebinding: a connection asks once and uses the answer that was checked; the next asks anew."""
     checked, answers = [], iter(["203.0.113.7", "127.0.0.1", "127.0.0.1", "127.0.0.1"])
     monkeypatch.setattr(
         "socket.getaddrinfo",
@@ -282,15 +284,14 @@ def test_proxies_and_netrc_are_not_used(server, browse, monkeypatch, tmp_path):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     (tmp_path / ".netrc").write_text("machine w.test login me password secret")
     monkeypatch.setenv("HOME", str(tmp_path))
-    server.answers = {"/": (200, {"Set-Cookie": "a=b"}, b"page")}
-    assert (
-        "page" in browse(url="http://w.test/")
-        and "authorization" not in server.headers[0]
-        and "cookie" not in server.headers[0]
-    )
+    server.answers = {n: (200, {"Set-Cookie": "a=b"}, b"page") for n in ("/", "/2")}
+    for url in ("http://w.test/", "http://w.test/2"):
+        assert "page" in browse(url=url)
+    for headers in server.headers:
+        assert "authorization" not in headers and "cookie" not in headers
 
 
-# ------------------------------------------------------------------------------------------------------ size, time, type
+# --------------------------------------------------------------------------------- size, time, type
 
 
 def drip(handler):
@@ -309,6 +310,26 @@ def drip_headers(handler):
         handler.wfile.write(b"X-a: y\r\n")
         handler.wfile.flush()
         time.sleep(0.1)
+
+
+def endless_continue(handler):
+    for _ in range(2000):
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.002)
+
+
+def endless_trailers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n")
+    for _ in range(2000):
+        handler.wfile.write(b"X-a: y\r\n")
+        time.sleep(0.002)
+
+
+def endless_chunks(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        handler.wfile.write(b"3\r\nabc\r\n")
+        time.sleep(0.002)
 
 
 def hang(handler):
@@ -341,6 +362,9 @@ BOMB = b"".join([BOMB.compress(bytes(1 << 20)) for _ in range(100)]) + BOMB.flus
         (drip, "drop"),
         (drip_headers, None),
         (hang, None),
+        (endless_continue, None),
+        (endless_trailers, "abc"),
+        (endless_chunks, "the page was cut"),
         (reset, None),
         (endless, "the page was cut"),
         (many_headers, None),
@@ -370,6 +394,23 @@ def test_hostile_servers_are_bounded(server, answer, seen):
     assert time.monotonic() - started < 3.5  # a wall against "for ever": the limit is 1 s
     assert len(text) < 2_100_000
     assert seen is None or seen in text
+
+
+def test_name_servers_that_hang(server, browse, monkeypatch):
+    """They hold up neither the embedded pages, which need none, nor a call past its deadline."""
+    hanging = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: hanging.wait(20) and [])
+    server.answers = {"/": (200, {}, b"embedded")}
+    live = Browse(live=LiveWeb(gap_s=0), timeout_s=0.5)
+    started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        calls = [pool.submit(live, url=f"http://{n}.example/") for n in range(9)]
+        assert "embedded" in browse(url="http://w.test/")
+        for call in calls:
+            with pytest.raises(ToolFault, match="cannot be reached"):
+                call.result()
+    assert time.monotonic() - started < 5
+    hanging.set()
 
 
 @pytest.mark.parametrize(
@@ -445,7 +486,7 @@ def test_types_and_charsets(server, browse, kind, body, seen):
     assert seen in browse(url="http://w.test/")
 
 
-# -------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def test_links_have_stable_numbers(server):
@@ -458,7 +499,8 @@ def test_links_have_stable_numbers(server):
                 f"<p><a class=x href={quote}/p{n}?a=1&amp;b=2{quote}>Page <b>{n}</b> &amp; more</a>"
                 for n, quote in enumerate("'\" \"'" * 6)
             ).encode()
-            + b'<a href="/p0?a=1&amp;b=2">Page 0 &amp; more</a><a name=x>no link</a><a href="http://[">bad</a>',
+            + b'<a href="/p0?a=1&amp;b=2">Page 0 &amp; more</a><a name=x>no link</a>'
+            + b'<a href="http://[">bad</a>',
         )
     }
     first, *rest = [browse(url="http://w.test/", links=True, page=n) for n in range(1, 14)]
@@ -629,7 +671,7 @@ def test_mutated_pages(world_dir):
 
 
 def test_connections_that_the_server_has_closed_meanwhile(world_dir, monkeypatch):
-    """After a long pause (an update of a large model) the kept connections are closed; that is no fault."""
+    """After a long pause (an update of a large model) they are; that is no fault to be seen."""
     from data.serve import PageHandler, start_server
     from data.world import load_world
 
@@ -731,7 +773,10 @@ def test_bytes_are_decoded_in_one_way(mark):
 
 
 def test_scripts_and_attributes_do_not_show():
-    page = '<title>t</title><p title="a > b">x<script>var a = "<p>no</p>";</script>y<!-- <p>no --></p><style>p{}</style><b class=\'a>b\'>z</b> 1 < 2'
+    page = (
+        '<title>t</title><p title="a > b">x<script>var a = "<p>no</p>";</script>y'
+        "<!-- <p>no --></p><style>p{}</style><b class='a>b'>z</b> 1 < 2"
+    )
     assert html_to_text(page) == "x y\nz 1 < 2"
 
 
@@ -750,7 +795,7 @@ def test_split_pages_skips_nothing_but_spaces():
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- the real web
+# ------------------------------------------------------------------------------------- the real web
 
 
 def test_robots_txt_is_obeyed(server, web):
@@ -838,9 +883,10 @@ print(sum(page.html == "page" for page in pages))"""
     assert len(server.asked) < 4 * 40
 
 
-# ----------------------------------------------------------------------------------------------------- search providers
+# --------------------------------------------------------------------------------- search providers
 
-DOCUMENTED = {  # answers made by hand after the services' documentation; none was recorded from a live service
+# Answers made by hand after the services' documentation; none was recorded from a live service.
+DOCUMENTED = {
     "searxng": {
         "query": "q",
         "number_of_results": 2,
@@ -984,6 +1030,26 @@ def test_provider_faults(provider, bad, tries, seen):
         and "k-123" not in str(fault.value)
         and "\n" not in str(fault.value)
     )
+
+
+@pytest.mark.parametrize("answer", [drip, drip_headers, endless_continue, endless_chunks, hang])
+def test_a_query_ends_at_its_deadline(server, answer):
+    server.answers = {"/search": answer}
+    search = WebSearch("searxng", f"http://127.0.0.1:{server.server_address[1]}", timeout_s=1)
+    started = time.monotonic()
+    with pytest.raises(ToolFault, match="search by searxng"):
+        search.ask("q")
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("package", ["requests_cache", "protego"])
+def test_a_missing_package_is_named(package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("tools.CACHE", tmp_path)
+    with pytest.raises(ValueError, match="pip install requests-cache protego") as error:
+        Toolbox(live=True)
+    assert "\n" not in str(error.value)
+    Toolbox()
 
 
 def test_provider_recovers(provider):

@@ -180,7 +180,7 @@ def test_a_tool_is_added_in_one_line(monkeypatch, world_dir):
 
     monkeypatch.setattr("tools.TOOLS", [*tools.TOOLS, Clock])
     assert tools.signatures()[-1] == "clock()" and len(tools.signatures()) == 4
-    toolbox = Toolbox(str(world_dir / "pages.db"), unsafe_python=True)
+    toolbox = Toolbox(str(world_dir / "pages.db"))
     mine = toolbox.tools_for(SimpleNamespace(task=Task("t", "q", "a"), key=(0,)))
     assert list(mine) == ["search", "browse", "python", "clock"]
     calls, _ = parse_action('<tool_call>{"name": "clock", "arguments": {}}</tool_call>', mine)
@@ -318,13 +318,14 @@ def json_at(text, at):
 
 
 def test_fuzzed_turns(world_dir):
-    """10,000 mutated turns through parser and tools: nothing but FormatError escapes, and a call stands whole in the turn."""
+    """10,000 mutated turns: nothing but FormatError escapes, and a call stands whole in the turn."""
     search, browse = Toolbox().open(world_dir / "pages.db")
     tools = {"search": search, "browse": browse, "python": Echo()}
     rng = random.Random(0)
     good = [
         GOOD,
-        '<tool_call>{"name": "browse", "arguments": {"url": "http://w11.test/", "page": 2}}</tool_call>',
+        '<tool_call>{"name": "browse", "arguments": {"url": "http://w11.test/", "page": 2}}'
+        "</tool_call>",
         "<answer>Belin</answer>",
         "<think>I look.</think>",
         '<tool_call>{"name": "python", "arguments": {"queries": ["0"]}}</tool_call>',
@@ -423,7 +424,7 @@ def test_odd_code(code):
 
 
 def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
-    """A server that is down: the policy sees it, the trajectory is neither a format error nor wrong."""
+    """A server that is down: the policy sees it; that is neither a format error nor wrong."""
     from reward import reward
     from rollout import RolloutArgs, Trajectory, Turn, take_results
 
