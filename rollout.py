@@ -19,7 +19,6 @@ To try an idea (another stop rule, another observation), change `next_prompt` or
 """
 
 import concurrent.futures
-import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from context import MANAGERS, Chat, Trajectory, Turn, add_turn, extend_segments
 from data.task import Task
 from engine import Engine, Slot
 from support import endings
-from tools import FormatError, Toolbox, ToolCall, parse_action, run_calls, urls_in
+from tools import FormatError, Toolbox, ToolCall, in_thread, parse_action, run_calls, urls_in
 
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
 SearchService = Literal["embedded", "searxng", "brave", "serper", "tavily"]
@@ -130,22 +129,6 @@ class ToolRun:
     step: int  # engine step at which they were made
     since: float  # time of that step, in seconds
     results: concurrent.futures.Future  # what `run_calls` gives
-
-
-def in_thread(function, *arguments) -> concurrent.futures.Future:
-    """Run a function in a thread of its own. A thread that hangs keeps neither others nor the end
-    of the process waiting.
-    """
-    future = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="tools", daemon=True).start()
-    return future
 
 
 def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[int] | None:

@@ -1,19 +1,20 @@
 """The agent's tools, and the parser of its calls.
 
-    search(queries)                    several queries at once; each hit has title, url and snippet
+    search(queries)                    several queries at once; a hit has title, url and snippet
     browse(url, page | find | links)   a page as text over HTTP, a few hundred characters at a time
-    python(code)                       a stateful session, run by Monty, which has no system calls
+    python(code)                       a stateful session that the code cannot leave
 
-In: the text of one turn. Out: `parse_action` gives tool calls or an answer, or raises FormatError; `run_calls` gives the
-results in call order. What goes wrong is one of three things, and the difference decides what is rewarded:
+In: the text of one turn. Out: `parse_action` gives tool calls or an answer, or raises FormatError;
+`run_calls` gives the results in call order. What goes wrong is one of three things, and the
+difference decides what is rewarded:
 
-    FormatError    the policy's action cannot be read: the trajectory ends and is penalised
-    a plain result what the policy can see and correct: no such page, a traceback, a time-out of its own code
-    ToolFault      the environment failed (a server is down): retried with back-off, then shown as a result, counted, never punished
+    FormatError     the policy's action cannot be read: the trajectory ends and is penalised
+    a plain result  what the policy can see and correct: no such page, a traceback of its own code
+    ToolFault       the environment failed (a server is down): shown, counted, never punished
 
-Everything that comes from outside (pages, hits, output of code) is hostile: sizes and times are bounded here, and
-context.py encodes the text so that it cannot contain a control token. A new tool is one class with `name`, `signature`,
-`check` and `__call__`:
+Everything that comes from outside (pages, hits, output of code) is hostile: sizes and times are
+bounded, and context.py encodes the text so that it cannot contain a control token. A new tool is a
+class with `name`, `signature`, `check` and `__call__`, and one line in TOOLS at the end:
 
     class Clock:
         name, signature = "clock", "clock()"
@@ -22,47 +23,36 @@ context.py encodes the text so that it cannot contain a control token. A new too
 """
 
 import concurrent.futures
-import html
 import json
-import os
 import re
-import socket
 import sqlite3
-import time
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import requests
-
+from data.index import open_index, search_index
+from data.serve import start_server
+from data.world import world_folder
+from support.html_text import html_to_text, view_page
 from support.monty_session import MontyError, run_code, shown
-from support.web import (
-    MAX_PAGE_BYTES,
-    Browse,
-    DiskCache,
-    Pace,
-    ToolFault,
-    read_limited,
-    retry_after,
-)
+from support.search_services import WebSearch
+from support.web import LiveWeb, Refused, ToolFault, WebReader
 
-CACHE = (
-    Path(__file__).resolve().parent / "runs" / "cache"
-)  # pages and search results of the real web
+CACHE = Path(__file__).resolve().parent / "runs" / "cache"  # of the real web
 MAX_CALLS = 8  # in one turn
-RETRY_S = 0.5  # before a second request to a search service; then twice as long each time
+TAG, SPACE = re.compile("</?(?:think|tool_call)>"), re.compile(r"\s*")
+JSON = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are not JSON, and int() refuses them
 
 
 class FormatError(Exception):
-    """The policy's action is malformed. `kind` is a short code for the metrics, the message says it in words."""
+    """The policy's action is malformed. `kind` is a short code for the metrics."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
 
 
-# ------------------------------------------------------------------------------------------------------------- parsing
+# ------------------------------------------------------------------------------------------ parsing
 
 
 @dataclass
@@ -72,7 +62,7 @@ class ToolCall:
 
 
 def parse_tool_calls(text: str) -> list[ToolCall]:
-    """The tool calls of one turn, in order. What stands inside <think>…</think> is thought, not called.
+    """The tool calls of one turn, in order. What stands inside <think>…</think> is not called.
 
     Args:
         text: decoded tokens that the policy sampled; never text from a page or a prompt.
@@ -80,24 +70,7 @@ def parse_tool_calls(text: str) -> list[ToolCall]:
     Raises:
         FormatError: a tag without its partner, bad JSON, no name, arguments that are no object.
     """
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    blocks = re.findall(r"<tool_call>(.*?)</tool_call>", text, flags=re.DOTALL)
-    if text.count("<tool_call>") != len(blocks) or text.count("</tool_call>") != len(blocks):
-        raise FormatError("unclosed_tag", "a <tool_call> tag has no partner")
-    calls = []
-    for block in blocks:
-        try:
-            call = json.loads(block, parse_constant=lambda constant: float("not a number"))
-        except (ValueError, RecursionError):
-            raise FormatError("bad_json", "a tool call is not valid JSON") from None
-        if not isinstance(call, dict):
-            raise FormatError("not_an_object", "a tool call is not a JSON object")
-        if not isinstance(call.get("name"), str):
-            raise FormatError("missing_name", "a tool call has no name")
-        if not isinstance(call.get("arguments", {}), dict):
-            raise FormatError("bad_arguments", "the arguments of a tool call are not a JSON object")
-        calls.append(ToolCall(call["name"], call.get("arguments", {})))
-    return calls
+    return calls_and_rest(text)[0]
 
 
 def parse_action(text: str, tools: dict) -> tuple[list[ToolCall], str | None]:
@@ -113,15 +86,9 @@ def parse_action(text: str, tools: dict) -> tuple[list[ToolCall], str | None]:
     Raises:
         FormatError: neither or both, an unknown tool, wrong arguments, an unclosed tag.
     """
-    visible = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    if "<think>" in visible or "</think>" in visible:
-        raise FormatError("unclosed_tag", "a <think> tag has no partner")
-    calls = parse_tool_calls(visible)
-    outside_calls = re.sub(r"<tool_call>.*?</tool_call>", "", visible, flags=re.DOTALL)
-    answers = re.findall(r"<answer>(.*?)</answer>", outside_calls, flags=re.DOTALL)
-    if outside_calls.count("<answer>") != len(answers) or outside_calls.count("</answer>") != len(
-        answers
-    ):
+    calls, rest = calls_and_rest(text)
+    before, *answers = rest.split("<answer>")
+    if "</answer>" in before or any(part.count("</answer>") != 1 for part in answers):
         raise FormatError("unclosed_tag", "an <answer> tag has no partner")
     if len(answers) > 1:
         raise FormatError("two_answers", "more than one answer")
@@ -137,14 +104,56 @@ def parse_action(text: str, tools: dict) -> tuple[list[ToolCall], str | None]:
         problem = tools[call.name].check(call.arguments)
         if problem:
             raise FormatError("bad_arguments", problem)
-    return calls, answers[0].strip() if answers else None
+    return calls, answers[0].split("</answer>")[0].strip() if answers else None
+
+
+def calls_and_rest(text: str) -> tuple[list[ToolCall], str]:
+    """The calls of a turn, and what is left of its text; raises as parse_tool_calls does.
+
+    The text is read once, from left to right. A line break replaces each call and each thought, so
+    that the text before it and the text after it cannot join into a tag.
+    """
+    calls, rest, at = [], [], 0
+    while tag := TAG.search(text, at):
+        rest.append(text[at : tag.start()])
+        if tag.group() == "<tool_call>":
+            call, at = read_call(text, tag.end())
+            calls.append(call)
+        elif tag.group() == "<think>" and (end := text.find("</think>", tag.end())) >= 0:
+            at = end + len("</think>")
+        else:
+            raise FormatError("unclosed_tag", f"a {tag.group()} tag has no partner")
+    return calls, "\n".join([*rest, text[at:]])
+
+
+def read_call(text: str, start: int) -> tuple[ToolCall, int]:
+    """The call that stands at `start`, and where its </tool_call> ends.
+
+    Its JSON is read before that tag is looked for, so a tag inside a string is text.
+    """
+    if text.find("</tool_call>", start) < 0:
+        raise FormatError("unclosed_tag", "a <tool_call> tag has no partner")
+    try:
+        call, end = JSON.raw_decode(text, SPACE.match(text, start).end())
+    except (ValueError, RecursionError):
+        raise FormatError("bad_json", "a tool call is not valid JSON") from None
+    end = SPACE.match(text, end).end()
+    if not text.startswith("</tool_call>", end):
+        raise FormatError("bad_json", "more than one JSON object in a tool call")
+    if not isinstance(call, dict):
+        raise FormatError("not_an_object", "a tool call is not a JSON object")
+    if not isinstance(call.get("name"), str):
+        raise FormatError("missing_name", "a tool call has no name")
+    if not isinstance(call.get("arguments", {}), dict):
+        raise FormatError("bad_arguments", "the arguments of a tool call are not a JSON object")
+    return ToolCall(call["name"], call.get("arguments", {})), end + len("</tool_call>")
 
 
 def run_calls(calls: list[ToolCall], tools: dict) -> list[tuple[str, bool]]:
-    """Run one turn's calls side by side.
+    """Run one turn's calls: side by side, or in order if one of the tools is stateful.
 
     Returns:
-        One (text, is_fault) a call, in call order. A fault is the environment's; no exception escapes.
+        One (text, is_fault) a call, in call order. A fault is the environment's. Nothing is raised.
     """
 
     def run(call: ToolCall) -> tuple[str, bool]:
@@ -152,76 +161,79 @@ def run_calls(calls: list[ToolCall], tools: dict) -> list[tuple[str, bool]]:
             return str(tools[call.name](**call.arguments)), False
         except ToolFault as fault:
             return f"error: {fault}", True
-        except (
-            Exception
-        ) as error:  # a bug in a tool must not end the run, and is not the policy's fault
+        except Exception as error:  # a bug in a tool must not end the run, nor count as a mistake
             return f"error: the tool failed ({type(error).__name__})", True
 
-    if len(calls) == 1 or any(
-        call.name == "python" for call in calls
-    ):  # a session runs its code in order
+    if len(calls) == 1 or any(getattr(tools[call.name], "stateful", False) for call in calls):
         return [run(call) for call in calls]
-    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
-        return list(pool.map(run, calls))
+    return [future.result() for future in [in_thread(run, call) for call in calls]]
 
 
-# -------------------------------------------------------------------------------------------------------------- search
+def in_thread(function, *arguments) -> concurrent.futures.Future:
+    """Run a function in a thread of its own. A thread that hangs keeps neither others nor the end
+    of the process waiting.
+    """
+    future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tools", daemon=True).start()
+    return future
+
+
+# -------------------------------------------------------------------------------- search and browse
 
 
 class Search:
-    """The embedded search engine: BM25 over an index file (data/index.py).
+    """Search: BM25 over an index file (data/index.py), or a service on the web.
 
     Args:
-        db: path of the index.
+        db: path of the index; a missing one is reported here.
         k: results a query.
+        service: asked instead of the index.
     """
 
     name, signature = "search", "search(queries: list of str)"
 
-    def __init__(self, db: Path | str, k: int = 2):
-        from data.index import open_index, search_index
-
-        self.db, self.k, self.open, self.look_up = db, k, open_index, search_index
-        self.idle = [
-            open_index(db)
-        ]  # connections that no thread uses now; a missing index is reported here
+    def __init__(self, db: Path | str, k: int = 2, service: WebSearch | None = None):
+        self.db, self.k, self.service, self.look_up = db, k, service, search_index
+        self.idle = [] if service else [open_index(db)]  # connections that no thread uses now
 
     def check(self, arguments: dict) -> str | None:
         queries = arguments.get("queries")
-        if (
-            set(arguments) != {"queries"}
-            or not isinstance(queries, list)
-            or not 1 <= len(queries) <= 8
-        ):
-            return "search takes 'queries', a list of 1 to 8 strings"
-        return (
-            None
-            if all(isinstance(query, str) for query in queries)
-            else "search takes 'queries', a list of strings"
-        )
+        good = set(arguments) == {"queries"} and isinstance(queries, list) and 0 < len(queries) < 9
+        if good and all(isinstance(query, str) for query in queries):
+            return None
+        return "search takes 'queries', a list of 1 to 8 strings"
 
     def __call__(self, queries: list[str]) -> str:
         queries = [queries] if isinstance(queries, str) else queries
         blocks = []
         for query, hits in zip(queries, self.find(queries)):
+            heading = [f"{query}:"] if len(queries) > 1 else []
             lines = [
                 f"[{n}] {hit['title']} {hit['url']}\n{hit['snippet']}"
                 for n, hit in enumerate(hits, start=1)
             ]
-            heading = [f"{query}:"] if len(queries) > 1 else []
             blocks.append("\n".join(heading + (lines or ["no results"])))
         return "\n".join(blocks)
 
     def find(self, queries: list[str]) -> list[list[dict]]:
-        """The hits of each query: dicts with title, url, snippet. HACK HERE: another engine overrides this one method.
+        """The hits of each query: dicts with title, url, snippet. HACK HERE: another engine.
 
         Raises:
-            ToolFault: the index cannot be read.
+            ToolFault: the index cannot be read, or the service does not answer.
         """
+        if self.service:
+            return self.service.find(queries)
         try:
             connection = self.idle.pop()
         except IndexError:
-            connection = self.open(self.db)
+            connection = open_index(self.db)
         try:
             return [self.look_up(connection, query, self.k) for query in queries]
         except sqlite3.Error as error:
@@ -230,206 +242,60 @@ class Search:
             self.idle.append(connection)
 
 
-@dataclass
-class Provider:
-    """How a web search service is asked and answers."""
-
-    url: str  # "" if everybody has their own
-    key_name: str  # environment variable with the API key; "" if it needs none
-    request: Callable[
-        [str, int, str], dict
-    ]  # (query, k, key) -> keyword arguments of requests.request
-    hits: Callable[[dict], list]  # reply -> its list of hits
-    fields: tuple[str, str, str]  # names of title, url and snippet in a hit
-
-
-PROVIDERS = {
-    "searxng": Provider(
-        "",
-        "",
-        lambda q, k, key: {"method": "GET", "params": {"q": q, "format": "json"}},
-        lambda r: r["results"],
-        ("title", "url", "content"),
-    ),
-    "brave": Provider(
-        "https://api.search.brave.com/res/v1/web/search",
-        "BRAVE_API_KEY",
-        lambda q, k, key: {
-            "method": "GET",
-            "params": {"q": q[:400], "count": k},
-            "headers": {"X-Subscription-Token": key, "Accept": "application/json"},
-        },
-        lambda r: (r.get("web") or {"results": []})["results"],
-        ("title", "url", "description"),
-    ),
-    "serper": Provider(
-        "https://google.serper.dev/search",
-        "SERPER_API_KEY",
-        lambda q, k, key: {
-            "method": "POST",
-            "json": {"q": q, "num": k},
-            "headers": {"X-API-KEY": key},
-        },
-        lambda r: r["organic"],
-        ("title", "link", "snippet"),
-    ),
-    "tavily": Provider(
-        "https://api.tavily.com/search",
-        "TAVILY_API_KEY",
-        lambda q, k, key: {
-            "method": "POST",
-            "json": {"query": q, "max_results": k},
-            "headers": {"Authorization": f"Bearer {key}"},
-        },
-        lambda r: r["results"],
-        ("title", "url", "content"),
-    ),
-}
-
-
-class WebSearch(Search):
-    """Search by a service on the web, with the same call and the same text as the embedded one.
+class Browse:
+    """Browse: one piece of a page, the passages with a word, or its links.
 
     Args:
-        provider: a key of PROVIDERS.
-        url: address of the service, if not the provider's own (needed for searxng).
-        k: results a query.
-        cache: where answers are kept.
-        timeout_s: limit for one query with its retries, in seconds.
-        gap_s: seconds between two requests, over all trajectories of this process.
+        hosts: an /etc/hosts for the embedded world, {"w7.test": "127.0.0.1:8123"}, so that URLs in
+            task files do not depend on ports.
+        live: let it open public addresses of the real web; or a LiveWeb to share with others.
+        page_chars: characters of one piece of a page.
+        timeout_s: limit for one page with its redirects and retries, in seconds.
 
     Raises:
-        ValueError: unknown provider, no key in the environment, no URL.
+        ValueError: a package that only the live web needs is missing.
     """
+
+    name, signature = "browse", "browse(url, page or find or links)"
 
     def __init__(
         self,
-        provider: str,
-        url: str = "",
-        k: int = 5,
-        cache: "DiskCache | None" = None,
-        timeout_s: float = 20.0,
-        gap_s: float = 0.2,
+        hosts: dict[str, str] | None = None,
+        live: bool | LiveWeb = False,
+        page_chars: int = 400,
+        timeout_s: float = 10.0,
     ):
-        if provider not in PROVIDERS:
-            raise ValueError(
-                f"no search provider {provider!r}: choose embedded, {', '.join(PROVIDERS)}"
-            )
-        self.provider, self.label, self.k, self.cache, self.timeout_s = (
-            PROVIDERS[provider],
-            provider,
-            k,
-            cache,
-            timeout_s,
-        )
-        self.url, self.pace = url or self.provider.url, Pace(gap_s)
-        if provider == "searxng" and self.url and not self.url.rstrip("/").endswith("/search"):
-            self.url = self.url.rstrip("/") + "/search"
-        self.host = urlsplit(self.url).hostname
-        if urlsplit(self.url).scheme not in ("http", "https") or not self.host:
-            raise ValueError(
-                f"search by {provider} needs the address of a server: --search_url http://HOST:PORT"
-            )
-        self.key = (
-            os.environ.get(self.provider.key_name, "").strip() if self.provider.key_name else ""
-        )
-        if self.provider.key_name and not self.key:
-            raise ValueError(
-                f"search by {provider} needs an API key in the environment variable {self.provider.key_name}"
-            )
+        web = LiveWeb() if live is True else live or None
+        self.reader, self.page_chars = WebReader(hosts or {}, web, timeout_s), page_chars
 
-    def probe(self) -> None:
-        """Find out now, at no cost, whether the service can be reached.
+    def check(self, arguments: dict) -> str | None:
+        kinds = {"url": str, "page": (int, float), "find": str, "links": bool}
+        if not set(arguments) <= set(kinds) or not isinstance(arguments.get("url"), str):
+            return "browse takes 'url', a string, and if wanted one of 'page', 'find', 'links'"
+        given = {key: value for key, value in arguments.items() if value is not None}
+        page = given.get("page", 1)
+        for key, value in given.items():
+            if not isinstance(value, kinds[key]):
+                return f"browse: {key!r} is of the wrong type"
+        if isinstance(page, bool) or page % 1 or page < 1:  # True, 2.5, infinity
+            return "browse: 'page' counts from 1"
+        return None
 
-        Raises:
-            ValueError: it cannot.
-        """
+    def __call__(
+        self,
+        url: str,
+        page: int | None = None,
+        find: str | None = None,
+        links: bool | None = None,
+    ) -> str:
         try:
-            port = urlsplit(self.url).port or (443 if self.url.startswith("https") else 80)
-            socket.create_connection((self.host, port), timeout=5).close()
-        except OSError as error:
-            raise ValueError(
-                f"search by {self.label}: cannot reach {self.host} ({error.strerror or error})"
-            ) from None
-
-    def find(self, queries: list[str]) -> list[list[dict]]:
-        with concurrent.futures.ThreadPoolExecutor(len(queries)) as pool:
-            return list(
-                pool.map(self.ask, queries)
-            )  # side by side; results in the order of the queries
-
-    def ask(self, query: str) -> list[dict]:
-        """One query, from the cache or with up to four requests.
-
-        Raises:
-            ToolFault: no usable answer; the text names service and reason, never the key.
-        """
-        cache_key = f"{self.label} {self.url} {self.k} {query}"
-        if self.cache and (kept := self.cache.get(cache_key)) is not None:
-            return json.loads(kept)
-        deadline, problem = time.monotonic() + self.timeout_s, "no answer"
-        for attempt in range(4):
-            wait = RETRY_S * 2**attempt
-            try:
-                self.pace.wait(self.host, deadline)
-                with requests.Session() as session:
-                    session.trust_env = False  # ~/.netrc would replace our header
-                    left = max(0.1, deadline - time.monotonic())
-                    with session.request(
-                        url=self.url,
-                        timeout=left,
-                        allow_redirects=False,
-                        stream=True,
-                        **self.provider.request(query, self.k, self.key),
-                    ) as reply:
-                        if reply.status_code in (401, 402, 403):
-                            key = (
-                                f" (is {self.provider.key_name} right?)"
-                                if self.provider.key_name
-                                else ' (is "json" among the formats in its settings.yml?)'
-                            )
-                            raise ToolFault(
-                                f"search by {self.label}: {self.host} refused, HTTP {reply.status_code}{key}"
-                            )
-                        if reply.status_code == 200:
-                            body = b"".join(
-                                read_limited(reply.iter_content(65536), MAX_PAGE_BYTES, deadline)
-                            )
-                            hits = [
-                                self.hit(hit)
-                                for hit in self.provider.hits(json.loads(body))[: self.k]
-                                if isinstance(hit, dict)
-                            ]
-                            if self.cache:
-                                self.cache.put(cache_key, json.dumps(hits))
-                            return hits
-                        problem = f"HTTP {reply.status_code}"
-                        wait = retry_after(reply.headers.get("retry-after"), wait)
-                        if 300 <= reply.status_code < 500 and reply.status_code not in (408, 429):
-                            break
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                problem = "its answer is not a list of results in JSON"
-            except (requests.RequestException, OSError) as error:
-                problem = f"cannot be reached, {type(error).__name__}"  # the text of the error may hold the request
-            if time.monotonic() + wait > deadline:
-                break
-            time.sleep(wait)
-        raise ToolFault(f"search by {self.label}: {self.host}: {problem}")
-
-    def hit(self, hit: dict) -> dict:
-        """A hit in our words: plain text on one line each."""
-        title, url, snippet = (hit.get(field) or "" for field in self.provider.fields)
-        clean = lambda text, limit: " ".join(
-            html.unescape(re.sub(r"</?\w+[^<>]{0,100}>", "", str(text))).split()
-        )[:limit]
-        return {
-            "title": clean(title, 200),
-            "url": "".join(str(url).split())[:2000],
-            "snippet": clean(snippet, 500),
-        }
-
-
-# -------------------------------------------------------------------------------------------------------------- python
+            read = self.reader.read(url)
+        except Refused as error:
+            return f"error {error}"
+        if not links and read.text is None:
+            read.text = html_to_text(read.html)
+        where = read.url if links else url
+        return view_page(read.html, where, int(page or 1), find, links, self.page_chars, read.text)
 
 
 class Python:
@@ -481,7 +347,7 @@ class Python:
         return shown(output, problem, self.output_chars)
 
 
-# ------------------------------------------------------------------------------------------------------------- toolbox
+# ------------------------------------------------------------------------------------------ toolbox
 
 
 def urls_in(text: str) -> list[str]:
@@ -490,19 +356,20 @@ def urls_in(text: str) -> list[str]:
 
 
 class Toolbox:
-    """Gives each trajectory its tools: search and browse of its task's world, and a Python session of its own.
+    """Gives each trajectory its tools: search and browse of its task's world, and its own Python.
 
     Args:
         corpus: index (data/index.py) for tasks that name no world; "" if there are none.
         live: let browse open public addresses of the real web.
         search_results, page_chars: how much search and browse show.
-        search, search_url: "embedded", or a provider of WebSearch and its address; browse then opens the real web as well.
-        unsafe_python: with python="cpython", run code without the sandbox.
-        python: "monty", or on Linux "cpython", the whole language (support/cpython_sandbox.py).
+        search, search_url: "embedded", or a search service of the web (support/search_services.py)
+            and its address; browse then opens the real web as well.
+        python, unsafe_python: "monty", or "cpython" with or without its sandbox.
 
     Raises:
         FileNotFoundError: the corpus has no index.
-        ValueError: the provider lacks its key or cannot be reached, or this machine has no sandbox; one line that says what to do.
+        ValueError: one line that says what to do: a service lacks its key or cannot be reached, a
+            package is missing, or this machine has no sandbox.
     """
 
     def __init__(
@@ -516,66 +383,46 @@ class Toolbox:
         unsafe_python: bool = False,
         python: str = "monty",
     ):
-        self.corpus, self.live, self.search_results, self.page_chars = (
-            corpus,
-            live or search != "embedded",
-            search_results,
-            page_chars,
-        )
+        self.corpus, self.search_results, self.page_chars = corpus, search_results, page_chars
         self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file; "" is the web alone
         self.sessions: dict[tuple, object] = {}  # of CPython, by trajectory key
-        self.unsafe_python, self.cpython = unsafe_python, None
+        self.open_cpython = None
         if python == "cpython":
-            from support import cpython_sandbox  # for Linux alone, so it is read where it is chosen
+            from support import cpython_sandbox  # it needs Linux
 
-            if not unsafe_python and (lacks := cpython_sandbox.missing()):
-                raise ValueError(
-                    f"--python cpython has no sandbox on this machine: {lacks}. --python monty"
-                    " needs none; --unsafe_python runs the model's code without one"
-                )
-            self.cpython = cpython_sandbox.CPythonSession
-        self.cache = DiskCache(CACHE) if self.live else None
-        self.web_search = None
+            self.open_cpython = cpython_sandbox.opener(unsafe_python)
+        self.others = [tool() for tool in TOOLS if tool not in (Search, Browse, Python)]
+        self.service = None
         if search != "embedded":
-            self.web_search = WebSearch(search, search_url, search_results, self.cache)
-            self.web_search.probe()
-            self.shared[""] = self.web_search, Browse({}, True, page_chars, cache=self.cache)
+            self.service = WebSearch(search, search_url, search_results, CACHE / "search")
+            self.service.probe()
+        self.web = LiveWeb(CACHE / "pages") if live or self.service else None
         if corpus:
             self.open(corpus)
 
     def isolation(self) -> str:
-        """What confines the python tool, in words; of CPython a session is started to tell.
+        """What confines the python tool, in words.
 
         Raises:
             ValueError: it cannot be started or confined.
         """
-        if self.cpython is None:
+        if self.open_cpython is None:
             return "Monty, an interpreter without system calls"
-        session = self.cpython(unsafe=self.unsafe_python)
-        try:
-            session.start()
-            return session.isolation
-        except ToolFault as fault:
-            raise ValueError(str(fault)) from None
-        finally:
-            session.close()
+        return self.open_cpython().describe()
 
     def open(self, db: Path | str) -> tuple[Search, Browse]:
-        """Search and browse over one index, whose pages are served on loopback from the first use on."""
-        from data.serve import start_server
-
+        """Search and browse over one index, whose pages are served on loopback; "" is the web alone."""
         if str(db) not in self.shared:
-            server = start_server(db)
-            hosts = {server.host: "127.0.0.1:%d" % server.server_address[1]}
-            search = self.web_search or Search(db, self.search_results)
-            self.shared[str(db)] = (
-                search,
-                Browse(hosts, self.live, self.page_chars, cache=self.cache),
-            )
+            hosts = {}
+            if db:
+                server = start_server(db)
+                hosts = {server.host: "127.0.0.1:%d" % server.server_address[1]}
+            search = Search(db, self.search_results, self.service)
+            self.shared[str(db)] = search, Browse(hosts, self.web or False, self.page_chars)
         return self.shared[str(db)]
 
     def prepare(self, tasks) -> None:
-        """Open (and on first use write) the worlds of these tasks now rather than in the middle of a rollout.
+        """Open (and on first use write) the worlds of these tasks before the first rollout.
 
         Raises:
             ValueError: a task names no world and there is no corpus.
@@ -584,31 +431,30 @@ class Toolbox:
             self.index_of(task)
 
     def index_of(self, task) -> tuple[Search, Browse]:
-        from data.world import world_folder
-
         world = task.meta.get("world")
         if world:
             return self.open(world_folder(world) / "pages.db")
-        if not self.corpus and not self.web_search:
+        if not self.corpus and not self.service:
             raise ValueError(
                 f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes one)"
             )
-        return self.open(self.corpus) if self.corpus else self.shared[""]
+        return self.open(self.corpus)
 
     def tools_for(self, trajectory) -> dict:
-        """name -> tool. HACK HERE: add a tool of your own to this dict and its signature to SIGNATURES."""
+        """name -> tool, in the order of TOOLS."""
         search, browse = self.index_of(trajectory.task)
-        return {tool.name: tool for tool in (search, browse, self.python_for(trajectory))}
+        tools = (search, browse, self.python_for(trajectory), *self.others)
+        made = {tool.name: tool for tool in tools}
+        return {tool.name: made[tool.name] for tool in TOOLS}
 
     def python_for(self, trajectory):
-        """The trajectory's session; that of CPython is begun anew if it was continued elsewhere."""
-        if self.cpython is None:
+        """The trajectory's session; CPython's is begun anew where a trajectory goes on elsewhere."""
+        if self.open_cpython is None:
             return Python(trajectory.memory)
         session = self.sessions.get(trajectory.key)
         if session is None or session.memory is not trajectory.memory:
             self.close(trajectory)
-            session = self.cpython(trajectory.memory, unsafe=self.unsafe_python)
-            self.sessions[trajectory.key] = session
+            session = self.sessions[trajectory.key] = self.open_cpython(trajectory.memory)
         return session
 
     def close(self, trajectory) -> None:
@@ -621,8 +467,11 @@ class Toolbox:
             self.sessions.pop(key).close()
 
 
+# HACK HERE: a tool of your own is one more class in this list; it is made without arguments, once
+# for all trajectories. Search, Browse and Python are made by Toolbox.
 TOOLS = [Search, Browse, Python]
 
 
 def signatures() -> list[str]:
+    """The tools as the prompt declares them."""
     return [tool.signature for tool in TOOLS]

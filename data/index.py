@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from support.flags import parse_flags
-from support.web import html_to_text
+from support.html_text import html_to_text
 
 
 @dataclass

@@ -38,7 +38,7 @@ from data.index import build_index, in_processes
 from data.parts import LEAD, PLURALS, RECORDS, RELATIONS, TYPES, html_page, link
 from data.task import SPLITS, Kind, Split, check_world
 from support.flags import parse_flags
-from support.web import html_to_text
+from support.html_text import html_to_text
 
 
 @dataclass

@@ -44,6 +44,7 @@ import types
 if __name__ != "__main__":  # the child needs none of these, and starts faster without them
     import atexit
     import concurrent.futures
+    import functools
     import select
     import shutil
     import subprocess
@@ -385,6 +386,20 @@ class CPythonSession:
         self.isolation = words.removeprefix("ready: ")
         self.poll.register(self.process.stdout, select.POLLIN)
 
+    def describe(self) -> str:
+        """What confines the code, in words, from a child that is started for the purpose.
+
+        Raises:
+            ValueError: it cannot be started or confined.
+        """
+        try:
+            self.start()
+            return self.isolation
+        except ToolFault as fault:
+            raise ValueError(str(fault)) from None
+        finally:
+            self.close()
+
     def launch(self) -> None:
         """Make folder and pipes and start the child, or raise what Python raises if it cannot."""
         self.folder = tempfile.mkdtemp(prefix="nano-python-")
@@ -547,6 +562,20 @@ class CPythonSession:
                 subprocess.run(["rm", "-rf", self.folder])
         self.process, self.folder, self.done_fd = None, None, -1
         LIVE_SESSIONS.discard(self)
+
+
+def opener(unsafe: bool):
+    """A function that makes the session of a trajectory's memory.
+
+    Raises:
+        ValueError: this machine has no sandbox, and the user wants one; the line says what to do.
+    """
+    if not unsafe and (lacks := missing()):
+        raise ValueError(
+            f"--python cpython has no sandbox on this machine: {lacks}. --python monty needs none; "
+            "--unsafe_python runs the model's code without one"
+        )
+    return functools.partial(CPythonSession, unsafe=unsafe)
 
 
 if __name__ == "__main__":

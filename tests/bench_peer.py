@@ -43,7 +43,7 @@ from reward import correct
 from rollout import RolloutArgs, engine_for, rollout, trajectory_key
 from support.flags import parse_flags
 from support.run_folder import cores_of, use_threads
-from tools import SIGNATURES, Toolbox
+from tools import Toolbox, signatures
 from train import Policy, TrainArgs, gradient, rows_of
 from workers import Rollouts, Setup, make_group
 
@@ -188,7 +188,7 @@ def compare_with_trl(
     toolbox.prepare(tasks)
 
     model, tokenizer = load_policy("nano")
-    chat = Chat(tokenizer, SIGNATURES)
+    chat = Chat(tokenizer, signatures())
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     engine = engine_for(model, chat, args)
@@ -203,7 +203,7 @@ def compare_with_trl(
 
     their_model, their_tokenizer = load_policy("nano")
     their_tokenizer.chat_template, their_tokenizer.response_template = TRL_TEMPLATE, TRL_RESPONSE
-    system = SYSTEM_PROMPT.format(signatures="; ".join(SIGNATURES))
+    system = SYSTEM_PROMPT.format(signatures="; ".join(signatures()))
     prompt_of = lambda task: [
         {"role": "system", "content": system},
         {"role": "user", "content": task.question},

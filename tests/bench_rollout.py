@@ -32,7 +32,7 @@ from engine import keep_memory, load_policy
 from rollout import RolloutArgs, engine_for, rollout
 from support.flags import parse_flags
 from support.run_folder import cores_of
-from tools import SIGNATURES
+from tools import signatures
 from train import Policy, TrainArgs, gradient, rows_of
 from workers import Group, Rollouts, Setup, make_group
 
@@ -86,7 +86,7 @@ def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
     cores = cores_of(1)
     torch.set_num_threads(cores)
     model, tokenizer = load_policy(args.model)
-    chat = Chat(tokenizer, SIGNATURES)
+    chat = Chat(tokenizer, signatures())
     accelerator = Accelerator(cpu=True)
     policy = Policy(model, 1.0)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)

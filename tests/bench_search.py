@@ -98,7 +98,7 @@ def main():
                 call(value)
                 latencies.append(1000 * (time.perf_counter() - started))
 
-            browse.pages.clear()
+            browse.reader.pages.clear()
             started = time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
                 list(pool.map(timed, inputs))

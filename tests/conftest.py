@@ -20,7 +20,7 @@ from data.task import load_tasks
 from data.world import World, write_world
 from engine import load_policy
 from rollout import RolloutArgs, engine_for
-from tools import SIGNATURES, Toolbox
+from tools import Toolbox, signatures
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def chat(tokenizer):
-    return Chat(tokenizer, SIGNATURES)
+    return Chat(tokenizer, signatures())
 
 
 @pytest.fixture(scope="session")

@@ -1,36 +1,33 @@
-"""browse against hostile servers, addresses and pages, all on loopback; search providers against servers that answer in their shapes."""
+"""browse against hostile servers, addresses and pages, all on loopback; search services against
+servers that answer in their shapes."""
 
+import concurrent.futures
 import gzip
+import hashlib
 import json
 import random
-import re
-import select
 import shutil
 import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import ROOT
 
-from support.web import (
-    ONLY_HTML_PARSER,
-    Browse,
-    DiskCache,
-    Refused,
-    ToolFault,
-    html_to_text,
-    is_public,
-    split_pages,
-    tls_context,
-    view_page,
-    visible_html,
-)
-from tools import PROVIDERS, Toolbox, WebSearch
+from support.html_text import decode_page, html_to_text, links_of, split_pages, view_page
+from support.search_services import SERVICES, WebSearch
+from support.web import LiveWeb, Refused, ToolFault, is_public
+from tools import Browse, Search, Toolbox
+
+# What html_to_text and links_of gave for the embedded pages when the base models were pretrained.
+PAGES_PLAIN, TEXT_PLAIN, LINKS_PLAIN = 68, "2997954e4fecc9c1", "94e1fe33ae50e7e4"
+PAGES_DEEP, TEXT_DEEP, LINKS_DEEP = 807, "09fadb468fb1b703", "3afea56e977929f7"
 
 
 class Server(ThreadingHTTPServer):
@@ -97,7 +94,7 @@ def browse(server):
 
 @pytest.fixture
 def web(server, monkeypatch):
-    """`server` as the real web: every name leads to it, and its address counts as public unless the test says otherwise."""
+    """`server` as the real web: every name leads to it, and its address counts as public."""
     lookups = []
 
     def getaddrinfo(host, port, *_, **__):
@@ -111,7 +108,7 @@ def web(server, monkeypatch):
     return lookups
 
 
-# ------------------------------------------------------------------------------------------------------------ addresses
+# ---------------------------------------------------------------------------------------- addresses
 
 
 @pytest.mark.parametrize(
@@ -175,6 +172,7 @@ def test_addresses_that_are_refused(server, url):
 @pytest.mark.parametrize(
     "address, public",
     [
+        ("3fff::1", False),
         ("8.8.8.8", True),
         ("2606:4700::1111", True),
         ("64:ff9b::8.8.8.8", True),
@@ -224,7 +222,7 @@ def test_names_that_lead_inside_are_refused(server, monkeypatch, answers):
 
 
 def test_the_checked_address_is_the_one_connected_to(server, monkeypatch):
-    """DNS rebinding: each connection asks once, checks that answer, and uses it; the next, different answer is checked anew."""
+    """DNS rebinding: a connection asks once and uses the answer that was checked; the next asks anew."""
     checked, answers = [], iter(["203.0.113.7", "127.0.0.1", "127.0.0.1", "127.0.0.1"])
     monkeypatch.setattr(
         "socket.getaddrinfo",
@@ -243,7 +241,7 @@ def test_the_checked_address_is_the_one_connected_to(server, monkeypatch):
         ),
     )
     with pytest.raises((ToolFault, Refused)):
-        Browse(live=True, timeout_s=2, gap_s=0).fetch("http://rebinding.example/")
+        Browse(live=LiveWeb(gap_s=0), timeout_s=2).reader.fetch("http://rebinding.example/")
     assert (
         dialled == ["203.0.113.7"] and checked == ["203.0.113.7", "127.0.0.1"] and not server.asked
     )
@@ -277,7 +275,7 @@ def test_a_redirect_from_the_web_does_not_lead_inside(server, web, monkeypatch):
         "/secret": (200, {}, b"the secret"),
     }
     monkeypatch.setattr("support.web.is_public", lambda address: web[-1] == "outside.example")
-    assert "not public" in Browse(live=True, timeout_s=3, gap_s=0)(url="http://outside.example/")
+    assert "not public" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(url="http://outside.example/")
     assert "/secret" not in server.asked
 
 
@@ -286,15 +284,14 @@ def test_proxies_and_netrc_are_not_used(server, browse, monkeypatch, tmp_path):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     (tmp_path / ".netrc").write_text("machine w.test login me password secret")
     monkeypatch.setenv("HOME", str(tmp_path))
-    server.answers = {"/": (200, {"Set-Cookie": "a=b"}, b"page")}
-    assert (
-        "page" in browse(url="http://w.test/")
-        and "authorization" not in server.headers[0]
-        and "cookie" not in server.headers[0]
-    )
+    server.answers = {n: (200, {"Set-Cookie": "a=b"}, b"page") for n in ("/", "/2")}
+    for url in ("http://w.test/", "http://w.test/2"):
+        assert "page" in browse(url=url)
+    for headers in server.headers:
+        assert "authorization" not in headers and "cookie" not in headers
 
 
-# ------------------------------------------------------------------------------------------------------ size, time, type
+# --------------------------------------------------------------------------------- size, time, type
 
 
 def drip(handler):
@@ -313,6 +310,26 @@ def drip_headers(handler):
         handler.wfile.write(b"X-a: y\r\n")
         handler.wfile.flush()
         time.sleep(0.1)
+
+
+def endless_continue(handler):
+    for _ in range(2000):
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.002)
+
+
+def endless_trailers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n")
+    for _ in range(2000):
+        handler.wfile.write(b"X-a: y\r\n")
+        time.sleep(0.002)
+
+
+def endless_chunks(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        handler.wfile.write(b"3\r\nabc\r\n")
+        time.sleep(0.002)
 
 
 def hang(handler):
@@ -345,6 +362,9 @@ BOMB = b"".join([BOMB.compress(bytes(1 << 20)) for _ in range(100)]) + BOMB.flus
         (drip, "drop"),
         (drip_headers, None),
         (hang, None),
+        (endless_continue, None),
+        (endless_trailers, "abc"),
+        (endless_chunks, "the page was cut"),
         (reset, None),
         (endless, "the page was cut"),
         (many_headers, None),
@@ -365,7 +385,7 @@ def test_hostile_servers_are_bounded(server, answer, seen):
     server.answers = {"/": answer}
     started = time.monotonic()
     try:
-        text = browse.fetch("http://w.test/")
+        text = browse.reader.fetch("http://w.test/").html
     except Refused as error:
         text = str(error)
     except ToolFault as fault:
@@ -374,6 +394,23 @@ def test_hostile_servers_are_bounded(server, answer, seen):
     assert time.monotonic() - started < 3.5  # a wall against "for ever": the limit is 1 s
     assert len(text) < 2_100_000
     assert seen is None or seen in text
+
+
+def test_name_servers_that_hang(server, browse, monkeypatch):
+    """They hold up neither the embedded pages, which need none, nor a call past its deadline."""
+    hanging = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: hanging.wait(20) and [])
+    server.answers = {"/": (200, {}, b"embedded")}
+    live = Browse(live=LiveWeb(gap_s=0), timeout_s=0.5)
+    started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        calls = [pool.submit(live, url=f"http://{n}.example/") for n in range(9)]
+        assert "embedded" in browse(url="http://w.test/")
+        for call in calls:
+            with pytest.raises(ToolFault, match="cannot be reached"):
+                call.result()
+    assert time.monotonic() - started < 5
+    hanging.set()
 
 
 @pytest.mark.parametrize(
@@ -449,7 +486,7 @@ def test_types_and_charsets(server, browse, kind, body, seen):
     assert seen in browse(url="http://w.test/")
 
 
-# -------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def test_links_have_stable_numbers(server):
@@ -462,7 +499,8 @@ def test_links_have_stable_numbers(server):
                 f"<p><a class=x href={quote}/p{n}?a=1&amp;b=2{quote}>Page <b>{n}</b> &amp; more</a>"
                 for n, quote in enumerate("'\" \"'" * 6)
             ).encode()
-            + b'<a href="/p0?a=1&amp;b=2">Page 0 &amp; more</a><a name=x>no link</a><a href="http://[">bad</a>',
+            + b'<a href="/p0?a=1&amp;b=2">Page 0 &amp; more</a><a name=x>no link</a>'
+            + b'<a href="http://[">bad</a>',
         )
     }
     first, *rest = [browse(url="http://w.test/", links=True, page=n) for n in range(1, 14)]
@@ -473,50 +511,117 @@ def test_links_have_stable_numbers(server):
 
 
 HOSTILE = [
-    "<table>" * 100_000,
-    "<blockquote><p>x" * 30_000,
-    "<ul><li>x" * 30_000,
-    "<a " * 300_000,
-    '<a href="' * 200_000,
-    "<script>" * 200_000,
-    "<!--" * 300_000,
-    "<title" * 200_000,
-    "&#x" * 300_000,
-    "&#" + "9" * 500_000 + ";",
-    "<" * 1_000_000,
-    "<p " + 'a="' * 300_000,
-    "&" * 500_000,
-    "<!" * 500_000,
-    "<?" * 500_000,
-    "<a href='x'>" * 150_000,
-    "</p>" * 300_000,
-    "<div>" * 200_000 + "x",
-    "<b>" * 200_000,
-    "<a\n" * 300_000,
-    " " * 1_000_000,
-    "\n" * 1_000_000,
-    "<pre>" * 200_000,
-    "x" * 1_000_000,
-    "<ol><li>" * 30_000,
-    "<dl><dd>" * 50_000,
-    "<svg><title>" * 100_000,
-    "<style>" + "a{}" * 300_000,
-    "]]>" * 300_000,
-    "<![CDATA[" * 100_000,
-    "a href = " * 100_000,
-    "<a " + "href " * 200_000,
-    "<a href=" + "x href=" * 200_000,
+    "<table>",
+    "<blockquote><p>x",
+    "<ul><li>x",
+    "<a ",
+    '<a href="',
+    "<script>",
+    "<!--",
+    "<title",
+    "<title>x</title>",
+    "&#x",
+    "&#" + "9" * 1_999_998,
+    "<",
+    "<p " + 'a="' * 600_000,
+    "<p " + " ".join(f"a{n}=1" for n in range(220_000)),
+    "<p " + "".join(f"a{n}='<' " for n in range(150_000)),
+    "<p " + "".join(f"a{n}='>' " for n in range(150_000)),
+    "&",
+    "&amp;",
+    "<!",
+    "<?",
+    "<a href='x'>",
+    "<a href=" + "x" * 8050,
+    "<a class=headerlink ",
+    "<a " + "class=headerlink " * 110_000,
+    "".join(f"<a href=/{n}>x</a>" for n in range(100_000)),
+    "<base href='/" + "y" * 3000 + "/'>" + "<a href=x>y</a>" * 120_000,
+    "<base href=/a/><a href=b>",
+    "</p>",
+    "<div>",
+    "<b>",
+    "<b></b>",
+    "<p>x",
+    "<br>",
+    "<td>x",
+    "<div>" * 180_000 + "</b>" * 180_000,
+    "<b>" * 180_000 + "</div>" * 180_000,
+    "<ul><li>" * 120 + "<li>x" * 380_000,
+    "<ul><li>" * 100 + "<pre>" + "x\n" * 900_000,
+    "<a href=x><div>" * 120 + "word " * 390_000,
+    "<sup>" * 240 + "w " * 900_000,
+    "<sup>3</sup>x",
+    "<a\n",
+    " ",
+    "\n",
+    "<pre>",
+    "<pre>\n",
+    "x",
+    "x ",
+    "a. ",
+    "a<br>",
+    "<ol><li>",
+    "<dl><dd>",
+    "<abbr>x<b></b>",
+    "<q>x</q>",
+    "<main>x</main>",
+    "<main>",
+    "<svg><title>",
+    "<style>a{}",
+    "]]>",
+    "<![CDATA[",
+    "<a " + "href " * 390_000,
+    "<meta http-equiv=refresh content='0;url=x'>",
 ]
 
 
-@pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_hostile_pages_take_bounded_time(number):
-    page = HOSTILE[number][:100_000]
-    started = time.process_time()
+def at_the_limit(shape):
+    return (shape * (2_000_000 // len(shape)))[:2_000_000]
+
+
+def read_hostile(page):
     text = html_to_text(page)
-    for arguments in ({"links": True}, {"find": "x"}, {"page_number": 3}):
+    for arguments in (
+        {"links": True},
+        {"find": "x"},
+        {"find": "zzz " * 100_000},
+        {"find": text[:1_000_000] + "z"},
+        {"page_number": 3},
+    ):
         assert len(view_page(page, "http://w.test/", page_chars=400, text=text, **arguments)) < 1000
-    assert time.process_time() - started < 15  # a quadratic step takes minutes
+    view_page(page, "http://w.test/", find="x", page_chars=10_000_000, text=text)
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_hostile_pages_take_bounded_time(number, request):
+    """At the limit of 2 MB with --full, else at a tenth of it; what is quadratic takes minutes."""
+    full = request.config.getoption("--full", default=False)
+    page = at_the_limit(HOSTILE[number]) if full else at_the_limit(HOSTILE[number])[:200_000]
+    started = time.process_time()
+    read_hostile(page)
+    assert time.process_time() - started < (30 if full else 6)
+
+
+def test_a_hostile_page_takes_bounded_memory():
+    """The shape that takes most at 2 MB, in a process of its own."""
+    code = """import resource, sys
+sys.path.insert(0, sys.argv[1])
+from support.html_text import html_to_text
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+html_to_text("<p>x" * 500_000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)"""
+    done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
+    assert int(done.stdout) < 600, done.stderr  # MiB
+
+
+def test_any_character_may_stand_anywhere():
+    for number in [*range(0x300), *range(0x2000, 0x2100), 0xD7FF, 0xE000, 0xFFFE, 0xFFFF, 0x10FFFF]:
+        for form in ("{}", "<a href='{}'>x</a>", "<{}b>", "<b{}>", "<b {}>", "<a{}:b>"):
+            for character in (chr(number), f"&#{number};"):
+                page = "before " + form.format(character) + " after"
+                assert "before" in html_to_text(page)
+                links_of(page, "http://w.test/")
 
 
 def test_mutated_pages(world_dir):
@@ -566,118 +671,112 @@ def test_mutated_pages(world_dir):
 
 
 def test_connections_that_the_server_has_closed_meanwhile(world_dir, monkeypatch):
-    """After a long pause (an update of a large model) all kept connections are stale; that is no fault for the policy to see."""
+    """After a long pause (an update of a large model) they are; that is no fault to be seen."""
     from data.serve import PageHandler, start_server
     from data.world import load_world
 
-    monkeypatch.setattr(PageHandler, "timeout", 0.2)
+    monkeypatch.setattr(PageHandler, "timeout", 0.1)
     server, world = start_server(world_dir / "pages.db"), load_world(world_dir)
-    address, stale = "127.0.0.1:%d" % server.server_address[1], []
-    browse = Browse({server.host: address})
-    for n in range(4):
-        browse(url=world.url(n))
-        stale += browse.idle.pop(address)  # the next page needs another one
-    while not all(
-        select.select([kept.sock], [], [], 1)[0] for kept in stale
-    ):  # the end of the stream can be read
-        pass
-    browse.idle[address] = stale
-    assert f"{world.url(5)} (page 1" in browse(url=world.url(5))
+    browse = Browse({server.host: "127.0.0.1:%d" % server.server_address[1]})
+    for n in range(3):
+        assert f"{world.url(n)} (page 1" in browse(url=world.url(n))
+        time.sleep(0.3)
 
 
-def test_text_is_what_html_parser_makes_of_the_page(world_dir, monkeypatch):
-    """html_to_text hands the tags of most pages to html2text itself; the same text comes out if html.parser reads them all."""
-    from data.world import load_world, page_html
+def test_the_text_of_the_embedded_pages_does_not_change(world_dir, deep_dir):
+    """The base models were pretrained on this text, so a change of it needs new base models."""
+    from data.index import open_index
 
-    world, rng = load_world(world_dir), random.Random(2)
-    pieces = [
-        "<a href=x>",
-        "</a>",
-        "<p>",
-        "</p>",
-        "<UL>",
-        "</ul>",
-        "<ol>",
-        "<li>",
-        "</li>",
-        "<s>",
-        "</s>",
-        "<b>",
-        "<td>",
-        "<tr>",
-        "</tr>",
-        "<table>",
-        "<pre>",
-        "</pre>",
-        "<code>",
-        "<head>",
-        "<body>",
-        "<h1>",
-        "</h1>",
-        "<h2>",
-        "<q>",
-        "<abbr>",
-        "<blockquote>",
-        "<dl>",
-        "<dt>",
-        "<dd>",
-        "<br/>",
-        "<hr>",
-        "<img>",
-        "<span>",
-        "\\*",
-        "\\",
-        "1. ",
-        "12.",
-        "- ",
-        "+ ",
-        "--",
-        "* ",
-        " ",
-        "  ",
-        "\n",
-        "&amp;",
-        "&lt",
-        "&",
-        "&#12",
-        "&#x41;",
-        "&nbsp;",
-        "&lrm;",
-        "&no",
-        "&no;",
-        "Foo",
-        " and ",
-        ".",
-        "é",
-        "\0",
-        "amp;",
-        ";",
-        "9",
-        "<",
-        ">",
-        "~",
-        "<script>",
-        "</script>",
-        f"<script {'a' * 2100}>",
-        "<textarea>",
-        "&#",
-        "&#x",
-        "<\u017fcript>",
-    ]  # ſ: a letter that only looks like s if case is ignored
-    pages = [page[:5_000] for page in HOSTILE] + [
-        page_html(world, world.entity(n)) for n in range(30)
-    ]
-    for length in [1, 3, 9, 30, 90] * 120 + [15_000, 20_000]:  # the last ones are fed in parts
-        some = rng.sample(pieces[:-10], 30) if rng.random() < 0.8 else pieces
-        pages.append("".join(rng.choice(some) for _ in range(length)))
-    quick = [html_to_text(page) for page in pages]
-    assert sum(not ONLY_HTML_PARSER.search(visible_html(page)) for page in pages) > 400
-    monkeypatch.setattr("support.web.ONLY_HTML_PARSER", re.compile(""))
-    assert quick == [html_to_text(page) for page in pages]
+    for folder, pages, text_sum, links_sum in (
+        (world_dir, PAGES_PLAIN, TEXT_PLAIN, LINKS_PLAIN),
+        (deep_dir, PAGES_DEEP, TEXT_DEEP, LINKS_DEEP),
+    ):
+        rows = open_index(folder / "pages.db").execute("select url, html from html order by url")
+        rows = rows.fetchall()
+        text = "\0".join(html_to_text(page) for _, page in rows)
+        links = json.dumps([links_of(page, url) for url, page in rows])
+        assert len(rows) == pages
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == text_sum
+        assert hashlib.sha256(links.encode()).hexdigest()[:16] == links_sum
+
+
+@pytest.mark.parametrize(
+    "page, text",
+    [
+        (
+            "<main><p>Intro.</p><blockquote><p>Words.</p><footer>Someone</footer></blockquote>"
+            "<p>The answer is Marlow.</p></main>",
+            "Intro.\n> Words.\n> Someone\nThe answer is Marlow.",
+        ),
+        ("<p>Menu</p><main></main><main><p>Real: Marlow.</p></main>", "Real: Marlow."),
+        ("<p>before</p><!-- <main> --><script>'<main>'</script><p>after", "before\nafter"),
+        (
+            "<main>Skip</main><p>A whole article stands outside of it.",
+            "Skip\nA whole article stands outside of it.",
+        ),
+        ("10<sup>6</sup>, 2<sup>10</sup>, 10<sup>-6</sup> m<sup>2</sup>", "10^6, 2^10, 10^-6 m^2"),
+        ("in 1921<sup>3</sup>, Oslo<sup><a href=#a>[4]</a></sup>", "in 1921 [3], Oslo [4]"),
+        ("2<sup>nd</sup>, H<sub>2</sub>O, Acme<sup>TM</sup>", "2nd, H2O, AcmeTM"),
+        ("<p>1986. A great year</p><p>- item</p><p>a \\* b", "1986. A great year\n- item\na \\* b"),
+        (
+            "<pre>def f(x):\n    if x:\n        return 1\n\n    return 2</pre><p>after",
+            "def f(x):\n    if x:\n        return 1\n    return 2\nafter",
+        ),
+        ("<ul><li>a<ul><li>b<ul><li>c</ul></ul><li>d</ul>", "* a\n  * b\n    * c\n* d"),
+        ("<meta http-equiv=refresh content='0; url=/next'>", "This page leads to /next"),
+        ("<section>one</section><section>two</section>", "one\ntwo"),
+        ("<div>" * 1000 + "deep" + "</div>" * 1000 + "<p>after", "deep\nafter"),
+        ("<p>" + "é中😀" * 50_000, "é中😀" * 50_000),
+    ],
+)
+def test_what_text_is_made_of(page, text):
+    assert html_to_text(page) == text
+
+
+def test_where_links_lead(server, browse):
+    server.answers = {
+        "/guide": (301, {"Location": "/guide/"}, b""),
+        "/guide/": (200, {}, b'<a href="step1.html">one</a>'),
+        "/based": (200, {}, b'<base href="/lib/v2/"><a href="api.html">API</a>'),
+        "/moved": (200, {}, b'<meta http-equiv="refresh" content="0; URL=\'/new\'">'),
+    }
+    assert "one http://w.test/guide/step1.html" in browse(url="http://w.test/guide", links=True)
+    assert "http://w.test/lib/v2/api.html" in browse(url="http://w.test/based", links=True)
+    assert "http://w.test/new" in browse(url="http://w.test/moved", links=True)
+    assert "/new" in browse(url="http://w.test/moved")
+
+
+def test_find_searches_the_whole_text():
+    text = html_to_text(
+        "<p>The lamp was kept by Dr. Mina Vold in Oslo. St. Ives and No. 14 are far<br>away. "
+        + "It’s the word of a phrase that ends. " * 40
+        + "<p>Strasse with a needle"
+    )
+    find = lambda words: view_page("", "", find=words, text=text, page_chars=400)
+    assert find("Dr. Mina Vold") == "p1: The lamp was kept by Dr. Mina Vold in Oslo."
+    assert find("no. 14") == "p1: Ives and No. 14 are far"
+    assert find("far away") == "p1: 14 are far away."
+    assert find("it's the word").startswith("p1: It’s the word of a phrase that ends.\np1: ")
+    assert find("STRASSE") == "p5: Strasse with a needle"
+    assert find("zebra") == "Not found."
+    pieces = split_pages(text, 400)
+    over = pieces[0][-12:] + " " + pieces[1][:12]  # it lies on the cut
+    assert find(over).startswith("p1: ") and pieces[1][:12] in find(over)
+    letters = "".join(chr(97 + n * n % 26) for n in range(1000))  # one word, cut in the middle
+    assert view_page("", "", find=letters[390:410], text=letters).startswith("p1: ")
+
+
+@pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])
+def test_bytes_are_decoded_in_one_way(mark):
+    assert decode_page("grün".encode(mark)) == "grün"
+    assert decode_page('<meta charset="windows-1252">Málaga'.encode("cp1252")).endswith("Málaga")
 
 
 def test_scripts_and_attributes_do_not_show():
-    page = '<title>t</title><p title="a > b">x<script>var a = "<p>no</p>";</script>y<!-- <p>no --></p><style>p{}</style><b class=\'a>b\'>z</b> 1 < 2'
+    page = (
+        '<title>t</title><p title="a > b">x<script>var a = "<p>no</p>";</script>y'
+        "<!-- <p>no --></p><style>p{}</style><b class='a>b'>z</b> 1 < 2"
+    )
     assert html_to_text(page) == "x y\nz 1 < 2"
 
 
@@ -696,7 +795,7 @@ def test_split_pages_skips_nothing_but_spaces():
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- the real web
+# ------------------------------------------------------------------------------------- the real web
 
 
 def test_robots_txt_is_obeyed(server, web):
@@ -710,7 +809,7 @@ def test_robots_txt_is_obeyed(server, web):
         "/open": (200, {}, b"welcome"),
         "/jump": (302, {"Location": "/private/a"}, b""),
     }
-    browse = Browse(live=True, timeout_s=3, gap_s=0)
+    browse = Browse(live=LiveWeb(gap_s=0), timeout_s=3)
     assert "welcome" in browse(url="http://site.example/open")
     assert "robots.txt of this site forbids" in browse(url="http://site.example/private/a")
     assert "robots.txt of this site forbids" in browse(url="http://site.example/jump")
@@ -723,25 +822,22 @@ def test_robots_txt_is_obeyed(server, web):
 
 def test_without_robots_txt_all_is_allowed_and_a_broken_one_is_a_fault(server, web):
     server.answers = {"/open": (200, {}, b"welcome")}
-    assert "welcome" in Browse(live=True, timeout_s=3, gap_s=0)(url="http://site.example/open")
+    assert "welcome" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(url="http://site.example/open")
     server.answers["/robots.txt"] = (500, {"Retry-After": "0"}, b"")
     with pytest.raises(ToolFault, match="robots.txt"):
-        Browse(live=True, timeout_s=3, gap_s=0)(url="http://other.example/open")
+        Browse(live=LiveWeb(gap_s=0), timeout_s=3)(url="http://other.example/open")
 
 
 def test_robots_and_pauses_are_for_the_real_web_only(server, browse):
     server.answers = {f"/{n}": (200, {}, b"page") for n in range(20)}
     started = time.monotonic()
-    assert (
-        all("page" in browse(url=f"http://w.test/{n}") for n in range(20))
-        and "/robots.txt" not in server.asked
-    )
-    assert time.monotonic() - started < 10 * browse.pace.gap_s
+    assert all("page" in browse(url=f"http://w.test/{n}") for n in range(20))
+    assert "/robots.txt" not in server.asked and time.monotonic() - started < 10
 
 
 def test_requests_to_one_host_keep_their_distance(server, web):
     server.answers = {f"/{n}": (200, {}, b"page") for n in range(3)}
-    browse, times = Browse(live=True, timeout_s=9, gap_s=0.2), []
+    browse, times = Browse(live=LiveWeb(gap_s=0.2), timeout_s=9), []
     server.answers |= {
         f"/{n}": lambda h: (
             times.append(time.monotonic()),
@@ -758,22 +854,39 @@ def test_requests_to_one_host_keep_their_distance(server, web):
 
 def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
     server.answers = {"/": (200, {}, b"first"), "/bad": (404, {}, b"")}
-    make = lambda: Browse(live=True, timeout_s=3, gap_s=0, cache=DiskCache(tmp_path))
+    make = lambda: Browse(live=LiveWeb(tmp_path, gap_s=0), timeout_s=3)
     assert "first" in make()(url="http://site.example/")
     server.answers["/"] = (200, {}, b"second")
     assert "first" in make()(url="http://site.example/")  # another process sees the same page
-    assert "second" in Browse(live=True, timeout_s=3, gap_s=0, cache=DiskCache(tmp_path, days=0))(
-        url="http://site.example/"
-    )
     make()(url="http://site.example/bad")
     server.answers["/bad"] = (200, {}, b"good now")
     assert "good now" in make()(url="http://site.example/bad")  # errors are not kept
-    assert not list(tmp_path.glob("*.partial"))
 
 
-# ----------------------------------------------------------------------------------------------------- search providers
+def test_four_processes_share_one_cache(server, web, tmp_path):
+    """Rollout workers write the same folder at once."""
+    code = """import socket, sys
+sys.path.insert(0, sys.argv[1])
+from concurrent.futures import ThreadPoolExecutor
+from support import web
+address = ("127.0.0.1", int(sys.argv[3]))
+socket.getaddrinfo = lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)]
+web.is_public = lambda address: True
+reader = web.WebReader({}, web.LiveWeb(sys.argv[2], gap_s=0), 20)
+with ThreadPoolExecutor(4) as pool:
+    pages = list(pool.map(reader.fetch, [f"http://site.example/{n % 10}" for n in range(40)]))
+print(sum(page.html == "page" for page in pages))"""
+    server.answers = {f"/{n}": (200, {}, b"page") for n in range(10)}
+    command = [sys.executable, "-c", code, ROOT, tmp_path, str(server.server_address[1])]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == ["40"] * 4
+    assert len(server.asked) < 4 * 40
 
-DOCUMENTED = {  # answers made by hand after the services' documentation; none was recorded from a live service
+
+# --------------------------------------------------------------------------------- search providers
+
+# Answers made by hand after the services' documentation; none was recorded from a live service.
+DOCUMENTED = {
     "searxng": {
         "query": "q",
         "number_of_results": 2,
@@ -843,10 +956,10 @@ KEY_HEADER = {
 }
 
 
-@pytest.fixture(params=list(PROVIDERS))
+@pytest.fixture(params=list(SERVICES))
 def provider(request, server, monkeypatch):
-    monkeypatch.setattr("tools.RETRY_S", 0.02)
-    for each in PROVIDERS.values():
+    monkeypatch.setattr("support.search_services.RETRY_S", 0.02)
+    for each in SERVICES.values():
         if each.key_name:
             monkeypatch.setenv(each.key_name, "k-123-secret")
     url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -873,7 +986,7 @@ def answer_with(server, *replies):
 def test_provider_answers(provider, tmp_path):
     name, url, server = provider
     answer_with(server, (200, {}, json.dumps(DOCUMENTED[name]).encode()))
-    search = WebSearch(name, url, k=2, gap_s=0, cache=DiskCache(tmp_path))
+    search = Search("", service=WebSearch(name, url, k=2, gap_s=0, cache=tmp_path))
     assert search.check({"queries": ["q"]}) is None and search.name == "search"
     text = search(queries=["who is first?"])
     assert text == "[1] First http://a.example/\nAbout the first.\n[2] Second http://b.example/\n"
@@ -884,7 +997,9 @@ def test_provider_answers(provider, tmp_path):
         assert (
             "k-123-secret" in server.headers[0][KEY_HEADER[name]] and "k-123" not in server.asked[0]
         )
-    assert "k-123" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "k-123" not in "".join(
+        path.read_bytes().decode("latin-1") for path in tmp_path.rglob("*") if path.is_file()
+    )
 
 
 @pytest.mark.parametrize(
@@ -907,7 +1022,7 @@ def test_provider_faults(provider, bad, tries, seen):
     name, url, server = provider
     answer_with(server, bad)
     with pytest.raises(ToolFault, match=seen) as fault:
-        WebSearch(name, url, gap_s=0, timeout_s=5)(queries=["q"])
+        Search("", service=WebSearch(name, url, gap_s=0, timeout_s=5))(queries=["q"])
     assert len(server.asked) == tries
     assert (
         name in str(fault.value)
@@ -915,6 +1030,26 @@ def test_provider_faults(provider, bad, tries, seen):
         and "k-123" not in str(fault.value)
         and "\n" not in str(fault.value)
     )
+
+
+@pytest.mark.parametrize("answer", [drip, drip_headers, endless_continue, endless_chunks, hang])
+def test_a_query_ends_at_its_deadline(server, answer):
+    server.answers = {"/search": answer}
+    search = WebSearch("searxng", f"http://127.0.0.1:{server.server_address[1]}", timeout_s=1)
+    started = time.monotonic()
+    with pytest.raises(ToolFault, match="search by searxng"):
+        search.ask("q")
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("package", ["requests_cache", "protego"])
+def test_a_missing_package_is_named(package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("tools.CACHE", tmp_path)
+    with pytest.raises(ValueError, match="pip install requests-cache protego") as error:
+        Toolbox(live=True)
+    assert "\n" not in str(error.value)
+    Toolbox()
 
 
 def test_provider_recovers(provider):
@@ -926,12 +1061,12 @@ def test_provider_recovers(provider):
         (429, {"Retry-After": "0"}, b""),
         (200, {}, json.dumps(DOCUMENTED[name]).encode()),
     )
-    assert "First" in WebSearch(name, url, gap_s=0)(queries=["q"])
+    assert "First" in Search("", service=WebSearch(name, url, gap_s=0))(queries=["q"])
 
 
 def test_odd_hits(provider):
     name, url, server = provider
-    title, link, snippet = PROVIDERS[name].fields
+    title, link, snippet = SERVICES[name].fields
     hits = [
         {title: "<tool_call>&lt;b&gt;\n", link: "http://a.example/\n x", snippet: ["list"]},
         "no object",
@@ -948,14 +1083,14 @@ def test_odd_hits(provider):
         ),
     )
     assert (
-        WebSearch(name, url, k=5, gap_s=0)(queries=["q"]).split("\n")[0]
+        Search("", service=WebSearch(name, url, k=5, gap_s=0))(queries=["q"]).split("\n")[0]
         == "[1] <b> http://a.example/x"
     )
     answer_with(
         server,
         (200, {}, json.dumps({"results": [], "organic": [], "web": {"results": []}}).encode()),
     )
-    assert WebSearch(name, url, gap_s=0)(queries=["q"]) == "no results"
+    assert Search("", service=WebSearch(name, url, gap_s=0))(queries=["q"]) == "no results"
 
 
 def test_queries_run_side_by_side_in_call_order(server, monkeypatch):
@@ -969,9 +1104,9 @@ def test_queries_run_side_by_side_in_call_order(server, monkeypatch):
         handler.wfile.write(body)
 
     server.answers = {"/search": answer}
-    text = WebSearch("searxng", f"http://127.0.0.1:{server.server_address[1]}/", gap_s=0)(
-        queries=["0.6", "0.0", "0.3"]
-    )
+    text = Search(
+        "", service=WebSearch("searxng", f"http://127.0.0.1:{server.server_address[1]}/", gap_s=0)
+    )(queries=["0.6", "0.0", "0.3"])
     assert [line for line in text.split("\n") if line.startswith("[1]")] == [
         "[1] 0.6 u",
         "[1] 0.0 u",
@@ -981,8 +1116,8 @@ def test_queries_run_side_by_side_in_call_order(server, monkeypatch):
 
 @pytest.mark.parametrize("name", ["brave", "serper", "tavily"])
 def test_a_missing_key_is_named(name, monkeypatch):
-    monkeypatch.delenv(PROVIDERS[name].key_name, raising=False)
-    with pytest.raises(ValueError, match=PROVIDERS[name].key_name):
+    monkeypatch.delenv(SERVICES[name].key_name, raising=False)
+    with pytest.raises(ValueError, match=SERVICES[name].key_name):
         Toolbox(search=name)
 
 
@@ -1012,7 +1147,7 @@ def test_a_task_without_a_world_uses_the_web(server, monkeypatch, tmp_path):
     answer_with(server, (200, {}, json.dumps(DOCUMENTED["searxng"]).encode()))
     toolbox = Toolbox(search="searxng", search_url=f"http://127.0.0.1:{server.server_address[1]}")
     own = toolbox.tools_for(SimpleNamespace(task=SimpleNamespace(id="t", meta={}), key=(1,)))
-    assert "First" in own["search"](queries=["q"]) and own["browse"].live
+    assert "First" in own["search"](queries=["q"]) and own["browse"].reader.web
     assert "not public" in own["browse"](url=f"http://127.0.0.1:{server.server_address[1]}/")
 
 
@@ -1055,23 +1190,23 @@ def test_https_checks_the_name_on_the_pinned_address(web, monkeypatch, tmp_path)
                 (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", secure.server_address[1]))
             ],
         )
-        assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(
+        assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(
             url="https://secure.example/"
         )  # signed by nobody known
-        monkeypatch.setattr("requests.certs.where", lambda: str(tmp_path / "cert"))
-        tls_context.cache_clear()
-        try:
-            assert "over TLS" in Browse(live=True, timeout_s=3, gap_s=0)(
+        monkeypatch.setattr("requests.adapters.DEFAULT_CA_BUNDLE_PATH", str(tmp_path / "cert"))
+        if True:
+            assert "over TLS" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(
                 url="https://secure.example/"
             )
-            assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=True, timeout_s=3, gap_s=0)(
+            assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(
                 url="https://other.example/"
             )  # another name
             started = time.monotonic()
-            assert "the page was cut" in Browse(live=True, timeout_s=1, gap_s=0).fetch(
-                "https://secure.example/drip"
+            assert (
+                "the page was cut"
+                in Browse(live=LiveWeb(gap_s=0), timeout_s=1)
+                .reader.fetch("https://secure.example/drip")
+                .html
             )
             assert time.monotonic() - started < 3
-        finally:
-            tls_context.cache_clear()
         secure.shutdown()

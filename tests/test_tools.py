@@ -3,15 +3,18 @@ import os
 import pickle
 import random
 import re
+import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+import tools
 from context import Trajectory
 from data.world import load_world
 from support import cpython_sandbox
-from support.web import html_to_text, split_pages, view_page
+from support.html_text import html_to_text, split_pages, view_page
 from tools import (
     MAX_CALLS,
     Browse,
@@ -72,6 +75,121 @@ def test_format_error_kinds(text, kind):
     with pytest.raises(FormatError) as error:
         parse_action(text, {"search": Echo()})
     assert error.value.kind == kind
+
+
+def test_tags_inside_a_string_are_text():
+    code = "print('</tool_call>', '<think>a</think>', '<tool_call>')"
+    call = {"name": "search", "arguments": {"queries": [code]}}
+    text = f"<think>I write <tool_call></think><tool_call>\n{json.dumps(call)} </tool_call>"
+    assert parse_tool_calls(text) == [ToolCall("search", {"queries": [code]})]
+    assert parse_action(text, {"search": Echo()})[0][0].arguments["queries"] == [code]
+
+
+@pytest.mark.parametrize("tag", ["<tool_call>", "</tool_call>", "<answer>", "<think>", "</think>"])
+def test_what_is_taken_out_joins_nothing(tag):
+    """A tag that was never sampled whole does not arise where a thought or a call was."""
+    for middle in ("<think></think>", GOOD):
+        for at in range(1, len(tag)):
+            text = tag[:at] + middle + tag[at:]
+            assert len(parse_tool_calls(text)) == (middle == GOOD)
+            try:
+                assert parse_action(text, {"search": Echo()})[1] is None
+            except FormatError as error:
+                assert error.kind == "no_action"
+    assert parse_action("<answer>Be<think>x</think>lin</answer>", {})[1] == "Be\nlin"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "<think>",
+        "</think>",
+        "<think></think>",
+        "<think>x",
+        "<tool_call>",
+        "<tool_call>{}",
+        "<tool_call>{}</tool_call>",
+        GOOD,
+        "<answer>",
+        "</answer>",
+        "<answer>x</answer>",
+        "<",
+        '<tool_call>{"name": "',
+        "<tool_call>" + " " * 1000,
+        "<tool_call>[",
+        "<tool_call>" + "[" * 1_000_000,
+        '<tool_call>{"name": "' + "<think>" * 140_000,
+        "<tool_call>" + "9" * 1_000_000 + "</tool_call>",
+    ],
+)
+def test_a_hostile_turn_takes_linear_time(shape):
+    text = (shape * (1_000_000 // len(shape) + 1))[:1_000_000]
+    started = time.process_time()
+    for parse in (parse_tool_calls, lambda text: parse_action(text, {"search": Echo()})):
+        try:
+            parse(text)
+        except FormatError as error:
+            assert len(str(error)) < 200
+    assert time.process_time() - started < 3  # what is quadratic takes a minute
+
+
+def test_arguments_that_are_null_or_whole_numbers():
+    browse = Browse()
+    for arguments, good in (
+        ({"url": "u", "page": 1, "find": None}, True),
+        ({"url": "u", "page": None, "find": None, "links": None}, True),
+        ({"url": "u", "page": 2.0}, True),
+        ({"url": "u", "page": 2.5}, False),
+        ({"url": "u", "page": 0}, False),
+        ({"url": "u", "page": True}, False),
+        ({"url": "u", "page": 1e999}, False),
+        ({"url": "u", "page": "2"}, False),
+        ({"url": "u", "links": 1}, False),
+        ({"url": None}, False),
+        ({"url": "u", "other": None}, False),
+        ({}, False),
+    ):
+        assert (browse.check(arguments) is None) == good, arguments
+
+
+def test_calls_of_a_stateful_tool_run_in_order():
+    running, seen = [], []
+
+    class Stateful(Echo):
+        stateful = True
+
+        def __call__(self, queries):
+            running.append(queries[0])
+            time.sleep(0.05)
+            seen.append(len(running))
+            running.remove(queries[0])
+            return queries[0]
+
+    calls = [ToolCall("search", {"queries": [n]}) for n in "abc"]
+    assert [text for text, _ in run_calls(calls, {"search": Stateful()})] == list("abc")
+    assert seen == [1, 1, 1]
+
+
+def test_a_tool_is_added_in_one_line(monkeypatch, world_dir):
+    from data.task import Task
+
+    class Clock:
+        name, signature = "clock", "clock()"
+
+        def check(self, arguments):
+            return None if not arguments else "clock takes no arguments"
+
+        def __call__(self):
+            return "12:00"
+
+    monkeypatch.setattr("tools.TOOLS", [*tools.TOOLS, Clock])
+    assert tools.signatures()[-1] == "clock()" and len(tools.signatures()) == 4
+    toolbox = Toolbox(str(world_dir / "pages.db"))
+    mine = toolbox.tools_for(SimpleNamespace(task=Task("t", "q", "a"), key=(0,)))
+    assert list(mine) == ["search", "browse", "python", "clock"]
+    calls, _ = parse_action('<tool_call>{"name": "clock", "arguments": {}}</tool_call>', mine)
+    assert run_calls(calls, mine) == [("12:00", False)]
+    toolbox.close_all()
 
 
 def test_answer_is_read():
@@ -138,10 +256,19 @@ def test_pages_of_text_lose_nothing():
 
 
 def test_embedded_pages_come_whole_over_one_connection(world_dir):
+    from data.serve import PageServer
     from data.world import page_html
 
-    _, browse = Toolbox().open(world_dir / "pages.db")
-    world = load_world(world_dir)
+    class Counting(PageServer):
+        connections = 0
+
+        def get_request(self):
+            Counting.connections += 1
+            return super().get_request()
+
+    server, world = Counting(world_dir / "pages.db"), load_world(world_dir)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browse = Browse({server.host: "127.0.0.1:%d" % server.server_address[1]})
     for number in range(10):
         url, page = world.url(number), page_html(world, world.entity(number))
         for arguments in ({}, {"page": 2}, {"page": 3}, {"find": "the"}, {"links": True}):
@@ -153,7 +280,8 @@ def test_embedded_pages_come_whole_over_one_connection(world_dir):
                 arguments.get("links", False),
             )
             assert browse(url=url, **arguments) == shown and "was cut" not in shown
-    assert [len(connections) for connections in browse.idle.values()] == [1]
+    assert Counting.connections == 1
+    server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -246,14 +374,22 @@ def test_both_interpreters_say_the_same(new_python):
         )
 
 
+def json_at(text, at):
+    try:
+        return json.JSONDecoder().raw_decode(text, at)[0]
+    except (ValueError, RecursionError):
+        return None
+
+
 def test_fuzzed_turns(world_dir):
-    """10,000 mutated turns through parser and tools: nothing but FormatError escapes, and a call stands whole in the turn."""
+    """10,000 mutated turns: nothing but FormatError escapes, and a call stands whole in the turn."""
     search, browse = Toolbox().open(world_dir / "pages.db")
     tools = {"search": search, "browse": browse, "python": Echo()}
     rng = random.Random(0)
     good = [
         GOOD,
-        '<tool_call>{"name": "browse", "arguments": {"url": "http://w11.test/", "page": 2}}</tool_call>',
+        '<tool_call>{"name": "browse", "arguments": {"url": "http://w11.test/", "page": 2}}'
+        "</tool_call>",
         "<answer>Belin</answer>",
         "<think>I look.</think>",
         '<tool_call>{"name": "python", "arguments": {"queries": ["0"]}}</tool_call>',
@@ -305,15 +441,10 @@ def test_fuzzed_turns(world_dir):
             continue
         parsed += 1
         assert bool(calls) != (answer is not None) and len(calls) <= MAX_CALLS
-        thoughtless = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-        assert len(calls) == thoughtless.count("<tool_call>")
+        assert len(calls) <= text.count("<tool_call>")
+        stated = [json_at(text, match.end()) for match in re.finditer(r"<tool_call>\s*", text)]
         for call in calls:
-            assert any(
-                json.loads(block)["name"] == call.name
-                for block in re.findall(
-                    "<tool_call>(.*?)</tool_call>", thoughtless, flags=re.DOTALL
-                )
-            )
+            assert any(isinstance(each, dict) and each["name"] == call.name for each in stated)
         if (
             calls
             and not any(
@@ -354,16 +485,9 @@ def test_odd_code(code, new_python):
 
 
 def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
-    """A server that is down: the tool tries three times, the policy sees it, the trajectory is neither a format error nor wrong."""
+    """A server that is down: the policy sees it; that is neither a format error nor wrong."""
     from reward import reward
     from rollout import RolloutArgs, Trajectory, Turn, take_results
-
-    attempts = []
-
-    class Down(Browse):
-        def follow(self, url, deadline):
-            attempts.append(url)
-            raise ConnectionRefusedError
 
     calls = [ToolCall("browse", {"url": "http://w.test/"})]
     trajectory = Trajectory(dev_tasks[0], (0,))
@@ -371,12 +495,10 @@ def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
         trajectory.turns.append(
             Turn([1], [0.0], 0, calls=[{"name": "browse", "arguments": calls[0].arguments}])
         )
-        results = run_calls(calls, {"browse": Down({"w.test": "127.0.0.1:9"})})
-        assert results == [
-            ("error: http://w.test/ cannot be reached (ConnectionRefusedError)", True)
-        ]
+        results = run_calls(calls, {"browse": Browse({"w.test": "127.0.0.1:9"})})
+        assert results == [("error: http://w.test/ cannot be reached (ConnectionError)", True)]
         take_results(trajectory, results, None, RolloutArgs())
-    assert len(attempts) == 9 and [turn.faults for turn in trajectory.turns] == [1, 1, 1]
+    assert [turn.faults for turn in trajectory.turns] == [1, 1, 1]
     assert trajectory.status == "tool_fault" and reward(trajectory).total >= 0
     assert (
         run_calls([ToolCall("browse", {"url": "file:///"})], {"browse": Browse()})[0][1] is False

@@ -33,7 +33,7 @@ from data.serve import start_server
 from data.task import load_tasks
 from data.tasks import SHIPPED, SHIPPED_STAGES, form_of, make_tasks
 from data.world import SPLITS, World, load_world, page_html, write_world
-from support.web import html_to_text, view_page
+from support.html_text import html_to_text, view_page
 from tools import urls_in
 
 

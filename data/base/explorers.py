@@ -23,7 +23,7 @@ from data.parts import OPERATIONS, RECORDS, RELATIONS, TYPES
 from data.task import Task
 from data.tasks import SHARES, draw_task
 from data.world import World, page_html, world_folder
-from support.web import view_page
+from support.html_text import view_page
 from tools import Search
 
 Row = tuple[np.ndarray, np.ndarray]  # ids (T,) int16, and mask (T,) of the explorer's own tokens

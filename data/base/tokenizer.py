@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from context import CHATML
 from data.tasks import SHARES, draw_task
 from data.world import World, page_html
-from support.web import html_to_text
+from support.html_text import html_to_text
 
 # Words, numbers and everything else are never in one token. A space belongs to the lower-case word
 # beside it and never to a name or number (" of " in "mayor of Belin"), so those are cut alike after
