@@ -337,7 +337,8 @@ def open_rollouts(args: TrainArgs, async_args: AsyncArgs, learner: Learner, task
     threads = cores_of(run.local_ranks * workers) if on_cpu else 1
     setup = Setup(args.model, learner.loop.args, str(run.device), threads)
     under_way = run.state["rollouts"] if run.state else []
-    state = share_of(under_way, run.rank, run.ranks) or {"next_number": first, "groups": []}
+    state = share_of(under_way, run.rank, run.ranks, args.tasks_per_step)
+    state = state or {"next_number": first, "groups": []}
     return AsyncRollouts(
         learner.model, setup, workers, next_group, enough, async_args, run.done, state
     )
