@@ -180,7 +180,7 @@ def take_results(trajectory: Trajectory, results: list[tuple[str, bool]]) -> Non
         url = call["arguments"].get("url")
         if url and not text.startswith("error"):
             trajectory.pages.append(url)
-        seen = ([url] if url else []) + urls_in(text)
+        seen = dict.fromkeys(([url] if url else []) + urls_in(text))
         trajectory.urls += [address for address in seen if address not in trajectory.urls]
     with_calls = [t for t in trajectory.turns if t.results]  # a turn of notes calls nothing
     last = with_calls[-MAX_FAULTY_TURNS:]

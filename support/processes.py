@@ -21,6 +21,7 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
+from engine import NANO
 from support import endings
 
 RANK_BYTES = 1 << 30  # memory of a rank beside its model
@@ -54,9 +55,10 @@ def wanted_ranks(processes: int, tasks: int, model: str) -> int:
     """
     if processes:
         return min(processes, tasks)
-    if model != "nano" and not Path(model).exists():
+    folder = NANO if model == "nano" else Path(model)
+    weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    if not weights:
         return 1
-    weights = sum(file.stat().st_size for file in Path(model).rglob("*.safetensors"))
     # Each rank holds the weights, their gradient and Adam's two moments; activations take as much.
     fitting = psutil.virtual_memory().available // (RANK_BYTES + 6 * weights)
     return max(1, min(cores(), tasks, fitting))

@@ -143,7 +143,8 @@ class Run:
         workers = async_args.workers or (cores_of(self.local_ranks) if on_cpu else 1)
         threads = cores_of(self.local_ranks * workers) if on_cpu else 1
         setup = Setup(args.model, learner.loop.args, str(self.device), threads)
-        state = share_of(self.state["rollouts"] if self.state else [], self.rank, self.ranks)
+        under_way = self.state["rollouts"] if self.state else []
+        state = share_of(under_way, self.rank, self.ranks, args.tasks_per_step)
         self.rollouts = AsyncRollouts(
             learner.model,
             setup,

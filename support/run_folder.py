@@ -179,10 +179,14 @@ def load_state(out: Path) -> dict:
     raise FileNotFoundError(f"--resume: no whole state in {out}/state; start anew with --out")
 
 
-def share_of(states: list, rank: int, ranks: int) -> dict | None:
+def share_of(states: list, rank: int, ranks: int, tasks: int) -> dict | None:
     """What this rank has to go on with of the rollouts in a checkpoint, None if they hold nothing.
-    With another number of ranks than before, the groups are dealt out anew, and new tasks begin
-    after the furthest one.
+    With another number of ranks than before, the groups are dealt out anew. Each rank then begins
+    with the first update whose tasks nobody had begun.
+
+    Args:
+        states: of the ranks that made the checkpoint.
+        tasks: of one update, over all ranks.
     """
     states = [state for state in states if state]
     if not states:
@@ -190,5 +194,6 @@ def share_of(states: list, rank: int, ranks: int) -> dict | None:
     if len(states) == ranks:
         return states[rank]
     groups = [group for state in states for group in state["groups"]]
-    furthest = max(state["next_number"] for state in states) * len(states)
-    return {"next_number": -(-furthest // ranks), "groups": groups[rank::ranks]}
+    shares = [max(1, len(range(old, tasks, len(states)))) for old in range(len(states))]
+    begun = max(-(-state["next_number"] // share) for state, share in zip(states, shares))
+    return {"next_number": begun * len(range(rank, tasks, ranks)), "groups": groups[rank::ranks]}

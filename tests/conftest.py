@@ -5,9 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell starts what it puts into the background deaf to it
+# A shell starts what it puts into the background deaf to this signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 
@@ -19,8 +18,23 @@ from context import Chat
 from data.task import load_tasks
 from data.world import World, write_world
 from engine import load_policy
+<<<<<<< HEAD
 from rollout import RolloutArgs, engine_for
 from tools import Toolbox, signatures
+=======
+from rollout import RolloutArgs, open_engine
+from tools import Toolbox, signatures
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the long sweeps in full")
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Whether the long sweeps run in full; by default a sample of each runs."""
+    return request.config.getoption("--full")
+>>>>>>> h-t1
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +96,6 @@ def tiny(tokenizer):
 @pytest.fixture
 def make_engine(chat):
     def make(model, args: RolloutArgs):
-        return engine_for(model, chat, args)
+        return open_engine(model, chat, args)
 
     return make

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from context import CHATML
 from data.tasks import SHARES, draw_task
 from data.world import World, page_html
+from support.chat_template import CHATML
 from support.html_text import html_to_text
 
 # Words, numbers and everything else are never in one token. A space belongs to the lower-case word
