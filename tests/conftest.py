@@ -18,10 +18,6 @@ from context import Chat
 from data.task import load_tasks
 from data.world import World, write_world
 from engine import load_policy
-<<<<<<< HEAD
-from rollout import RolloutArgs, engine_for
-from tools import Toolbox, signatures
-=======
 from rollout import RolloutArgs, open_engine
 from tools import Toolbox, signatures
 
@@ -34,7 +30,6 @@ def pytest_addoption(parser):
 def full(request) -> bool:
     """Whether the long sweeps run in full; by default a sample of each runs."""
     return request.config.getoption("--full")
->>>>>>> h-t1
 
 
 @pytest.fixture(scope="session")
