@@ -302,7 +302,7 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         words = self.why(error)
         try:
-            if isinstance(words, str) and "stopped" in words:
+            if words == "stopped":
                 words += self.save_at_the_end()
         finally:
             self.close(trace)

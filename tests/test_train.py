@@ -1,43 +1,75 @@
+"""The loss and its gradient by hand, the stream of tasks, metrics, flags, and the run's folder."""
+
 import copy
+import itertools
 import json
 import math
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
+import train
 from context import Segment, Trajectory, Turn
 from data.task import Task
-from rollout import RolloutArgs
-from support.run_folder import cut_lines, load_state, save, save_atomically, sha256, share_of
+from reward import Reward, control_negatives, reward
+from rollout import EVALUATION, Group, RolloutArgs, SyncRollouts, new_group
+from support import processes
+from support.checks import check_args
+from support.flags import parse_flags
+from support.metrics import counts_of, metrics_of
+from support.run_folder import (
+    choose_folder,
+    cut_lines,
+    load_state,
+    save,
+    save_atomically,
+    sha256,
+    share_of,
+    take_config,
+)
 from train import (
+    IS_CAP,
     Policy,
     Row,
     TrainArgs,
-    check_args,
-    collate,
     gradient,
+    learning_rate_at,
+    loss_of,
     micro_batches,
+    open_rollouts,
+    padded,
     rows_of,
-    tasks_of_step,
+    score_group,
+    task_at,
 )
+from workers import AsyncArgs
+
+ARGS = TrainArgs(max_grad_norm=1e9)
+
+
+def row_of(segment: Segment, turn_advantages: list[float]) -> Row:
+    """A row in which every sampled token is in the loss and none is stale."""
+    by_token = [turn_advantages[turn] if turn >= 0 else 0.0 for turn in segment.turn_of]
+    return Row(segment, by_token, [False] * len(by_token))
 
 
 def made_up_rows(count, seed=0, vocabulary=2000):
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        segment = Segment([])
+        segment = Segment()
         for turn in range(rng.randint(1, 4)):
             segment.append([rng.randrange(vocabulary) for _ in range(rng.randint(2, 20))])
             ids = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 9))]
             segment.append(ids, turn, [-1.0] * len(ids))
-        advantages = [rng.uniform(-1, 1) for _ in range(5)]
-        rows.append(
-            Row(segment, [advantages[turn] if turn >= 0 else 0.0 for turn in segment.turn_of])
-        )
+        rows.append(row_of(segment, [rng.uniform(-1, 1) for _ in range(5)]))
     return rows
 
 
@@ -48,11 +80,11 @@ def gradient_of(model, rows, args):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-ARGS = TrainArgs(max_grad_norm=1e9)
-
-
 def same(a, b, tolerance=1e-5):
     return all(torch.allclose(a[name], b[name], atol=tolerance) for name in a)
+
+
+# ------------------------------------------------------------------------------------- the loss
 
 
 def test_gradient_by_hand(tiny):
@@ -61,12 +93,10 @@ def test_gradient_by_hand(tiny):
     model = copy.deepcopy(tiny)
     loss = 0
     for row in rows:
-        logprobs = torch.log_softmax(model(torch.tensor([row.segment.ids])).logits[0], -1)
-        loss = (
-            loss
-            - sum(w * logprobs[t - 1, row.segment.ids[t]] for t, w in enumerate(row.weights) if w)
-            / 100
-        )
+        ids = row.segment.ids
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+        in_loss = [(t, advantage) for t, advantage in enumerate(row.advantages) if advantage]
+        loss = loss - sum(a * logprobs[t - 1, ids[t]] for t, a in in_loss) / 100
     loss.backward()
     assert same({n: p.grad for n, p in model.named_parameters()}, gradient_of(tiny, rows, ARGS))
 
@@ -75,103 +105,84 @@ def test_micro_batches_and_padding_change_nothing(tiny):
     rows = made_up_rows(9)
     whole = gradient_of(tiny, rows, ARGS)
     for micro_tokens in (1, 150, 100000):
-        assert same(
-            whole, gradient_of(tiny, rows, TrainArgs(max_grad_norm=1e9, micro_tokens=micro_tokens))
-        )
-    assert sorted(id(row) for batch in micro_batches(rows, 150) for row in batch) == sorted(
-        map(id, rows)
-    )
+        args = TrainArgs(max_grad_norm=1e9, micro_tokens=micro_tokens)
+        assert same(whole, gradient_of(tiny, rows, args))
+    batches = micro_batches(rows, 150)
+    assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
+    lengths = [[len(row.segment.ids) for row in batch] for batch in batches]
+    assert all(len(batch) == 1 or len(batch) * max(batch) <= 150 for batch in lengths)
 
 
 def test_observation_tokens_have_exactly_no_gradient(tiny):
-    """Another observation *target* (with the same inputs elsewhere) leaves the loss unchanged; its logits get zero gradient."""
+    """No logits exist where there is no loss, and the hidden states there get a gradient of 0."""
     rows = made_up_rows(3)
-    ids, weights = collate(rows, "cpu")
-    policy = Policy(tiny, 1.0)
-    seen = {}
+    ids = padded([row.segment.ids for row in rows], torch.long, "cpu")
+    advantage = padded([row.advantages for row in rows], torch.float32, "cpu")
+    policy, seen = Policy(tiny, 1.0), {}
     handle = tiny.lm_head.register_forward_hook(
-        lambda m, inputs, logits: seen.update(rows=logits.shape[0])
+        lambda module, inputs, logits: seen.update(rows=logits.shape[0])
     )
-    policy(ids, weights != 0)
+    policy(ids, advantage != 0)
     handle.remove()
-    assert seen["rows"] == int((weights != 0).sum())  # no logits exist where there is no loss
-    hidden = {}
-    handle = tiny.model.register_forward_hook(
-        lambda m, a, out: (
-            hidden.update(h=out.last_hidden_state),
-            out.last_hidden_state.retain_grad(),
-        )[-1]
-    )
-    (policy(ids, weights != 0) * weights[weights != 0]).sum().backward()
+    assert seen["rows"] == int((advantage != 0).sum())
+
+    def keep(module, inputs, output):
+        seen["hidden"] = output.last_hidden_state
+        output.last_hidden_state.retain_grad()
+
+    handle = tiny.model.register_forward_hook(keep)
+    loss_of(policy, rows, "cpu").backward()
     handle.remove()
-    not_in_loss = weights[:, 1:] == 0
-    assert (
-        float(hidden["h"].grad[not_in_loss].abs().max()) == 0.0
-        and float(hidden["h"].grad[~not_in_loss].abs().min(-1).values.max()) > 0
-    )
+    not_in_loss = advantage[:, 1:] == 0
+    grad = seen["hidden"].grad.abs()
+    assert float(grad[not_in_loss].max()) == 0.0 < float(grad[~not_in_loss].min(-1).values.max())
 
 
 def trajectory(versions=(3, 3), segments=1):
+    """Two turns of two tokens each, the first four prompt tokens and observations in between."""
     t = Trajectory(Task("i", "q", "a"), (0,))
     t.turns = [Turn([5, 6], [-1.0, -1.0], v, [7, 8]) for v in versions]
-    t.segments = [Segment([])]
+    t.segments = [Segment()]
     t.segments[0].append([1, 2])
     for number in range(len(versions)):
-        if number and segments == 2:
-            t.segments.append(Segment([]))
-            t.segments[-1].append(
-                [1, 2, 5, 6, 7, 8]
-            )  # rewritten: old actions come back as context, not as actions
+        if number and segments == 2:  # old actions come back as context, not as actions
+            t.segments.append(Segment())
+            t.segments[-1].append([1, 2, 5, 6, 7, 8])
         t.segments[-1].append([5, 6], number, [-1.0, -1.0])
         t.segments[-1].append([7, 8])
     return t
 
 
-def test_stale_turns_get_no_weight():
+def test_the_mask_is_what_the_current_policy_sampled():
     (row,) = rows_of(trajectory(versions=(2, 3)), [0.5, 0.7], version=3)
-    assert row.weights == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0]
+    assert row.advantages == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0] and not any(row.stale)
     assert rows_of(trajectory(versions=(2, 2)), [0.5, 0.7], version=3) == []
+    first, second = rows_of(trajectory(segments=2), [0.5, 0.7], version=3)
+    assert first.advantages == [0, 0, 0.5, 0.5, 0, 0]
+    assert second.advantages == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0]
 
 
-def test_what_stale_turns_weigh(tiny):
-    """mask: nothing. keep: as they are. is: times min(2, p_now / p_sampler), a constant of the gradient; current turns times 1."""
+def test_what_stale_turns_count(tiny):
+    """mask: nothing. keep: as they are. is: times min(2, p_now / p_sampler), a constant of the
+    gradient. Current turns count as they are."""
     t = trajectory(versions=(2, 3))
     mask, keep, corrected = (rows_of(t, [0.5, 0.7], 3, stale) for stale in ("mask", "keep", "is"))
-    assert mask[0].weights == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0] and not mask[0].correct
-    assert (
-        keep[0].weights == corrected[0].weights == [0, 0, 0.5, 0.5, 0, 0, 0.7, 0.7, 0, 0]
-        and not keep[0].correct
-    )
-    assert corrected[0].correct == [False, False, True, True] + [False] * 6
+    all_of = [0, 0, 0.5, 0.5, 0, 0, 0.7, 0.7, 0, 0]
+    assert mask[0].advantages == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0]
+    assert keep[0].advantages == corrected[0].advantages == all_of
+    assert not any(mask[0].stale) and not any(keep[0].stale)
+    assert corrected[0].stale == [False, False, True, True] + [False] * 6
     with torch.no_grad():
-        now = torch.log_softmax(tiny(torch.tensor([t.segments[0].ids])).logits[0], -1)[
-            [1, 2], [5, 6]
-        ]
-    for gap, ratio in (
-        (-0.3, math.exp(-0.3)),
-        (0.2, math.exp(0.2)),
-        (5.0, 2.0),
-    ):  # log p_now - log p_sampler; the last one is cut
+        logits = tiny(torch.tensor([t.segments[0].ids])).logits[0]
+    now = torch.log_softmax(logits, -1)[[1, 2], [5, 6]]
+    # log p_now - log p_sampler, and the ratio; the last one is cut.
+    for gap, ratio in ((-0.3, math.exp(-0.3)), (0.2, math.exp(0.2)), (5.0, IS_CAP)):
         t.segments[0].logprobs[2:4] = (now - gap).tolist()
         by_hand = copy.deepcopy(keep)
-        by_hand[0].weights = [0, 0, 0.5 * ratio, 0.5 * ratio, 0, 0, 0.7, 0.7, 0, 0]
-        assert same(
-            gradient_of(tiny, rows_of(t, [0.5, 0.7], 3, "is"), ARGS),
-            gradient_of(tiny, by_hand, ARGS),
-            1e-6,
-        )
+        by_hand[0].advantages = [0, 0, 0.5 * ratio, 0.5 * ratio, 0, 0, 0.7, 0.7, 0, 0]
+        with_ratios = gradient_of(tiny, rows_of(t, [0.5, 0.7], 3, "is"), ARGS)
+        assert same(with_ratios, gradient_of(tiny, by_hand, ARGS), 1e-6)
     assert not same(gradient_of(tiny, keep, ARGS), gradient_of(tiny, by_hand, ARGS), 1e-4)
-
-
-def test_parked_work_is_dealt_out_to_another_number_of_ranks():
-    states = [{"next_number": 5, "groups": ["a", "b"]}, {"next_number": 4, "groups": ["c"]}]
-    assert (
-        share_of(states, 1, 2) == states[1]
-        and share_of([None], 0, 1) is None
-        and share_of([], 0, 1) is None
-    )
-    assert share_of(states, 0, 1) == {"next_number": 10, "groups": ["a", "b", "c"]}
-    assert [share_of(states, rank, 3)["groups"] for rank in range(3)] == [["a"], ["b"], ["c"]]
 
 
 def test_splitting_into_segments_leaves_the_gradient_unchanged(tiny):
@@ -183,28 +194,294 @@ def test_splitting_into_segments_leaves_the_gradient_unchanged(tiny):
 def test_a_longer_trajectory_does_not_thin_the_others(tiny):
     """Constant denominator: adding a row adds its gradient and changes nothing of the rest."""
     rows = made_up_rows(4)
-    all_of, first, rest = (
-        gradient_of(tiny, rows, ARGS),
-        gradient_of(tiny, rows[:1], ARGS),
-        gradient_of(tiny, rows[1:], ARGS),
-    )
+    all_of, first, rest = (gradient_of(tiny, some, ARGS) for some in (rows, rows[:1], rows[1:]))
     assert same(all_of, {name: first[name] + rest[name] for name in first})
 
 
 def test_a_gradient_that_is_not_finite_is_none(tiny):
     rows = made_up_rows(1)
-    rows[0].weights = [float("nan") if w else 0.0 for w in rows[0].weights]
-    assert (
-        gradient(Policy(copy.deepcopy(tiny), 1.0), Accelerator(cpu=True), rows, 1.0, ARGS) is None
-    )
+    rows[0].advantages = [float("nan") if a else 0.0 for a in rows[0].advantages]
+    policy = Policy(copy.deepcopy(tiny), 1.0)
+    assert gradient(policy, Accelerator(cpu=True), rows, 1.0, ARGS) is None
+    assert gradient(policy, Accelerator(cpu=True), [], 1.0, ARGS) == 0.0
 
 
-def test_task_order_is_a_function_of_seed_and_step():
+# ------------------------------------------------------------------- tasks, rewards and rate
+
+
+def test_task_order_is_a_function_of_seed_and_position():
     tasks = [Task(str(i), f"q{i}", "a") for i in range(10)]
-    drawn = [t.id for step in range(5) for t in tasks_of_step(tasks, step, 4, 0)]
+    drawn = [task_at(tasks, position, 0).id for position in range(20)]
     assert sorted(drawn[:10], key=int) == sorted(drawn[10:], key=int) == [str(i) for i in range(10)]
-    assert [t.id for t in tasks_of_step(tasks, 3, 4, 0)] == drawn[12:16]
-    assert [t.id for step in range(5) for t in tasks_of_step(tasks, step, 4, 1)] != drawn
+    assert drawn[:10] != drawn[10:]
+    assert [task_at(tasks, position, 1).id for position in range(20)] != drawn
+
+
+def source_of(monkeypatch, mode, tasks, update, rank=0, ranks=1, per_update=4, state=None):
+    """What train.py's rollouts of a rank play from this update on: (next_group, groups of an
+    update, number of the first one). No worker is started: only what one would get is looked at."""
+    opened = []
+    monkeypatch.setattr(train, "AsyncRollouts", lambda *arguments: opened.append(arguments))
+    args = TrainArgs(rollout=mode, tasks_per_step=per_update, samples=2, seed=7)
+    run = SimpleNamespace(rank=rank, ranks=ranks, local_ranks=ranks, done=update)
+    run.device, run.state = torch.device("cpu"), {"rollouts": state} if state else None
+    learner = SimpleNamespace(model=None, loop=SimpleNamespace(args=RolloutArgs()))
+    rollouts = open_rollouts(args, AsyncArgs(workers=1), learner, tasks, run)
+    if mode == "sync":
+        assert isinstance(rollouts, SyncRollouts)
+        return rollouts.next_group, rollouts.enough, rollouts.next_number
+    [(_, _, _, next_group, enough, _, version, state)] = opened
+    assert version == update
+    return next_group, enough, state["next_number"]
+
+
+def groups_of_update(monkeypatch, mode, tasks, update, rank=0, ranks=1):
+    next_group, enough, first = source_of(monkeypatch, mode, tasks, update, rank, ranks)
+    return [next_group(number, update) for number in range(first, first + enough)]
+
+
+def test_both_modes_draw_alike(monkeypatch):
+    """The same task with the same keys, hence the same random numbers, stands at a position of the
+    stream, in any mode and on any number of ranks."""
+    tasks = [Task(str(i), f"q{i}", "a") for i in range(6)]
+    described = lambda groups: sorted(
+        (group.position, t.task.id, t.key) for group in groups for t in group.trajectories
+    )
+    for update in (0, 2):
+        wanted = described(groups_of_update(monkeypatch, "sync", tasks, update))
+        positions = sorted({position for position, _, _ in wanted})
+        assert positions == [4 * update + k for k in range(4)]
+        assert all(key[:3] == (7, 0, position) for position, _, key in wanted)
+        for mode in ("sync", "async"):
+            for ranks in (1, 2, 3):
+                dealt = []
+                for rank in range(ranks):
+                    dealt += groups_of_update(monkeypatch, mode, tasks, update, rank, ranks)
+                assert described(dealt) == wanted
+
+
+def test_a_task_that_stands_twice_in_an_update_is_attempted_with_other_keys(monkeypatch):
+    groups = groups_of_update(monkeypatch, "sync", [Task("only", "q", "a")], 3)
+    keys = [t.key for group in groups for t in group.trajectories]
+    assert len(groups) == 4 and len(set(keys)) == len(keys) == 8
+    held_out = new_group(Task("only", "q", "a"), 12, 2, 7, stream=EVALUATION)
+    assert not set(keys) & {t.key for t in held_out.trajectories}
+
+
+def test_the_penalty_is_the_trainers_and_a_broken_reward_ends_the_run():
+    answered = Trajectory(Task("t9", "q", "a"), (0,), status="answered", answer="a")
+    malformed = Trajectory(Task("t9", "q", "a"), (1,), status="format_error")
+    outcomes = score_group([answered, malformed], reward, 0.25)
+    assert [outcome.total for outcome in outcomes] == [1.0, -0.25]
+    with pytest.raises(SystemExit, match="reward failed on task 't9': ZeroDivisionError") as error:
+        score_group([answered], lambda t: 1 / 0, 0.25)
+    assert "\n" not in str(error.value)
+
+
+def test_learning_rate_warms_up_and_decays_to_a_tenth():
+    args = TrainArgs(learning_rate=1.0, warmup=4, decay_steps=10)
+    rates = [learning_rate_at(update, args) for update in range(20)]
+    assert rates[:2] == pytest.approx([0.25, 0.5 * 0.91])
+    assert rates[10:] == pytest.approx([0.1] * 10)
+    constant = TrainArgs(learning_rate=1.0, warmup=1, decay_steps=0)
+    assert [learning_rate_at(update, constant) for update in (0, 99)] == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------- metrics
+
+
+def made_up_group(family: str, lengths: list[int], version=3, statuses=None) -> Group:
+    """A group of one-turn trajectories with so many sampled tokens, each of log-prob -0.5."""
+    group = new_group(Task(family, "q", "a", family=family), 0, len(lengths), 0)
+    statuses = statuses or ["answered"] * len(lengths)
+    for t, length, status in zip(group.trajectories, lengths, statuses):
+        t.turns = [Turn([5] * length, [-0.5] * length, version)]
+        t.status, t.error = status, "bad_json" if status == "format_error" else ""
+    return group
+
+
+def test_metrics_by_hand():
+    """Three groups: one right answer among wrong ones, one where all are alike, and one where the
+    environment failed a trajectory, which is in no group then."""
+    right = lambda: Reward(1.0, 1.0, parts={"correct": 1.0, "short": 0.2})
+    wrong = lambda: Reward(0.0, 0.0, parts={"correct": 0.0})
+    malformed = Reward(-0.5, 0.0, False, {"format": -0.5})
+    groups = [
+        made_up_group("hop", [2, 4, 4, 6], statuses=["answered"] * 3 + ["format_error"]),
+        made_up_group("hop", [1, 1]),
+        made_up_group("list", [10, 12], version=2, statuses=["answered", "tool_fault"]),
+    ]
+    outcomes = [[right(), wrong(), wrong(), malformed], [wrong(), wrong()], [right()]]
+    kept = [control_negatives(group, 2.0) for group in outcomes]
+    # The mean of the first group is 1/8, so three lie below it. Two are kept for one positive: the
+    # format failure first. In the other groups none lies below the mean.
+    assert kept == [[True, True, False, True], [True, True], [True]]
+    total = counts_of(groups, outcomes, kept, in_loss=10)
+    metrics = metrics_of(total, version=3)
+    assert metrics == {
+        "reward": pytest.approx(1.5 / 7),
+        "reward_parts": pytest.approx({"correct": 2 / 7, "short": 0.4 / 7, "format": -0.5 / 7}),
+        "pass_rate": 2 / 8,
+        "pass_rate_by_family": {"hop": 1 / 6, "list": 1.0},
+        "turns": 1.0,
+        "tokens": 40 / 8,
+        "entropy": 0.5,
+        "zero_variance_groups": 2 / 3,
+        "kept_negatives": 2 / 3,
+        "stale_share": 22 / 40,
+        "staleness": {"0": 18 / 40, "1": 22 / 40},
+        "trained_share": 10 / 40,
+        "status": {"answered": 6, "format_error": 1, "tool_fault": 1},
+        "format_errors": {"bad_json": 1},
+    }
+
+
+def test_metrics_of_nothing():
+    """All trajectories were the environment's failures, and nothing was sampled."""
+    groups = [made_up_group("hop", [0, 0], statuses=["tool_fault"] * 2)]
+    metrics = metrics_of(counts_of(groups, [[]], [[]], 0), 0)
+    assert metrics["reward"] == metrics["pass_rate"] == metrics["kept_negatives"] == 0
+    assert metrics["pass_rate_by_family"] == {"hop": 0} and metrics["reward_parts"] == {}
+    json.dumps(metrics)
+
+
+def test_counts_of_ranks_are_added(monkeypatch):
+    other = {"turns": 4, "parts": {"correct": 2.0, "mine": 1.0}, "versions": {3: 5}}
+    monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, other])
+    mine = {"turns": 3, "parts": {"correct": 1.0}, "versions": {2: 7}}
+    assert processes.sum_over_ranks(mine) == {
+        "turns": 7,
+        "parts": {"correct": 3.0, "mine": 1.0},
+        "versions": {2: 7, 3: 5},
+    }
+
+
+# -------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    "changes, rollout_changes, async_changes",
+    [
+        ({}, {}, dict(partial=True)),
+        (dict(rollout="async"), {}, dict(overlap=True)),
+        (dict(rollout="async"), {}, dict(budget_s=1.0)),
+        (dict(rollout="async"), {}, dict(partial=True, max_age=0)),
+        (dict(rollout="async"), {}, dict(partial=True, ahead=float("inf"))),
+        ({}, dict(temperature=0.0), {}),
+        (dict(samples=0), {}, {}),
+        (dict(gamma=0.0), {}, {}),
+        (dict(learning_rate=float("nan")), {}, {}),
+        (dict(negatives=-1.0), {}, {}),
+        (dict(format_penalty=-1.0), {}, {}),
+        (dict(eval_every=-1), {}, {}),
+        (dict(processes=-1), {}, {}),
+        (dict(max_grad_norm=0.0), {}, {}),
+        (dict(nominal_tokens=0), {}, {}),
+        ({}, dict(max_turns=0), {}),
+        ({}, dict(slots=0), {}),
+        ({}, dict(context="forget"), {}),
+        ({}, dict(context="summarize", context_budget=900), {}),
+        ({}, dict(max_context=96), {}),
+        ({}, dict(page_chars=0), {}),
+        ({}, dict(temperature=float("nan")), {}),
+    ],
+)
+def test_flags_that_cannot_work(changes, rollout_changes, async_changes):
+    parts = TrainArgs(**changes), RolloutArgs(**rollout_changes), AsyncArgs(**async_changes)
+    with pytest.raises(ValueError, match="--") as error:
+        check_args(*parts)
+    assert "\n" not in str(error.value)
+
+
+def test_flags_that_work():
+    check_args(TrainArgs(), RolloutArgs(), AsyncArgs())
+    partial = AsyncArgs(partial=True, overlap=True, budget_s=1.0)
+    check_args(TrainArgs(rollout="async", negatives=float("inf")), RolloutArgs(), partial)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--stale some", "--rollout maybe", "--search altavista", "--python jython", "--steps many"],
+)
+def test_values_that_a_flag_does_not_have(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["train.py", *words.split()])
+    flag, value = words.split()
+    with pytest.raises(SystemExit) as error:
+        parse_flags((TrainArgs, RolloutArgs, AsyncArgs), "Doc.")
+    line = str(error.value)
+    assert flag in line and value in line and "\n" not in line
+
+
+# ------------------------------------------------------------------------------ number of ranks
+
+
+@pytest.mark.parametrize(
+    "processes_flag, tasks, memory_gib, wanted",
+    [
+        (0, 16, 100.0, 8),  # one a core
+        (0, 3, 100.0, 3),  # no rank without a task
+        (0, 16, 4.5, 3),  # as many as memory holds: 1 GiB each, and six times 64 MiB of weights
+        (0, 16, 0.1, 1),  # never none
+        (5, 16, 0.1, 5),  # as the user asks
+        (5, 2, 100.0, 2),
+    ],
+)
+def test_wanted_ranks(monkeypatch, tmp_path, processes_flag, tasks, memory_gib, wanted):
+    monkeypatch.setattr(processes, "cores", lambda: 8)
+    memory = SimpleNamespace(available=int(memory_gib * 2**30))
+    monkeypatch.setattr(processes.psutil, "virtual_memory", lambda: memory)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(64 << 20)
+    assert processes.wanted_ranks(processes_flag, tasks, str(tmp_path)) == wanted
+
+
+def test_a_model_of_unknown_size_gets_one_rank(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "cores", lambda: 8)
+    (tmp_path / "large.gguf").write_bytes(b"GGUF")
+    for model in ("Qwen/Qwen3-8B", str(tmp_path / "large.gguf"), str(tmp_path)):
+        assert processes.wanted_ranks(0, 16, model) == 1
+    assert processes.wanted_ranks(0, 16, "nano") > 1
+
+
+@pytest.mark.parametrize(
+    "limit, wanted", [("max 100000\n", 6), ("150000 100000\n", 2), ("50000 100000\n", 1), ("", 6)]
+)
+def test_cores_of_a_container(monkeypatch, limit, wanted):
+    affinity = lambda process: set(range(6))
+    monkeypatch.setattr(processes.os, "sched_getaffinity", affinity, raising=False)
+    monkeypatch.setattr(processes.Path, "read_text", lambda path: limit)
+    assert processes.cores() == wanted
+    assert processes.cores_of(2) == max(1, wanted // 2)
+
+
+# --------------------------------------------------------------------------------- the run's folder
+
+
+def test_simultaneous_starts_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(choose_folder, [""] * 16))
+    assert sorted(folder.name for folder in folders) == sorted(f"run-{n}" for n in range(1, 17))
+
+
+def test_an_out_folder_that_holds_a_run_is_refused(tmp_path):
+    out = str(tmp_path / "a" / "b")
+    assert choose_folder(out).is_dir() and choose_folder(out).is_dir()  # still empty
+    (tmp_path / "a" / "b" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="--resume"):
+        choose_folder(out)
+
+
+def test_a_resumed_run_has_its_flags_but_for_those_given_now(tmp_path, monkeypatch):
+    before = asdict(TrainArgs(steps=5, gamma=0.5, negatives=float("inf"))) | {"slots": 3}
+    (tmp_path / "config.json").write_text(json.dumps(before | {"of_another_version": 1}))
+    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(tmp_path), "--steps=9"])
+    args, rollout_args = TrainArgs(steps=9, resume=str(tmp_path)), RolloutArgs()
+    take_config(str(tmp_path), [args, rollout_args])
+    assert (args.steps, args.gamma, args.negatives) == (9, 0.5, float("inf"))
+    assert args.resume == str(tmp_path) and rollout_args.slots == 3
+    with pytest.raises(ValueError, match="no run there"):
+        take_config(str(tmp_path / "absent"), [args])
 
 
 def test_a_failed_save_keeps_the_old_folder(tmp_path):
@@ -216,17 +493,16 @@ def test_a_failed_save_keeps_the_old_folder(tmp_path):
 
     with pytest.raises(OSError):
         save_atomically(tmp_path / "c", disk_full)
-    assert (tmp_path / "c" / "x").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [
-        "c"
-    ]
+    assert (tmp_path / "c" / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 2")]
 )
 def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, monkeypatch, error):
-    policy, optimizer = Policy(tiny, 1.0), torch.optim.AdamW(tiny.parameters())
-    save(tmp_path, 1, policy, optimizer, chat, [None])
+    optimizer = torch.optim.AdamW(tiny.parameters())
+    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, [None])
 
     def full(what, path):
         path.write_bytes(b"half")
@@ -234,24 +510,57 @@ def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, mon
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        save(tmp_path, 2, policy, optimizer, chat, [None])
-    assert load_state(tmp_path)["step"] == 1 and [
-        p.name[:11] for p in (tmp_path / "state").iterdir()
-    ] == ["step-000001"]
-    assert {p.name for p in tmp_path.iterdir()} == {"state", "checkpoint"} and (
-        tmp_path / "checkpoint/model.safetensors"
-    ).exists()
+        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, [None])
+    assert load_state(tmp_path)["step"] == 1
+    assert [path.name[:11] for path in (tmp_path / "state").iterdir()] == ["step-000001"]
+    assert {path.name for path in tmp_path.iterdir()} == {"state", "checkpoint"}
+    assert (tmp_path / "checkpoint/model.safetensors").exists()
+
+
+def test_a_disk_that_is_full_for_the_checkpoint_is_one_line(tmp_path, tiny, chat, monkeypatch):
+    optimizer = torch.optim.AdamW(tiny.parameters())
+    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, [None])
+
+    def full(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device\nmore")
+
+    monkeypatch.setattr(tiny, "save_pretrained", full)
+    with pytest.raises(OSError, match="cannot write a checkpoint") as error:
+        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, [None])
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "checkpoint/model.safetensors").stat().st_size > 1000
+    assert load_state(tmp_path)["step"] in (1, 2)
+
+
+def test_a_state_holds_everything_and_two_are_kept(tmp_path, tiny, chat):
+    optimizer = torch.optim.AdamW(tiny.parameters())
+    sum(p.sum() for p in tiny.parameters()).backward()
+    optimizer.step()
+    under_way = {"next_number": 3, "groups": [asdict(new_group(Task("t", "q", "a"), 2, 2, 0))]}
+    for step in (1, 2, 3):
+        save(tmp_path, step, tiny, optimizer, chat.tokenizer, [under_way])
+    names = sorted(path.name[:11] for path in (tmp_path / "state").iterdir())
+    assert names == ["step-000002", "step-000003"]
+    state = load_state(tmp_path)
+    assert state["step"] == 3 and state["rollouts"] == [under_way]
+    assert same(state["model"], tiny.state_dict(), 0.0)
+    moments = state["optimizer"]["state"]
+    assert len(moments) == len(list(tiny.parameters()))
+    assert torch.equal(moments[0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
-    (tmp_path / "state").mkdir()
+    states = tmp_path / "state"
+    states.mkdir()
     torch.save({"step": 1}, tmp_path / "good")
     digest = sha256(tmp_path / "good")
-    os.replace(tmp_path / "good", tmp_path / "state" / f"step-000001-{digest}.pt")
-    (tmp_path / "state" / "step-000002-0123456789abcdef.pt").write_bytes(b"torn")
-    changed = bytearray((tmp_path / "state" / f"step-000001-{digest}.pt").read_bytes())
+    good = states / f"step-000001-{digest}.pt"
+    os.replace(tmp_path / "good", good)
+    (states / "step-000002-0123456789abcdef.pt").write_bytes(b"torn")
+    changed = bytearray(good.read_bytes())
     changed[len(changed) // 2] ^= 1
-    (tmp_path / "state" / f"step-000003-{digest}.pt").write_bytes(changed)
+    (states / f"step-000003-{digest}.pt").write_bytes(changed)
     assert load_state(tmp_path) == {"step": 1}
     assert capsys.readouterr().err.count(" is damaged ") == 2
     with pytest.raises(FileNotFoundError, match="start anew"):
@@ -260,38 +569,57 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
 
 def test_lines_of_undone_steps_are_cut(tmp_path):
     path = tmp_path / "m.jsonl"
-    path.write_text(
-        "".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)) + '{"step": 6, "to'
-    )
+    lines = [json.dumps({"step": n, "reward_parts": {"correct": 1.0}}) for n in range(1, 6)]
+    path.write_text("\n".join(lines) + '\n{"step": 6, "to')
     cut_lines(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
+    cut_lines(tmp_path / "absent.jsonl", 3)
 
 
-@pytest.mark.parametrize(
-    "changes, rollout_changes",
-    [
-        (dict(stale="some"), {}),
-        (dict(partial=True), {}),
-        (dict(rollout="async", overlap=True), {}),
-        (dict(rollout="async", partial=True, max_age=0), {}),
-        ({}, dict(temperature=0.0)),
-        (dict(samples=0), {}),
-        (dict(gamma=0.0), {}),
-        (dict(learning_rate=float("nan")), {}),
-        (dict(negatives=-1.0), {}),
-        (dict(format_penalty=-1.0), {}),
-        (dict(eval_every=-1), {}),
-        (dict(max_grad_norm=0.0), {}),
-        (dict(nominal_tokens=0), {}),
-        ({}, dict(max_turns=0)),
-        ({}, dict(slots=0)),
-        ({}, dict(context="forget")),
-        ({}, dict(context="summarize", context_budget=900)),
-        ({}, dict(max_context=96)),
-        ({}, dict(page_chars=0)),
-        ({}, dict(temperature=float("nan"))),
-    ],
-)
-def test_flags_that_cannot_work(changes, rollout_changes):
-    with pytest.raises(ValueError, match="--"):
-        check_args(TrainArgs(**changes), RolloutArgs(**rollout_changes))
+def test_a_line_that_was_cut_anywhere_goes(tmp_path):
+    """Also behind an inner }, where its end looks whole, and where what is left is JSON."""
+    path = tmp_path / "m.jsonl"
+    whole = json.dumps({"step": 1, "status": {"answered": 2}, "text": "é\u2028 }"})
+    second = whole.replace('"step": 1', '"step": 2')
+    for length in range(len(second)):
+        path.write_text(f"{whole}\n{second[:length]}", encoding="utf-8")
+        cut_lines(path, 5)
+        assert path.read_text(encoding="utf-8") == whole + "\n", second[:length]
+    for rest in (second, second + "\n"):
+        path.write_text(f"{whole}\n[]\n2\n\0\0\n{rest}", encoding="utf-8")
+        cut_lines(path, 5)
+        assert path.read_text(encoding="utf-8") == f"{whole}\n{second}\n"
+
+
+# ------------------------------------------------------------------------------- other ranks' work
+
+
+def test_parked_work_is_dealt_out_to_another_number_of_ranks():
+    states = [{"next_number": 5, "groups": ["a", "b"]}, {"next_number": 4, "groups": ["c"]}]
+    assert share_of(states, 1, 2, 4) == states[1]
+    assert share_of([None], 0, 1, 4) is None and share_of([], 0, 1, 4) is None
+    # Two tasks of an update for each of two ranks: the third update was begun, so the fourth is
+    # next.
+    assert share_of(states, 0, 1, 4) == {"next_number": 12, "groups": ["a", "b", "c"]}
+    assert [share_of(states, rank, 3, 4)["groups"] for rank in range(3)] == [["a"], ["b"], ["c"]]
+
+
+def test_no_position_is_begun_twice_by_another_number_of_ranks(monkeypatch, full):
+    """Whatever each rank had begun of its stream: in the books a group is known by its position."""
+    tasks = [Task("t", "q", "a")]
+
+    def positions(rank, ranks, per_update, count, state=None):
+        arguments = "async", tasks, 2, rank, ranks, per_update, state
+        next_group, _, first = source_of(monkeypatch, *arguments)
+        first = first if state else 0
+        return {next_group(number, 0).position for number in range(first, first + count)}
+
+    for per_update in range(1, 9 if full else 6):
+        counts = range(1, min(per_update, 3) + 1)
+        for before, after, begun in itertools.product(counts, counts, range(9 if full else 6)):
+            states = [{"next_number": begun, "groups": []} for _ in range(before)]
+            old = [positions(rank, before, per_update, begun) for rank in range(before)]
+            new = [positions(rank, after, per_update, 8, states) for rank in range(after)]
+            assert not set().union(*old) & set().union(*new)
+            assert sum(map(len, new)) == len(set().union(*new))
