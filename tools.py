@@ -631,8 +631,8 @@ class Toolbox:
         """name -> tool, in the order of TOOLS."""
         search, browse = self.index_of(trajectory.task)
         session = self.sessions.setdefault(trajectory.key, Python(unsafe=self.unsafe_python))
-        made = {type(tool): tool for tool in (search, browse, session, *self.others)}
-        return {tool.name: made[tool] for tool in TOOLS}
+        made = {tool.name: tool for tool in (search, browse, session, *self.others)}
+        return {tool.name: made[tool.name] for tool in TOOLS}
 
     def close(self, trajectory) -> None:
         """End what belongs to this trajectory alone."""
