@@ -411,7 +411,7 @@ class Toolbox:
         return self.open_cpython().describe()
 
     def open(self, db: Path | str) -> tuple[Search, Browse]:
-        """Search and browse over one index, whose pages are served on loopback; "" is the web alone."""
+        """Search and browse over one index, whose pages are served here; "" is the web alone."""
         if str(db) not in self.shared:
             hosts = {}
             if db:

@@ -315,10 +315,10 @@ class Run:
         broken = isinstance(error, RuntimeError) and endings.received  # by a rank that has stopped
         if isinstance(error, endings.Stopped) or broken:
             return "stopped" if is_main else ""
-        if isinstance(error, (ValueError, OSError, sqlite3.Error)) and not self.began:
-            return str(error) if is_main else ""
         if isinstance(error, UserCodeError):
             return str(error)
+        if isinstance(error, (ValueError, OSError, sqlite3.Error)) and not self.began:
+            return str(error) if is_main else ""
         if isinstance(error, (WorkerError, OSError)):
             reason = str(error)
             if isinstance(error, OSError) and error.strerror:

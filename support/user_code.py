@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-class UserCodeError(RuntimeError):
+class UserCodeError(ValueError):
     """The user's function failed in the middle of a run; the message is one line."""
 
 

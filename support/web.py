@@ -168,7 +168,7 @@ class BoundedAdapter(requests.adapters.HTTPAdapter):
         super().__init__(pool_maxsize=64)
 
     def init_poolmanager(self, *args, **kwargs) -> None:
-        context = ssl.create_default_context()
+        context = urllib3.util.ssl_.create_urllib3_context()
         context.sslsocket_class = TLSSocket
         super().init_poolmanager(*args, ssl_context=context, **kwargs)
         self.poolmanager.pool_classes_by_scheme = {
@@ -242,8 +242,9 @@ def bounded_session(public: bool, cache: Path | str = "", **cache_options) -> re
             **cache_options,
         )
     session.trust_env = False
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, BoundedAdapter(public))
+    adapter = BoundedAdapter(public)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
     return session
 
 

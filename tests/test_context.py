@@ -5,7 +5,6 @@ from copy import copy
 import pytest
 
 from context import (
-    CHATML,
     ELIDED,
     Chat,
     Segment,
@@ -17,6 +16,7 @@ from context import (
     template_pieces,
 )
 from data.task import Task
+from support.chat_template import CHATML
 from tools import FormatError, parse_action, parse_tool_calls, signatures
 
 

@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -185,7 +184,7 @@ def test_a_tool_is_added_in_one_line(monkeypatch, world_dir):
     monkeypatch.setattr("tools.TOOLS", [*tools.TOOLS, Clock])
     assert tools.signatures()[-1] == "clock()" and len(tools.signatures()) == 4
     toolbox = Toolbox(str(world_dir / "pages.db"))
-    mine = toolbox.tools_for(SimpleNamespace(task=Task("t", "q", "a"), key=(0,)))
+    mine = toolbox.tools_for(Trajectory(Task("t", "q", "a"), (0,)))
     assert list(mine) == ["search", "browse", "python", "clock"]
     calls, _ = parse_action('<tool_call>{"name": "clock", "arguments": {}}</tool_call>', mine)
     assert run_calls(calls, mine) == [("12:00", False)]
@@ -486,8 +485,9 @@ def test_odd_code(code, new_python):
 
 def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
     """A server that is down: the policy sees it; that is neither a format error nor wrong."""
+    from context import Turn
     from reward import reward
-    from rollout import RolloutArgs, Trajectory, Turn, take_results
+    from rollout import take_results
 
     calls = [ToolCall("browse", {"url": "http://w.test/"})]
     trajectory = Trajectory(dev_tasks[0], (0,))
@@ -497,7 +497,7 @@ def test_faults_are_counted_and_never_punished(world_dir, dev_tasks):
         )
         results = run_calls(calls, {"browse": Browse({"w.test": "127.0.0.1:9"})})
         assert results == [("error: http://w.test/ cannot be reached (ConnectionError)", True)]
-        take_results(trajectory, results, None, RolloutArgs())
+        take_results(trajectory, results)
     assert [turn.faults for turn in trajectory.turns] == [1, 1, 1]
     assert trajectory.status == "tool_fault" and reward(trajectory).total >= 0
     assert (

@@ -15,15 +15,16 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-import train
+import support.run
 from context import Segment, Trajectory, Turn
-from data.task import Task
-from reward import Reward, control_negatives, reward
+from data.task import Task, task_at
+from reward import Reward, control_negatives
 from rollout import EVALUATION, Group, RolloutArgs, SyncRollouts, new_group
 from support import processes
 from support.checks import check_args
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
+from support.run import Run
 from support.run_folder import (
     choose_folder,
     cut_lines,
@@ -43,15 +44,13 @@ from train import (
     learning_rate_at,
     loss_of,
     micro_batches,
-    open_rollouts,
     padded,
     rows_of,
-    score_group,
-    task_at,
 )
 from workers import AsyncArgs
 
 ARGS = TrainArgs(max_grad_norm=1e9)
+ROLLOUTS = SimpleNamespace(parked=lambda: 3, restarts=1, idle_share=0.25)
 
 
 def row_of(segment: Segment, turn_advantages: list[float]) -> Row:
@@ -221,12 +220,13 @@ def source_of(monkeypatch, mode, tasks, update, rank=0, ranks=1, per_update=4, s
     """What train.py's rollouts of a rank play from this update on: (next_group, groups of an
     update, number of the first one). No worker is started: only what one would get is looked at."""
     opened = []
-    monkeypatch.setattr(train, "AsyncRollouts", lambda *arguments: opened.append(arguments))
+    monkeypatch.setattr(support.run, "AsyncRollouts", lambda *given: opened.append(given))
     args = TrainArgs(rollout=mode, tasks_per_step=per_update, samples=2, seed=7)
-    run = SimpleNamespace(rank=rank, ranks=ranks, local_ranks=ranks, done=update)
+    run = Run(args, [])
+    run.rank, run.ranks, run.local_ranks, run.done = rank, ranks, ranks, update
     run.device, run.state = torch.device("cpu"), {"rollouts": state} if state else None
-    learner = SimpleNamespace(model=None, loop=SimpleNamespace(args=RolloutArgs()))
-    rollouts = open_rollouts(args, AsyncArgs(workers=1), learner, tasks, run)
+    run.learner = SimpleNamespace(model=None, loop=SimpleNamespace(args=RolloutArgs()))
+    rollouts = run.open_rollouts(tasks, AsyncArgs(workers=1))
     if mode == "sync":
         assert isinstance(rollouts, SyncRollouts)
         return rollouts.next_group, rollouts.enough, rollouts.next_number
@@ -268,16 +268,6 @@ def test_a_task_that_stands_twice_in_an_update_is_attempted_with_other_keys(monk
     assert not set(keys) & {t.key for t in held_out.trajectories}
 
 
-def test_the_penalty_is_the_trainers_and_a_broken_reward_ends_the_run():
-    answered = Trajectory(Task("t9", "q", "a"), (0,), status="answered", answer="a")
-    malformed = Trajectory(Task("t9", "q", "a"), (1,), status="format_error")
-    outcomes = score_group([answered, malformed], reward, 0.25)
-    assert [outcome.total for outcome in outcomes] == [1.0, -0.25]
-    with pytest.raises(SystemExit, match="reward failed on task 't9': ZeroDivisionError") as error:
-        score_group([answered], lambda t: 1 / 0, 0.25)
-    assert "\n" not in str(error.value)
-
-
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
     args = TrainArgs(learning_rate=1.0, warmup=4, decay_steps=10)
     rates = [learning_rate_at(update, args) for update in range(20)]
@@ -316,7 +306,7 @@ def test_metrics_by_hand():
     # The mean of the first group is 1/8, so three lie below it. Two are kept for one positive: the
     # format failure first. In the other groups none lies below the mean.
     assert kept == [[True, True, False, True], [True, True], [True]]
-    total = counts_of(groups, outcomes, kept, in_loss=10)
+    total = counts_of(groups, outcomes, kept, 10, ROLLOUTS)
     metrics = metrics_of(total, version=3)
     assert metrics == {
         "reward": pytest.approx(1.5 / 7),
@@ -333,13 +323,16 @@ def test_metrics_by_hand():
         "trained_share": 10 / 40,
         "status": {"answered": 6, "format_error": 1, "tool_fault": 1},
         "format_errors": {"bad_json": 1},
+        "parked": 3,
+        "restarts": 1,
+        "idle_share": 0.25,
     }
 
 
 def test_metrics_of_nothing():
     """All trajectories were the environment's failures, and nothing was sampled."""
     groups = [made_up_group("hop", [0, 0], statuses=["tool_fault"] * 2)]
-    metrics = metrics_of(counts_of(groups, [[]], [[]], 0), 0)
+    metrics = metrics_of(counts_of(groups, [[]], [[]], 0, ROLLOUTS), 0)
     assert metrics["reward"] == metrics["pass_rate"] == metrics["kept_negatives"] == 0
     assert metrics["pass_rate_by_family"] == {"hop": 0} and metrics["reward_parts"] == {}
     json.dumps(metrics)
