@@ -30,7 +30,8 @@ from context import MANAGERS, Chat, Trajectory, Turn, add_turn, extend_segments
 from data.task import Task
 from engine import Engine, Slot
 from support import endings
-from tools import FormatError, Toolbox, ToolCall, in_thread, parse_action, run_calls, urls_in
+from support.toolbox import Toolbox
+from tools import FormatError, ToolCall, in_thread, parse_action, run_calls, urls_in
 
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
 SearchService = Literal["embedded", "searxng", "brave", "serper", "tavily"]

@@ -24,7 +24,7 @@ from evaluate import make_trajectories, open_policy
 from rollout import AgentLoop, RolloutArgs, play
 from support.answers import correct
 from support.flags import parse_flags
-from tools import Toolbox
+from support.toolbox import Toolbox
 
 
 @dataclass

@@ -10,7 +10,8 @@ import re
 from context import SYSTEM_PROMPT, Trajectory, Turn
 from rollout import RolloutArgs, take_results
 from support.endpoint import ask
-from tools import FormatError, Toolbox, parse_action, run_calls, signatures
+from support.toolbox import Toolbox
+from tools import FormatError, parse_action, run_calls, signatures
 
 # The start of a tag: <tool_call>, </think>, <|im_end|>, <｜User｜>, <<SYS>>, [INST], [/INST].
 TAG_START = re.compile(r"<(?=/?[A-Za-z_]|[|｜])|\[(?=/?[A-Z_]+\])")

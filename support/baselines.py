@@ -13,7 +13,7 @@ import torch
 
 from context import Chat, Trajectory
 from data.index import random_pages
-from tools import Toolbox
+from support.toolbox import Toolbox
 
 Baseline = Literal["none", "closed_book", "top_snippet", "snippet_reader"]
 CLOSED_BOOK_TOKENS = 12

@@ -14,7 +14,8 @@ from rollout import RolloutArgs, open_toolbox
 from support.baselines import Baseline, weaken
 from support.checks import check_rollout_args
 from support.endpoint import probe
-from tools import Toolbox, signatures
+from support.toolbox import Toolbox
+from tools import signatures
 
 
 @dataclass

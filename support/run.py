@@ -34,8 +34,8 @@ from support.processes import (
     wanted_ranks,
 )
 from support.run_folder import share_of
+from support.toolbox import Toolbox
 from support.user_code import UserCodeError
-from tools import Toolbox
 from workers import AsyncRollouts, Setup, WorkerError
 
 SKIPS = 3  # updates in a row without a finite gradient, before the run stops

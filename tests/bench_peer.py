@@ -43,7 +43,8 @@ from reward import correct
 from rollout import RolloutArgs, engine_for, rollout, trajectory_key
 from support.flags import parse_flags
 from support.run_folder import cores_of, use_threads
-from tools import Toolbox, signatures
+from support.toolbox import Toolbox
+from tools import signatures
 from train import Policy, TrainArgs, gradient, rows_of
 from workers import Rollouts, Setup, make_group
 

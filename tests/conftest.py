@@ -19,7 +19,8 @@ from data.task import load_tasks
 from data.world import World, write_world
 from engine import load_policy
 from rollout import RolloutArgs, open_engine
-from tools import Toolbox, signatures
+from support.toolbox import Toolbox
+from tools import signatures
 
 
 def pytest_addoption(parser):

@@ -53,7 +53,7 @@ def wait(seconds: float) -> str:
 
 
 class ScriptedToolbox:
-    """In the place of tools.Toolbox."""
+    """In the place of support.toolbox.Toolbox."""
 
     def tools_for(self, trajectory: Trajectory) -> dict:
         return {"wait": wait}

@@ -20,10 +20,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
+from context import Trajectory
+from data.task import Task
 from support.html_text import decode_page, html_to_text, links_of, split_pages, view_page
 from support.search_services import SERVICES, WebSearch
+from support.toolbox import Toolbox
 from support.web import LiveWeb, Refused, ToolFault, is_public
-from tools import Browse, Search, Toolbox
+from tools import Browse, Search
 
 # What html_to_text and links_of gave for the embedded pages when the base models were pretrained.
 PAGES_PLAIN, TEXT_PLAIN, LINKS_PLAIN = 68, "2997954e4fecc9c1", "94e1fe33ae50e7e4"
@@ -1045,7 +1048,7 @@ def test_a_query_ends_at_its_deadline(server, answer):
 @pytest.mark.parametrize("package", ["requests_cache", "protego"])
 def test_a_missing_package_is_named(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("tools.CACHE", tmp_path)
+    monkeypatch.setattr("support.toolbox.CACHE", tmp_path)
     with pytest.raises(ValueError, match="pip install requests-cache protego") as error:
         Toolbox(live=True)
     assert "\n" not in str(error.value)
@@ -1122,7 +1125,7 @@ def test_a_missing_key_is_named(name, monkeypatch):
 
 
 def test_an_unreachable_service_is_named_at_the_start(monkeypatch, tmp_path):
-    monkeypatch.setattr("tools.CACHE", tmp_path)
+    monkeypatch.setattr("support.toolbox.CACHE", tmp_path)
     monkeypatch.setenv("BRAVE_API_KEY", "k-123-secret")
 
     def unreachable(*_, **__):
@@ -1141,12 +1144,11 @@ def test_an_unreachable_service_is_named_at_the_start(monkeypatch, tmp_path):
 
 
 def test_a_task_without_a_world_uses_the_web(server, monkeypatch, tmp_path):
-    from types import SimpleNamespace
 
-    monkeypatch.setattr("tools.CACHE", tmp_path)
+    monkeypatch.setattr("support.toolbox.CACHE", tmp_path)
     answer_with(server, (200, {}, json.dumps(DOCUMENTED["searxng"]).encode()))
     toolbox = Toolbox(search="searxng", search_url=f"http://127.0.0.1:{server.server_address[1]}")
-    own = toolbox.tools_for(SimpleNamespace(task=SimpleNamespace(id="t", meta={}), key=(1,)))
+    own = toolbox.tools_for(Trajectory(Task("t", "q", "a"), (1,)))
     assert "First" in own["search"](queries=["q"]) and own["browse"].reader.web
     assert "not public" in own["browse"](url=f"http://127.0.0.1:{server.server_address[1]}/")
 

@@ -33,7 +33,8 @@ from support.baselines import weaken
 from support.benchmarks import gaia_correct, load_benchmark
 from support.endpoint import ask
 from support.judge import judge, parse_verdict
-from tools import Toolbox, ToolCall, parse_action, run_calls
+from support.toolbox import Toolbox
+from tools import ToolCall, parse_action, run_calls
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])

@@ -125,7 +125,7 @@ def test_a_live_provider_fails_with_one_line(tmp_path, script, provider, environ
 def test_every_provider_names_its_key_or_its_host():
     code = """import os
 from support.search_services import SERVICES
-from tools import Toolbox
+from support.toolbox import Toolbox
 for key in ("", "k-secret"):
     for name, provider in SERVICES.items():
         if provider.key_name:

@@ -18,6 +18,7 @@ from reward import (
     reward,
     turn_rewards,
 )
+from support.user_code import UserCodeError
 
 
 def finished(status="answered", answer="Belin", truth="Belin", answer_type="name", turns=3):
@@ -293,7 +294,7 @@ def test_a_users_reward_is_not_asked_about_format_failures(tmp_path, status):
     (tmp_path / "mine.py").write_text("def f(trajectory):\n    return 1 / 0\n")
     outcome = load_reward(f"{tmp_path}/mine.py:f")(finished(status))
     assert penalised(outcome, 0.5) == Reward(-0.5, 0.0, False, {"format": -0.5})
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserCodeError, match="failed on task .*ZeroDivisionError"):
         load_reward(f"{tmp_path}/mine.py:f")(finished())
 
 

@@ -14,13 +14,13 @@ from context import Trajectory
 from data.world import load_world
 from support import cpython_sandbox
 from support.html_text import html_to_text, split_pages, view_page
+from support.toolbox import Toolbox
 from tools import (
     MAX_CALLS,
     Browse,
     FormatError,
     Python,
     Search,
-    Toolbox,
     ToolCall,
     ToolFault,
     parse_action,

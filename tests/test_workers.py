@@ -16,7 +16,8 @@ from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
 from context import Trajectory, Turn
 from engine import Engine
 from rollout import RolloutArgs, ToolThreads, next_prompt, play, rollout, run_turn, take_results
-from tools import Toolbox, ToolCall
+from support.toolbox import Toolbox
+from tools import ToolCall
 from workers import (
     Channel,
     Rollouts,

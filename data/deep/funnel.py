@@ -32,7 +32,7 @@ from data.index import open_index, search_index
 from data.parts import FRAMES
 from data.task import Task, check_task, parse_tasks
 from support.answers import correct, normalize, parse_date, parse_number
-from tools import Toolbox
+from support.toolbox import Toolbox
 
 PAGELESS = {"math", "code"}  # solved without pages
 # The second solver must solve these.
