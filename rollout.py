@@ -30,11 +30,12 @@ from context import MANAGERS, Chat, Trajectory, Turn, add_turn, extend_segments
 from data.task import Task
 from engine import Engine, Slot
 from support import endings
+from support.threads import in_thread
 from support.toolbox import Toolbox
-from tools import FormatError, ToolCall, in_thread, parse_action, run_calls, urls_in
+from tools import FormatError, ToolCall, parse_action, run_calls, urls_in
 
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
-SearchService = Literal["embedded", "searxng", "brave", "serper", "tavily"]
+Service = Literal["embedded", "searxng", "brave", "serper", "tavily"]
 Interpreter = Literal["monty", "cpython"]
 TRAINING, EVALUATION = 0, 1  # streams of tasks, whose random draws have nothing in common
 
@@ -43,16 +44,12 @@ TRAINING, EVALUATION = 0, 1  # streams of tasks, whose random draws have nothing
 class RolloutArgs:
     """Flags that training and evaluation share."""
 
-    temperature: float = HfArg(
-        default=1.0, help="of sampling and of the loss; 0: greedy, no training"
-    )
+    temperature: float = HfArg(default=1.0, help="of sampling and of the loss; 0: greedy")
     max_turns: int = HfArg(default=8, help="turns before a trajectory ends as over_turns")
     max_new_tokens: int = HfArg(default=96, help="tokens of a turn; a longer one is a format error")
     max_context: int = HfArg(default=1024, help="window in tokens; when it is full: over_context")
     context: str = HfArg(default="none", help=f"context manager: {', '.join(MANAGERS)}")
-    context_budget: int = HfArg(
-        default=0, help="prompt tokens that it allows (0: 3/4 of the window)"
-    )
+    context_budget: int = HfArg(default=0, help="prompt tokens it allows (0: 3/4 of the window)")
     observation_tokens: int = HfArg(default=192, help="tokens of tool results in one turn")
     slots: int = HfArg(default=64, help="trajectories in flight at once")
     kv_tokens: int = HfArg(default=0, help="KV memory in tokens (0: slots x max_context)")
@@ -63,9 +60,7 @@ class RolloutArgs:
     page_chars: int = HfArg(default=400, help="characters of a page that one browse call shows")
     corpus: str = HfArg(default="", help="index (data/index.py) for tasks that name no world")
     live: bool = HfArg(default=False, help="let browse open public addresses of the real web")
-    search: SearchService = HfArg(
-        default="embedded", help="search service; another one implies --live"
-    )
+    search: Service = HfArg(default="embedded", help="another one implies --live")
     search_url: str = HfArg(default="", help="address of the search service (searxng needs it)")
     python: Interpreter = HfArg(default="monty", help="cpython: all of Python, on Linux only")
     unsafe_python: bool = HfArg(default=False, help="cpython without its sandbox")
@@ -79,13 +74,6 @@ def budget_of(args: RolloutArgs) -> int:
 def open_engine(model, chat: Chat, args: RolloutArgs) -> Engine:
     """The engine that plays with this model, chat template and these limits."""
     return Engine(model, chat.end_id, args, chat.before_question)
-
-
-def open_toolbox(args: RolloutArgs) -> Toolbox:
-    """The tools that these flags ask for; raises as `Toolbox` does."""
-    names = ("corpus", "live", "search_results", "page_chars", "search", "search_url")
-    names += ("python", "unsafe_python")
-    return Toolbox(**{name: getattr(args, name) for name in names})
 
 
 # ------------------------------------------------------------------------------------------ groups

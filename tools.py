@@ -22,11 +22,9 @@ class with `name`, `signature`, `check` and `__call__`, and one line in TOOLS at
         def __call__(self): return time.strftime("%H:%M")
 """
 
-import concurrent.futures
 import json
 import re
 import sqlite3
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from data.index import open_index, search_index
 from support.html_text import html_to_text, view_page
 from support.monty_session import MontyError, run_code, shown
 from support.search_services import WebSearch
+from support.threads import in_thread
 from support.web import LiveWeb, Refused, ToolFault, WebReader
 
 CACHE = Path(__file__).resolve().parent / "runs" / "cache"  # of the real web
@@ -165,22 +164,6 @@ def run_calls(calls: list[ToolCall], tools: dict) -> list[tuple[str, bool]]:
     if len(calls) == 1 or any(getattr(tools[call.name], "stateful", False) for call in calls):
         return [run(call) for call in calls]
     return [future.result() for future in [in_thread(run, call) for call in calls]]
-
-
-def in_thread(function, *arguments) -> concurrent.futures.Future:
-    """Run a function in a thread of its own. A thread that hangs keeps neither others nor the end
-    of the process waiting.
-    """
-    future = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="tools", daemon=True).start()
-    return future
 
 
 # -------------------------------------------------------------------------------- search and browse

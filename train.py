@@ -58,7 +58,9 @@ from workers import AsyncArgs
 DATA = Path(__file__).resolve().parent / "data"
 Mode = Literal["sync", "async"]
 Stale = Literal["mask", "is", "keep"]
-IS_CAP = 2.0  # --stale is: an importance ratio counts at most so much
+# Tokens that older weights sampled: --stale mask leaves them out of the loss, keep trains on them
+# as they are, is weights each by min(IS_CAP, p_now / p_sampler).
+IS_CAP = 2.0
 MAX_GAP = 1e-4  # --check_logprobs: trainer and sampler may differ by rounding errors
 
 
@@ -82,23 +84,13 @@ class TrainArgs:
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
-    negatives: float = HfArg(
-        default=2.0, help="negatives kept for each positive of a group; or inf"
-    )
+    negatives: float = HfArg(default=2.0, help="kept for each positive of a group; inf: all")
     reward: str = HfArg(default="", help="file.py:function, a reward of your own")
     nominal_tokens: int = HfArg(default=128, help="a trajectory's, in the loss's denominator")
     micro_tokens: int = HfArg(default=4096, help="padded tokens in one forward and backward pass")
-    rollout: Mode = HfArg(
-        default="sync", help="sync: in this process; async: in processes beside it"
-    )
-    stale: Stale = HfArg(
-        default="mask",
-        help="tokens of older weights: mask leaves them out of the loss, is weights each by "
-        "min(2, p_now / p_sampler), keep trains on them as they are",
-    )
-    check_logprobs: bool = HfArg(
-        default=False, help="stop where trainer and sampler differ by 1e-4"
-    )
+    rollout: Mode = HfArg(default="sync", help="async: in processes beside this one")
+    stale: Stale = HfArg(default="mask", help="tokens of older weights: out, x ratio, as is")
+    check_logprobs: bool = HfArg(default=False, help="compare trainer and sampler; on CPUs stop")
     eval_every: int = HfArg(default=15, help="updates between evaluations on dev (0: never)")
     eval_tasks: int = HfArg(default=128, help="test tasks, and twice the dev tasks (0: none)")
     save_every: int = HfArg(default=10, help="updates between checkpoints")

@@ -46,8 +46,9 @@ from transformers.hf_argparser import HfArg
 from context import Chat, Segment, Trajectory, Turn
 from data.task import Task
 from engine import keep_memory, load_policy
-from rollout import AgentLoop, Group, RolloutArgs, open_engine, open_toolbox
+from rollout import AgentLoop, Group, RolloutArgs, open_engine
 from support import endings
+from support.toolbox import open_toolbox
 from support.user_code import where_it_failed
 from tools import signatures
 
@@ -61,13 +62,9 @@ class AsyncArgs:
     """Flags of --rollout async."""
 
     workers: int = HfArg(default=0, help="rollout processes of each rank (0: one a core, or a GPU)")
-    partial: bool = HfArg(
-        default=False, help="park what is unfinished, go on with the next weights"
-    )
+    partial: bool = HfArg(default=False, help="park unfinished work, go on with the next weights")
     ahead: float = HfArg(default=0.5, help="partial: groups begun early, as a share of an update's")
-    budget_s: float = HfArg(
-        default=0.0, help="partial: seconds of rollouts an update (0: no limit)"
-    )
+    budget_s: float = HfArg(default=0.0, help="partial: seconds of rollouts (0: no limit)")
     budget_tokens: int = HfArg(default=0, help="partial: sampled tokens of a rank (0: no limit)")
     max_age: int = HfArg(default=4, help="partial: updates after which a group is waited for")
     overlap: bool = HfArg(default=False, help="partial: go on with old weights during the update")

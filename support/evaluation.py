@@ -10,11 +10,11 @@ from transformers.hf_argparser import HfArg
 
 from context import Chat, Trajectory
 from data.task import Task
-from rollout import RolloutArgs, open_toolbox
+from rollout import RolloutArgs
 from support.baselines import Baseline, weaken
 from support.checks import check_rollout_args
 from support.endpoint import probe
-from support.toolbox import Toolbox
+from support.toolbox import Toolbox, open_toolbox
 from tools import signatures
 
 

@@ -23,7 +23,7 @@ from context import Chat, Trajectory
 from data.task import task_at
 from engine import keep_memory
 from evaluate import format_table, summarise
-from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, open_toolbox, play
+from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, play
 from support import endings, run_folder
 from support.curves import draw_curves
 from support.processes import (
@@ -34,7 +34,7 @@ from support.processes import (
     wanted_ranks,
 )
 from support.run_folder import share_of
-from support.toolbox import Toolbox
+from support.toolbox import Toolbox, open_toolbox
 from support.user_code import UserCodeError
 from workers import AsyncRollouts, Setup, WorkerError
 

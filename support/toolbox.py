@@ -104,9 +104,9 @@ class Toolbox:
     def tools_for(self, trajectory) -> dict:
         """name -> tool, in the order of TOOLS."""
         search, browse = self.index_of(trajectory.task)
-        tools = (search, browse, self.python_for(trajectory), *self.others)
-        made = {tool.name: tool for tool in tools}
-        return {tool.name: made[tool.name] for tool in tools.TOOLS}
+        made = (search, browse, self.python_for(trajectory), *self.others)
+        by_name = {tool.name: tool for tool in made}
+        return {tool.name: by_name[tool.name] for tool in tools.TOOLS}
 
     def python_for(self, trajectory):
         """The trajectory's session; CPython's is begun anew where a trajectory goes on elsewhere."""
@@ -126,3 +126,10 @@ class Toolbox:
     def close_all(self) -> None:
         for key in list(self.sessions):
             self.sessions.pop(key).close()
+
+
+def open_toolbox(args) -> Toolbox:
+    """The tools that the flags (`RolloutArgs`) ask for; raises as `Toolbox` does."""
+    names = ("corpus", "live", "search_results", "page_chars", "search", "search_url")
+    names += ("python", "unsafe_python")
+    return Toolbox(**{name: getattr(args, name) for name in names})
