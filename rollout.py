@@ -19,9 +19,10 @@ To try an idea (another stop rule, another observation), change `next_prompt` or
 """
 
 import concurrent.futures
+import copy
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers.hf_argparser import HfArg
@@ -117,6 +118,7 @@ class ToolRun:
     slot: Slot
     step: int  # engine step at which they were made
     since: float  # time of that step, in seconds
+    memory: dict  # a copy of the trajectory's, as the calls found it
     results: concurrent.futures.Future  # what `run_calls` gives
 
 
@@ -207,6 +209,16 @@ class AgentLoop:
     def busy(self) -> bool:
         return bool(self.queue) or any(self.engine.slots)
 
+    def held(self) -> list[Trajectory]:
+        """The trajectories in flight, each as it was at its last turn boundary: calls that run now
+        may have changed what tools keep in memory, and elsewhere they are made again.
+        """
+        before = {run.slot: run.memory for run in self.running}
+        return [
+            replace(slot.trajectory, memory=before.get(slot, slot.trajectory.memory))
+            for slot in filter(None, self.engine.slots)
+        ]
+
     def step(self, hold: bool = False) -> list[Trajectory]:
         """One engine step; returns the trajectories that ended in it.
 
@@ -273,8 +285,9 @@ class AgentLoop:
 
     def run_tools(self, slot: Slot, calls: list[ToolCall]) -> None:
         """Let the calls run in a thread beside the engine."""
+        memory = copy.deepcopy(slot.trajectory.memory)
         results = in_thread(run_calls, calls, self.toolbox.tools_for(slot.trajectory))
-        self.running.append(ToolRun(slot, self.clock, time.perf_counter(), results))
+        self.running.append(ToolRun(slot, self.clock, time.perf_counter(), memory, results))
 
     def join_results(self) -> None:
         """Make observations of the tool results that have come; calls that take too long are given

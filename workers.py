@@ -248,8 +248,7 @@ class Worker:
                 self.engine.new_weights(self.weights.read(self.model))
             if self.hold and self.answered != self.asked:
                 self.answered = self.asked
-                held = [slot.trajectory for slot in self.engine.slots if slot]
-                self.say("held", (self.asked, held))
+                self.say("held", (self.asked, self.loop.held()))
         if time.perf_counter() - self.spoke > 0.5:
             self.say("alive")
         self.channel.flush()

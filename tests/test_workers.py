@@ -1,7 +1,10 @@
+"""Rollout processes: what they share, the schedule of partial rollouts, and what dies or hangs."""
+
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import threading
 import time
@@ -11,22 +14,21 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from scripted import ScriptedToolbox, scripted_tasks, scripted_turn, turns_of
+from scripted import ScriptedLoop, ScriptedToolbox, scripted_tasks, turns_of
 
-from context import Trajectory, Turn
-from engine import Engine
-from rollout import RolloutArgs, ToolThreads, next_prompt, play, rollout, run_turn, take_results
-from support.toolbox import Toolbox
-from tools import ToolCall
+from context import Turn
+from rollout import AgentLoop, RolloutArgs, new_group, open_engine, play
+from support import run_folder
+from support.toolbox import open_toolbox
+from tools import Python, ToolCall
 from workers import (
+    AsyncArgs,
+    AsyncRollouts,
     Channel,
-    Rollouts,
     Setup,
     SharedWeights,
     WorkerError,
     group_from,
-    make_group,
-    signals_later,
 )
 
 ARGS = dict(slots=16, max_new_tokens=2, max_context=2000, max_turns=99, tool_steps=1)
@@ -49,29 +51,34 @@ def make_pool(tiny, tiny_path):
         samples=2,
         workers=1,
         enough=4,
-        act=scripted_turn,
-        toolbox=ScriptedToolbox,
+        loop=ScriptedLoop,
         args=None,
+        version=0,
+        state=None,
         **flags,
     ):
-        setup = Setup(tiny_path, RolloutArgs(**ARGS | (args or {})), toolbox=toolbox, act=act)
-        pools.append(
-            Rollouts(
-                tiny,
-                setup,
-                workers,
-                lambda n, version: (
-                    make_group(tasks[n], n, version, samples, 0) if n < len(tasks) else None
-                ),
-                enough,
-                **flags,
-            )
-        )
+        def next_group(number, version):
+            if number < len(tasks):
+                return new_group(tasks[number], number, samples, 0, version)
+
+        setup = Setup(tiny_path, RolloutArgs(**ARGS | (args or {})), loop=loop)
+        flags = AsyncArgs(**flags)
+        pools.append(AsyncRollouts(tiny, setup, workers, next_group, enough, flags, version, state))
         return pools[-1]
 
     yield make
     for pool in pools:
         pool.close()
+
+
+@pytest.fixture
+def make_loop(tiny, chat):
+    """A scripted loop in this process."""
+
+    def make(args: RolloutArgs, loop=ScriptedLoop, lockstep: bool = True) -> AgentLoop:
+        return loop(open_engine(tiny, chat, args), chat, None, args, lockstep)
+
+    return make
 
 
 def train_on_all(pool, model, version=0, each_step=None):
@@ -88,24 +95,30 @@ def train_on_all(pool, model, version=0, each_step=None):
 
 def assert_each_exactly_once(steps, tasks, samples):
     groups = [group for step in steps for group in step]
-    assert sorted(group.number for group in groups) == list(range(len(tasks)))
+    assert sorted(group.position for group in groups) == list(range(len(tasks)))
     for group in groups:
         assert group.whole() and len(group.trajectories) == samples
         assert [t.key[3] for t in group.trajectories] == list(range(samples))
         assert all(
-            len(t.turns) == turns_of(t) and t.task == tasks[group.number]
+            len(t.turns) == turns_of(t) and t.task == tasks[group.position]
             for t in group.trajectories
         )
 
 
+def actions_of(trajectory) -> list[list[int]]:
+    return [turn.action_ids for turn in trajectory.turns]
+
+
 def ks(a, b):
-    """Two-sample Kolmogorov-Smirnov statistic over its 1% critical value: above 1 the samples differ."""
+    """Two-sample Kolmogorov-Smirnov statistic over its 1% critical value: above 1 the samples
+    differ.
+    """
     grid = np.union1d(a, b)
     cdf_a, cdf_b = (np.searchsorted(np.sort(x), grid, side="right") / len(x) for x in (a, b))
     return np.abs(cdf_a - cdf_b).max() / (1.63 * np.sqrt((len(a) + len(b)) / (len(a) * len(b))))
 
 
-# ------------------------------------------------------------------------------------------------- what processes share
+# ----------------------------------------------------------------------------- what processes share
 
 
 def test_messages_larger_than_the_pipe_in_both_directions():
@@ -169,11 +182,13 @@ def test_weights_are_never_torn_and_never_nan(tiny):
         weights.read(tiny, patience_s=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------ schedule
+# ----------------------------------------------------------------------------------------- schedule
 
 
 def test_no_completion_time_bias_groups_whole_age_bounded(make_pool, tiny):
-    """With a fixed policy the lengths of trained trajectories are those of the synchronous run, over many partial steps."""
+    """With a fixed policy the lengths of trained trajectories are those of the synchronous run, over
+    many partial steps.
+    """
     samples = 2
     tasks = scripted_tasks(150, samples, latency_s=0.0)
     pool = make_pool(tasks, samples, enough=4, partial=True, max_age=3)
@@ -187,12 +202,13 @@ def test_no_completion_time_bias_groups_whole_age_bounded(make_pool, tiny):
     lengths = [len(t.turns) for group in groups for t in group.trajectories]
     sync_lengths = [n for task in tasks for n in task.meta["turns"]]
     assert ks(lengths, sync_lengths) < 1
-    assert len(groups) > 90 and len({group.number for group in groups}) == len(groups)
+    assert len(groups) > 90 and len({group.position for group in groups}) == len(groups)
     assert all(group.whole() for group in groups) and sum(parked) > 20
     ages = [version - group.born for version, step in enumerate(trained) for group in step]
     versions = [{turn.version for turn in t.turns} for group in groups for t in group.trajectories]
     assert max(ages) <= 3 and max(ages) >= 1 and any(len(v) > 1 for v in versions)
-    # The same statistic sees the bias where there is one: a rule that keeps of each group what ends first.
+    # The same statistic sees the bias where there is one: a rule that keeps of each group what ends
+    # first.
     first_to_finish = [n for task in tasks for n in sorted(task.meta["turns"])[:1]]
     assert ks(first_to_finish, sync_lengths) > 1
 
@@ -232,89 +248,63 @@ def test_async_without_partial_is_strictly_on_policy(make_pool, tiny):
     )
 
 
+def through_a_checkpoint(state, model, tokenizer, folder) -> dict:
+    """The state of a rank's rollouts, written and read as a run does."""
+    run_folder.save(folder, 1, model, torch.optim.SGD(model.parameters()), tokenizer, [state])
+    return run_folder.share_of(run_folder.load_state(folder)["rollouts"], 0, 1)
+
+
 @pytest.mark.parametrize("more", [{}, dict(context="summarize", context_budget=160)])
-def test_parked_work_goes_on_token_for_token_from_a_checkpoint(make_pool, tiny, chat, more):
-    """Stopped in the middle, written down as plain data, continued by other processes: greedy decoding gives the uninterrupted run."""
+def test_parked_work_goes_on_token_for_token_from_a_checkpoint(
+    make_pool, make_loop, tiny, tokenizer, tmp_path, more
+):
+    """Stopped in the middle, written to disk, continued by other processes: greedy decoding gives
+    the uninterrupted run.
+    """
     tasks = scripted_tasks(6, 2, seed=3, turns=lambda rng: int(rng.integers(3, 12)), latency_s=0.0)
     args = dict(temperature=0.0) | more
     pool = make_pool(tasks, enough=2, partial=True, budget_tokens=40, args=args)
     first = pool.collect(0)
     state = pool.state()
     assert pool.parked() > 0 and len(first) >= 1
-    assert {group["number"] for group in state["groups"]} >= {
-        group.number for group in first
-    }  # collected, but not trained yet
+    saved = {group["position"] for group in state["groups"]}
+    assert saved >= {group.position for group in first}  # collected, but not trained yet
     pool.publish(tiny, 1)
-    state = pool.state()
+    state = through_a_checkpoint(pool.state(), tiny, tokenizer, tmp_path)
     pool.close()
-    torch.save(state, (path := os.path.join(pool.setup.policy, "state.pt")))
-    again = make_pool(
-        tasks,
-        enough=2,
-        partial=True,
-        args=args,
-        version=1,
-        state=torch.load(path, weights_only=True),
-    )
+    again = make_pool(tasks, enough=2, partial=True, args=args, version=1, state=state)
     steps = [first] + train_on_all(again, tiny, version=1)
     assert_each_exactly_once(steps, tasks, 2)
-    rollout_args = RolloutArgs(**ARGS | args)
-    engine = Engine(
-        tiny,
-        chat.end_id,
-        rollout_args.slots,
-        rollout_args.max_context,
-        rollout_args.max_new_tokens,
-        0.0,
-        chat.before_question,
-    )
-    for group in (group for step in steps for group in step):
-        fresh = make_group(group.trajectories[0].task, group.number, 0, 2, 0).trajectories
-        rollout(engine, chat, fresh, ScriptedToolbox(), rollout_args, act=scripted_turn)
-        assert [[turn.action_ids for turn in t.turns] for t in fresh] == [
-            [turn.action_ids for turn in t.turns] for t in group.trajectories
-        ]
-        assert [[s.ids for s in t.segments] for t in fresh] == [
-            [s.ids for s in t.segments] for t in group.trajectories
-        ]
-    assert (
-        not more
-        or max(len(t.segments) for step in steps for group in step for t in group.trajectories) > 2
-    )
+    loop = make_loop(RolloutArgs(**ARGS | args))
+    groups = [group for step in steps for group in step]
+    for group in groups:
+        whole = play(loop, new_group(tasks[group.position], group.position, 2, 0).trajectories)
+        for fresh, parked in zip(whole, group.trajectories):
+            assert actions_of(fresh) == actions_of(parked)
+            assert [s.ids for s in fresh.segments] == [s.ids for s in parked.segments]
+    if more:
+        assert max(len(t.segments) for group in groups for t in group.trajectories) > 2
 
 
-def test_a_signal_waits_until_a_worker_has_been_started():
-    """Another thread, which blocks no signal, receives it; the main thread must not be interrupted even so."""
-    end = threading.Event()
-    threading.Thread(target=end.wait, daemon=True).start()
-    reached = False
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            with signals_later():
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.05)
-                reached = True
-            reached = False  # the signal comes at the end of the block, not later
-    finally:
-        end.set()
-    assert reached
+def test_a_group_survives_a_checkpoint(tiny, tokenizer, tmp_path):
+    group = new_group(scripted_tasks(1, 2)[0], 5, 2, 0, version=3)
+    call = {"name": "wait", "arguments": {}}
+    turn = Turn([1, 2], [-0.5, -0.25], 3, observation_ids=[4], calls=[call], results=["waited"])
+    group.trajectories[0].turns.append(turn)
+    group.trajectories[0].memory = {"notes_turns": [1], "python": b"\0\xff"}
+    group.trajectories[1].memory = {"python": b""}  # a session that has not begun
+    state = {"next_number": 7, "groups": [asdict(group)]}
+    state = through_a_checkpoint(state, tiny, tokenizer, tmp_path)
+    assert state["next_number"] == 7 and [group_from(plain) for plain in state["groups"]] == [group]
 
 
-def test_a_group_survives_plain_data():
-    task = scripted_tasks(1, 2)[0]
-    group = make_group(task, 5, 3, 2, 0)
-    group.trajectories[0].turns.append(
-        Turn([1, 2], [-0.5, -0.25], 3, [4], [{"name": "wait", "arguments": {}}], ["waited"])
-    )
-    group.trajectories[0].memory["notes_turns"] = [1]
-    assert group_from(asdict(group)) == group
-
-
-# -------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def kill_workers(pool, times, seed=0):
-    """SIGKILL a random worker at random moments, in a thread; returns the thread."""
+    """SIGKILL a random worker at random moments, in a thread; returns the thread. Most of them are
+    in the middle of trajectories, every fifth may still be starting.
+    """
     rng = random.Random(seed)
 
     def lives(pid):  # one that was killed and not yet replaced does not count as killed again
@@ -324,17 +314,14 @@ def kill_workers(pool, times, seed=0):
             return False
 
     def kill():
-        for _ in range(times):
-            time.sleep(rng.uniform(0.0, 1.0))
-            while not (
-                pids := [
-                    worker.process.pid
-                    for worker in pool.workers
-                    if (worker.ready or rng.random() < 0.01) and lives(worker.process.pid)
-                ]
-            ):
-                time.sleep(0.02)
-            time.sleep(rng.uniform(0.0, 0.2))
+        for number in range(times):
+            time.sleep(rng.uniform(0.0, 0.5))
+            pids = []
+            while not pids:
+                time.sleep(0.01)
+                workers = [worker for worker in pool.workers if worker.keys or number % 5 == 4]
+                pids = [w.process.pid for w in workers if lives(w.process.pid)]
+            time.sleep(rng.uniform(0.0, 0.05))
             os.kill(rng.choice(pids), signal.SIGKILL)
 
     thread = threading.Thread(target=kill, daemon=True)
@@ -343,12 +330,11 @@ def kill_workers(pool, times, seed=0):
 
 
 def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(
-    make_pool, tiny, capfd, monkeypatch, kills=int(os.environ.get("KILLS", 5))
+    make_pool, tiny, capfd, monkeypatch, request
 ):
-    """KILLS=100 pytest tests/test_workers.py -k killed: the long version."""
-    monkeypatch.setattr(
-        "workers.MAX_DEATHS", 10 * kills
-    )  # we kill faster than a fault would: several in a row mean nothing
+    kills = 100 if request.config.getoption("--full", default=False) else 5
+    # We kill faster than a fault would: several in a row mean nothing.
+    monkeypatch.setattr("workers.MAX_DEATHS", 10 * kills)
     samples = 2
     tasks = scripted_tasks(40 * kills, samples, seed=4, latency_s=0.02)
     pool = make_pool(tasks, samples, workers=2, enough=4, partial=True)
@@ -364,6 +350,9 @@ def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(
     assert_each_exactly_once(steps, tasks[: pool.next_number], samples)
     said = capfd.readouterr().err
     assert said.count("was killed by SIGKILL: replaced") == kills and "Traceback" not in said
+    handed_out_again = sum(int(n) for n in re.findall(r"replaced, (\d+) trajectories", said))
+    attempts = sum(t.key[4] for step in steps for group in step for t in group.trajectories)
+    assert attempts == handed_out_again > 0  # each loss changes the draws of what was lost
 
 
 def test_a_silent_worker_is_replaced(make_pool, tiny):
@@ -382,31 +371,33 @@ def test_a_silent_worker_is_replaced(make_pool, tiny):
     assert pool.restarts >= 1  # on a slow machine others may have seemed silent too
 
 
-def broken_turn(trajectory, *rest):
-    raise KeyError("a bug in the agent loop")
+class BrokenLoop(ScriptedLoop):
+    def read_turn(self, trajectory):
+        raise KeyError("a bug in the agent loop")
 
 
 def test_a_bug_in_a_worker_is_one_line(make_pool):
-    pool = make_pool(scripted_tasks(4, 2), act=broken_turn)
-    with pytest.raises(
-        WorkerError,
-        match=r"rollout worker 0 failed: KeyError: 'a bug in the agent loop' \(test_workers.py:\d+\)",
-    ):
+    pool = make_pool(scripted_tasks(4, 2), loop=BrokenLoop)
+    line = (
+        r"rollout worker 0 failed: "
+        r"KeyError: 'a bug in the agent loop' \(test_workers.py:\d+\)$"
+    )
+    with pytest.raises(WorkerError, match=line):
         pool.collect(0)
     pool.close()
     assert not multiprocessing.active_children()
 
 
-def dying_turn(trajectory, *rest):
-    os.kill(os.getpid(), signal.SIGKILL)
+class DyingLoop(ScriptedLoop):
+    def read_turn(self, trajectory):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_that_all_die_stop_the_run(make_pool, monkeypatch):
     monkeypatch.setattr("workers.MAX_DEATHS", 2)
-    with pytest.raises(
-        WorkerError, match="2 workers in a row were lost before a trajectory was finished"
-    ):
-        make_pool(scripted_tasks(4, 2), act=dying_turn).collect(0)
+    line = "2 workers in a row were lost before a trajectory was finished"
+    with pytest.raises(WorkerError, match=line):
+        make_pool(scripted_tasks(4, 2), loop=DyingLoop).collect(0)
 
 
 def hang_or_wait(seconds):
@@ -420,149 +411,108 @@ class HangingToolbox(ScriptedToolbox):
         return {"wait": hang_or_wait}
 
 
+class HangingLoop(ScriptedLoop):
+    toolbox_type = HangingToolbox
+
+
 @pytest.mark.parametrize("lockstep", [True, False])
-def test_a_tool_that_hangs_is_given_up(tiny, chat, make_engine, lockstep):
-    args = RolloutArgs(**ARGS | dict(tool_timeout_s=2.0))
-    tasks = scripted_tasks(1, 2, turns=lambda rng: 3, latency_s=9.0) + scripted_tasks(
-        2, 2, turns=lambda rng: 3, latency_s=0.0
-    )
-    left = [t for n, task in enumerate(tasks) for t in make_group(task, n, 0, 2, 0).trajectories]
-    ended = []
+def test_a_tool_that_hangs_is_given_up(make_loop, lockstep):
+    def tasks(count, latency_s):
+        return scripted_tasks(count, 2, turns=lambda rng: 3, latency_s=latency_s)
+
+    loop = make_loop(RolloutArgs(**ARGS | dict(tool_timeout_s=2.0)), HangingLoop, lockstep)
     started = time.monotonic()
-    play(
-        make_engine(tiny, args),
-        chat,
-        HangingToolbox(),
-        args,
-        lambda n: [left.pop() for _ in range(min(n, len(left)))] if left else None,
-        ended.append,
-        lockstep=lockstep,
-        act=scripted_turn,
-    )
-    assert (
-        time.monotonic() - started < 30
-        and len(ended) == 6
-        and all(len(t.turns) == 3 for t in ended)
-    )
-    hung = [t for t in ended if t.task.meta["latency_s"] == 9.0]
-    assert all(
-        turn.results == ["error: no answer within 2 s"] and turn.faults == 1
-        for t in hung
-        for turn in t.turns[:-1]
-    )
-    assert all(
-        turn.results == ["waited"] and turn.faults == 0
-        for t in ended
-        if t not in hung
-        for turn in t.turns[:-1]
-    )
+    groups = [new_group(task, n, 2, 0) for n, task in enumerate(tasks(1, 9.0) + tasks(2, 0.0))]
+    ended = play(loop, [t for group in groups for t in group.trajectories])
+    assert time.monotonic() - started < 30 and all(len(t.turns) == 3 for t in ended)
+    for t in ended:
+        hung = t.task.meta["latency_s"] == 9.0
+        said = ["error: no answer within 2 s"] if hung else ["waited"]
+        assert all(turn.results == said and turn.faults == hung for turn in t.turns[:-1])
 
 
-def test_a_trajectory_that_takes_too_long_is_left_out(tiny, chat, make_engine):
-    args = RolloutArgs(**ARGS | dict(trajectory_timeout_s=0.2))
-    trajectories = make_group(
-        scripted_tasks(1, 2, turns=lambda rng: 50, latency_s=0.15)[0], 0, 0, 2, 0
-    ).trajectories
-    rollout(make_engine(tiny, args), chat, trajectories, ScriptedToolbox(), args, act=scripted_turn)
+def test_a_trajectory_that_takes_too_long_is_left_out(make_loop):
+    loop = make_loop(RolloutArgs(**ARGS | dict(trajectory_timeout_s=0.2)))
+    [task] = scripted_tasks(1, 2, turns=lambda rng: 50, latency_s=0.15)
+    trajectories = play(loop, new_group(task, 0, 2, 0).trajectories)
     assert all(t.status == "tool_fault" and len(t.turns) < 5 for t in trajectories)
 
 
-def test_hung_threads_are_replaced():
-    threads = ToolThreads(2)
-    hung = [threads.submit(threading.Event().wait) for _ in range(2)]
-    waiting = threads.submit(int, "7")
-    assert not waiting.done()
-    for future in hung:
-        threads.give_up(future)
-    assert threads.submit(int, "8").result(timeout=5) == 8 and waiting.result(timeout=5) == 7
-    threads.close()
+# ----------------------------------------------------------------------------------- python session
 
 
-# ------------------------------------------------------------------------------------------------------- python session
+class LatePython(Python):
+    """The session changes a while before the result is there."""
+
+    def __call__(self, code):
+        result = super().__call__(code)
+        time.sleep(0.05)
+        return result
 
 
-def test_a_python_session_is_replayed_where_a_trajectory_goes_on(chat, dev_tasks):
-    """Variables of a session live in one process; elsewhere the earlier code runs again before the next code does."""
-    trajectory = Trajectory(dev_tasks[0], (0, 0, 0, 0), head_ids=[1])
-    args = RolloutArgs()
-    calls = [
-        ToolCall("python", {"code": "x = 40\nprint('once')"}),
-        ToolCall("python", {"code": "x = x + 1"}),
-    ]
-
-    def turn(toolbox, calls, replay):
-        trajectory.turns.append(Turn([5], [-1.0], 0, calls=[asdict(call) for call in calls]))
-        take_results(trajectory, run_turn(calls, toolbox.tools_for(trajectory), replay), chat, args)
-
-    first, second = Toolbox(), Toolbox()
-    turn(first, calls, [])
-    first.close_all()
-    kept = pickle.loads(pickle.dumps(trajectory))
-    replay = [
-        ToolCall(**call) for turn in kept.turns for call in turn.calls if call["name"] == "python"
-    ]
-    turn(second, [ToolCall("python", {"code": "print(x + 1)"})], replay)
-    assert trajectory.turns[-1].results == ["42"] and trajectory.turns[0].results == [
-        "once",
-        "(no output)",
-    ]
-    second.close_all()
+class PythonToolbox(ScriptedToolbox):
+    def tools_for(self, trajectory):
+        return {"python": LatePython(trajectory.memory)}
 
 
-class PythonToolbox(Toolbox):
-    def index_of(self, task):
-        from scripted import wait
+class CountingLoop(ScriptedLoop):
+    """x = 1, then x += 1 in each turn."""
 
-        class Wait:
-            name = "wait"
-            __call__ = staticmethod(wait)
+    toolbox_type = PythonToolbox
 
-        return Wait(), Wait()
-
-
-def counting_turn(trajectory, ids, logprobs, version, chat, tools):
-    """x = 1, then x += 1 in each turn; the fifth turn ends."""
-    trajectory.segments[-1].append(ids, len(trajectory.turns), logprobs)
-    trajectory.turns.append(Turn(ids, logprobs, version))
-    if len(trajectory.turns) == 5:
-        trajectory.status = "answered"
-        return None
-    code = "x = 1\nx" if len(trajectory.turns) == 1 else "x += 1\nx"
-    trajectory.turns[-1].calls = [{"name": "python", "arguments": {"code": code}}]
-    return [ToolCall(**call) for call in trajectory.turns[-1].calls]
+    def read_turn(self, trajectory):
+        code = "x = 1\nx" if len(trajectory.turns) == 1 else "x += 1\nx"
+        return [ToolCall("python", {"code": code}) for _ in super().read_turn(trajectory)]
 
 
-def test_play_replays_and_reruns_what_was_cut_off(tiny, chat, make_engine):
-    args = RolloutArgs(**ARGS)
-    trajectory = make_group(scripted_tasks(1, 1)[0], 0, 0, 1, 0).trajectories[0]
-    rollout(make_engine(tiny, args), chat, [trajectory], PythonToolbox(), args, act=counting_turn)
-    assert [turn.results for turn in trajectory.turns] == [["1"], ["2"], ["3"], ["4"], []]
-    for turns, answered in (
-        (2, True),
-        (3, False),
-    ):  # parked after the tool had answered, and before
-        parked = make_group(trajectory.task, 0, 0, 1, 0).trajectories[0]
-        parked.head_ids = list(trajectory.head_ids)
-        for number in range(turns):
-            next_prompt(parked, chat, args)
-            counting_turn(
-                parked,
-                list(trajectory.turns[number].action_ids),
-                list(trajectory.turns[number].logprobs),
-                0,
-                chat,
-                {},
-            )
-            if number < turns - 1 or answered:
-                take_results(parked, [(trajectory.turns[number].results[0], False)], chat, args)
-        parked = pickle.loads(pickle.dumps(parked))
-        rollout(make_engine(tiny, args), chat, [parked], PythonToolbox(), args, act=counting_turn)
-        assert [turn.results for turn in parked.turns] == [
-            turn.results for turn in trajectory.turns
-        ]
-        assert [turn.action_ids for turn in parked.turns] == [
-            turn.action_ids for turn in trajectory.turns
-        ]
+def results_of(trajectory) -> list[str]:
+    return [result for turn in trajectory.turns for result in turn.results]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_python_session_goes_on_in_another_process(make_loop, answered):
+    """Parked behind a result, and parked while the code runs: then it runs again, once."""
+    [task] = scripted_tasks(1, 1, turns=lambda rng: 5)
+    [whole] = play(
+        make_loop(RolloutArgs(**ARGS), CountingLoop), new_group(task, 0, 1, 0).trajectories
+    )
+    assert results_of(whole) == ["1", "2", "3", "4"]
+
+    loop = make_loop(RolloutArgs(**ARGS), CountingLoop, lockstep=False)
+    [live] = new_group(task, 0, 1, 0).trajectories
+    loop.add([live])
+    while len(live.turns) < 3:
+        loop.step()
+        if len(live.turns) == 2:
+            before = live.memory.get("python")
+    if answered:
+        while not live.turns[-1].results:
+            loop.step(hold=True)
+    else:
+        deadline = time.monotonic() + 20
+        while live.memory["python"] == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+    [parked] = pickle.loads(pickle.dumps(loop.held()))
+    assert results_of(parked) == (["1", "2", "3"] if answered else ["1", "2"])
+    [parked] = play(make_loop(RolloutArgs(**ARGS), CountingLoop), [parked])
+    assert results_of(parked) == results_of(whole) and actions_of(parked) == actions_of(whole)
+
+
+def test_python_sessions_go_on_in_another_worker(make_pool, tiny, tokenizer, tmp_path):
+    tasks = scripted_tasks(4, 2, seed=6, turns=lambda rng: int(rng.integers(3, 12)))
+    flags = dict(enough=2, partial=True, overlap=True, loop=CountingLoop)
+    pool = make_pool(tasks, budget_tokens=30, **flags)
+    first = pool.collect(0)
+    pool.publish(tiny, 1)
+    state = pool.state()  # with overlap the workers are asked while tools run
+    assert pool.parked() > 0
+    pool.close()
+    state = through_a_checkpoint(state, tiny, tokenizer, tmp_path)
+    again = make_pool(tasks, version=1, state=state, **flags)
+    steps = [first] + train_on_all(again, tiny, version=1)
+    assert_each_exactly_once(steps, tasks, 2)
+    for t in (t for step in steps for group in step for t in group.trajectories):
+        assert results_of(t) == [str(n) for n in range(1, len(t.turns))]
 
 
 def test_workers_get_the_tools_that_the_flags_ask_for(monkeypatch):
@@ -576,13 +526,7 @@ def test_workers_get_the_tools_that_the_flags_ask_for(monkeypatch):
         search="searxng",
         search_url="http://s.test",
         unsafe_python=True,
+        python="cpython",
     )
-    assert Setup("nano", args).toolbox(args) == (
-        "c.db",
-        True,
-        7,
-        8,
-        "searxng",
-        "http://s.test",
-        True,
-    )
+    tools = ("c.db", True, 7, 8, "searxng", "http://s.test", True, "cpython")
+    assert open_toolbox(Setup("nano", args).args) == tools
