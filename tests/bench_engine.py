@@ -1,9 +1,10 @@
 """What the engine costs: turn t against t, tokens a second and memory against slots.
 
-In: flags. Out: text tables and, with --json, the figures. Greedy decoding with no end token, so every turn has the same
-number of tokens; observations are random ids. Runs of one comparison take turns in one process; figures are medians.
-"Attention aside": a turn late in a long context reads more keys and values, which is no overhead but work; its share is
-measured with the same number of rows, prompts as long and no earlier turns, and taken off.
+In: flags. Out: text tables and, with --json, the figures. Greedy decoding with no end token, so
+every turn has the same number of tokens; observations are random ids. Runs of one comparison take
+turns in one process, and figures are medians. "Attention aside": a turn late in a long context
+reads more keys and values, which is no overhead but work. Its seconds are measured by bare
+attention calls of the model's own shape, and taken off.
 
     python tests/bench_engine.py --quick --json engine.json
 """
@@ -13,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
@@ -22,34 +23,42 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from transformers.hf_argparser import HfArg
 
 from context import Trajectory
 from data.task import Task
 from engine import Engine, Slot, keep_memory, load_policy
+from rollout import RolloutArgs
 from support.flags import parse_flags
-from support.run_folder import use_threads
+from support.processes import cores_of
+
+SHOWN_TURNS = (1, 2, 10, 20, 30, 40, 50)
 
 
 @dataclass
 class BenchArgs:
-    model: str = field(
-        default="nano", metadata={"help": "nano, a checkpoint folder, a .gguf file or a hub name"}
-    )
-    turns: int = field(default=50, metadata={"help": "turns of a trajectory"})
-    new_tokens: int = field(
-        default=16, metadata={"help": "sampled tokens of a turn; its observation has as many"}
-    )
-    slots: str = field(default="8,32,64,128", metadata={"help": "numbers of slots to compare"})
-    repeats: int = field(default=3, metadata={"help": "runs of each figure"})
-    threads: int = field(default=0, metadata={"help": "CPU threads (0: all cores)"})
-    quick: bool = field(default=False, metadata={"help": "one run of each, slots 8 and 32 and 64"})
-    json: str = field(default="", metadata={"help": "write the figures to this file"})
+    model: str = HfArg(default="nano", help="nano, a checkpoint, a .gguf file or a hub name")
+    turns: int = HfArg(default=50, help="turns of a trajectory")
+    new_tokens: int = HfArg(default=16, help="sampled tokens of a turn; observations have as many")
+    slots: str = HfArg(default="8,32,64,128", help="numbers of slots to compare")
+    repeats: int = HfArg(default=3, help="runs of each figure")
+    threads: int = HfArg(default=0, help="CPU threads (0: all cores)")
+    quick: bool = HfArg(default=False, help="one run of each, slots 8 and 32 and 64")
+    json: str = HfArg(default="", help="write the figures to this file")
 
 
 def make_engine(model, slots: int, max_context: int, new_tokens: int) -> Engine:
-    engine = Engine(model, -1, slots, max_context, new_tokens, 0.0, [])
+    """A greedy engine whose every turn has `new_tokens` tokens, with all its slots taken."""
+    args = RolloutArgs(
+        slots=slots, max_context=max_context, max_new_tokens=new_tokens, temperature=0.0
+    )
+    engine = Engine(model, -1, args, [])
     engine.slots = [Slot(Trajectory(Task("t", "q", "a"), (0, number))) for number in range(slots)]
     return engine
+
+
+def random_ids(rng, count: int) -> list[int]:
+    return rng.integers(300, 2000, count).tolist()
 
 
 def play_turn(engine: Engine, prompts: list[list[int]]) -> float:
@@ -57,52 +66,53 @@ def play_turn(engine: Engine, prompts: list[list[int]]) -> float:
     clock = time.perf_counter()
     for slot, prompt in zip(engine.slots, prompts):
         engine.start_turn(slot, prompt)
-    while not all(slot.turn_done for slot in engine.slots):
+    while not engine.at_boundary():
         engine.step()
     return time.perf_counter() - clock
 
 
+def play_turns(engine: Engine, rng, turns: int, new_tokens: int) -> tuple[list[float], list]:
+    """Seconds of each turn, and the prompts of the last one. Each turn adds 2 x `new_tokens`."""
+    prompts, seconds = [random_ids(rng, 2 * new_tokens) for _ in engine.slots], []
+    for _ in range(turns):
+        seconds.append(play_turn(engine, prompts))
+        last = prompts
+        prompts = [
+            prompt + slot.ids + random_ids(rng, new_tokens)
+            for prompt, slot in zip(prompts, engine.slots)
+        ]
+    return seconds, last
+
+
 def cost_of_turns(model, turns: int, new_tokens: int, repeats: int, slots: int = 4) -> dict:
-    """Seconds of turn 1 to `turns` of a trajectory whose every turn adds 2 x `new_tokens` tokens.
+    """Seconds of turn 1 to `turns` of trajectories whose every turn adds 2 x `new_tokens` tokens.
 
     Returns:
-        turn_s: medians. turn50_over_turn2: last turn over turn 2, as it is; attention_aside: less what attention to the
-        longer context costs (the same number of decoding steps and new tokens over a context that long, minus over a short one,
-        by the model alone); reencode_over_turn2: what the last turn would cost had its context to be computed again.
+        turn_s: median seconds of each turn.
+        turn50_over_turn2_with_attention: the last turns over the first ones, as they are.
+        turn50_over_turn2: the same, less what attention to the longer context costs.
+        reencoded_over_turn2: what the last turn costs if its context is computed again.
     """
     rng, size = np.random.default_rng(0), 2 * new_tokens
-    times, grown, again, runs = [], [], [], []
-    for _ in range(repeats + 1):  # the first warms up
+    times, runs = [], []
+    for _ in range(repeats + 1):
         engine = make_engine(model, slots, turns * size + size, new_tokens)
-        prompts, seconds = [rng.integers(300, 2000, size).tolist() for _ in range(slots)], []
-        for _ in range(turns):
-            seconds.append(play_turn(engine, prompts))
-            last = prompts
-            prompts = [
-                prompt + slot.ids + rng.integers(300, 2000, size - new_tokens).tolist()
-                for prompt, slot in zip(prompts, engine.slots)
-            ]
-        times.append(seconds)
-        # Attention alone: the new tokens of turn `turns` and of turn 2 as bare attention calls of the model's own shape.
-        grown.append(
-            attention_seconds(model, slots, turns * size, new_tokens)
-            - attention_seconds(model, slots, 2 * size, new_tokens)
-        )
+        seconds, last = play_turns(engine, rng, turns, new_tokens)
+        late = attention_seconds(model, slots, turns * size, new_tokens)
+        early = attention_seconds(model, slots, 2 * size, new_tokens)
         engine.new_weights(1)
-        again.append(play_turn(engine, last))
-    times, grown, again = times[1:], grown[1:], again[1:]
-    runs = [
-        {
-            "turn2_s": statistics.median(t[1:5]),
-            "last_s": statistics.median(t[-4:]),
-            "attention_s": g,
-            "reencoded_s": a,
+        run = {
+            "turn2_s": statistics.median(seconds[1:5]),
+            "last_s": statistics.median(seconds[-4:]),
+            "attention_s": late - early,
+            "reencoded_s": play_turn(engine, last),
         }
-        for t, g, a in zip(times, grown, again)
-    ]
+        times.append(seconds)
+        runs.append(run)
+    times, runs = times[1:], runs[1:]  # the first warmed up
     median = lambda values: statistics.median(list(values))
     return {
-        "turn_s": [median(t[k] for t in times) for k in range(turns)],
+        "turn_s": [median(seconds[k] for seconds in times) for k in range(turns)],
         "turn50_over_turn2": median((r["last_s"] - r["attention_s"]) / r["turn2_s"] for r in runs),
         "turn50_over_turn2_with_attention": median(r["last_s"] / r["turn2_s"] for r in runs),
         "reencoded_over_turn2": median(r["reencoded_s"] / r["turn2_s"] for r in runs),
@@ -114,21 +124,20 @@ def cost_of_turns(model, turns: int, new_tokens: int, repeats: int, slots: int =
 
 @torch.no_grad()
 def attention_seconds(model, slots: int, context: int, steps: int) -> float:
-    """Seconds of bare attention over a context of that length, all layers: one pass of `steps` new tokens, then `steps` decoding steps."""
+    """Seconds of bare attention over a context of that length, in all layers: one pass of `steps`
+    new tokens, then `steps` decoding steps.
+    """
     config = model.config.get_text_config()
-    heads, size = (
-        config.num_attention_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     layers = [torch.randn(2, slots, shared, context, size) for _ in range(config.num_hidden_layers)]
-    queries = [
-        (
-            torch.randn(slots, shared, heads // shared * new, size),
-            torch.zeros(slots, 1, heads // shared * new, context),
+    queries = []
+    for new in [steps] + [1] * steps:
+        rows = heads // shared * new
+        queries.append(
+            (torch.randn(slots, shared, rows, size), torch.zeros(slots, 1, rows, context))
         )
-        for new in [steps] + [1] * steps
-    ]
     clock = time.perf_counter()
     for query, mask in queries:
         for keys, values in layers:
@@ -139,81 +148,66 @@ def attention_seconds(model, slots: int, context: int, steps: int) -> float:
 def tokens_against_slots(
     model, numbers: list[int], repeats: int, context: int = 256, new_tokens: int = 32
 ) -> list[dict]:
-    """Tokens a second (prefill apart) and KV memory for each number of slots; the numbers take turns."""
-    rng, rows = np.random.default_rng(0), {}
+    """Tokens a second (prefill apart) and KV memory for each number of slots; the numbers take
+    turns.
+    """
+    rng, runs_of = np.random.default_rng(0), {slots: [] for slots in numbers}
     for _ in range(repeats + 1):
         for slots in numbers:
             engine = make_engine(model, slots, 2 * context, new_tokens)
-            play_turn(
-                engine,
-                [
-                    rng.integers(300, 2000, int(length)).tolist()
-                    for length in rng.integers(context // 2, context, slots)
-                ],
+            lengths = rng.integers(context // 2, context, slots)
+            play_turn(engine, [random_ids(rng, length) for length in lengths])
+            stored, stats = engine.cache.keys + engine.cache.values, engine.stats
+            runs_of[slots].append(
+                {
+                    "tokens_per_s": slots * (new_tokens - 1) / stats["decode_s"],
+                    "prefill_tokens_per_s": stats["prefilled"] / stats["prefill_s"],
+                    "kv_mib": sum(x.numel() * x.element_size() for x in stored) / 2**20,
+                }
             )
-            kept = sum(
-                tensor.numel() * tensor.element_size()
-                for tensor in engine.cache.keys + engine.cache.values
-            )
-            rows.setdefault(slots, []).append(
-                (
-                    slots * (new_tokens - 1) / engine.stats["decode_s"],
-                    engine.stats["prefilled"] / engine.stats["prefill_s"],
-                    kept,
-                )
-            )
-    return [
-        {
-            "slots": slots,
-            "tokens_per_s": statistics.median(run[0] for run in runs[1:]),
-            "prefill_tokens_per_s": statistics.median(run[1] for run in runs[1:]),
-            "kv_mib": runs[0][2] / 2**20,
-            "runs": [run[0] for run in runs[1:]],
-        }
-        for slots, runs in rows.items()
+    rows = []
+    for slots, runs in runs_of.items():
+        runs = runs[1:]  # the first warmed up
+        median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        rows.append({"slots": slots} | median | {"runs": [run["tokens_per_s"] for run in runs]})
+    return rows
+
+
+def format_result(result: dict) -> str:
+    turns, count = result["turns"], result["turns"]["turns"]
+    shown = [t for t in SHOWN_TURNS if t <= count]
+    lines = [
+        "turn    " + "".join(f"{t:>8d}" for t in shown),
+        "ms      " + "".join(f"{turns['turn_s'][t - 1] * 1e3:8.1f}" for t in shown),
+        f"turn {count} over turn 2: {turns['turn50_over_turn2_with_attention']:.2f}; "
+        f"attention's own growth aside {turns['turn50_over_turn2']:.2f}; "
+        f"if the context is computed again {turns['reencoded_over_turn2']:.1f}",
+        f"{'slots':>8s}{'decode tokens/s':>18s}{'prefill tokens/s':>18s}{'KV MiB':>10s}",
     ]
+    for row in result["slots"]:
+        figures = f"{row['tokens_per_s']:18.0f}{row['prefill_tokens_per_s']:18.0f}"
+        lines.append(f"{row['slots']:8d}{figures}{row['kv_mib']:10.1f}")
+    return "\n".join(lines)
 
 
 def main():
     [args] = parse_flags((BenchArgs,), __doc__)
     keep_memory()
-    use_threads(args.threads, 1)
+    torch.set_num_threads(args.threads or cores_of(1))
     try:
         model, _ = load_policy(args.model)
     except ValueError as error:
         sys.exit(f"bench_engine.py: {error}")
-    repeats, numbers = (
-        (1, [8, 32, 64])
-        if args.quick
-        else (args.repeats, [int(number) for number in args.slots.split(",")])
-    )
+    repeats = 1 if args.quick else args.repeats
+    numbers = "8,32,64" if args.quick else args.slots
+    turns = cost_of_turns(model, args.turns, args.new_tokens, repeats)
     result = {
-        "settings": asdict(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        "settings": asdict(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()},
+        "turns": turns,
+        "slots": tokens_against_slots(model, [int(n) for n in numbers.split(",")], repeats),
+        "turn50_over_turn2": turns["turn50_over_turn2"],
     }
-    result |= {
-        "turns": cost_of_turns(model, args.turns, args.new_tokens, repeats),
-        "slots": tokens_against_slots(model, numbers, repeats),
-    }
-    result["turn50_over_turn2"] = result["turns"]["turn50_over_turn2"]
-    turns = result["turns"]
-    print("turn    " + "".join(f"{t:>8d}" for t in (1, 2, 10, 20, 30, 40, 50) if t <= args.turns))
-    print(
-        "ms      "
-        + "".join(
-            f"{turns['turn_s'][t - 1] * 1e3:8.1f}"
-            for t in (1, 2, 10, 20, 30, 40, 50)
-            if t <= args.turns
-        )
-    )
-    print(
-        f"turn {args.turns} over turn 2: {turns['turn50_over_turn2_with_attention']:.2f}; attention's own growth aside {turns['turn50_over_turn2']:.2f}; "
-        f"had the context to be computed again {turns['reencoded_over_turn2']:.1f}"
-    )
-    print(f"{'slots':>8s}{'decode tokens/s':>18s}{'prefill tokens/s':>18s}{'KV MiB':>10s}")
-    for row in result["slots"]:
-        print(
-            f"{row['slots']:8d}{row['tokens_per_s']:18.0f}{row['prefill_tokens_per_s']:18.0f}{row['kv_mib']:10.1f}"
-        )
+    print(format_result(result))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
 

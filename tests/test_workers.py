@@ -332,7 +332,7 @@ def kill_workers(pool, times, seed=0):
 def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(
     make_pool, tiny, capfd, monkeypatch, request
 ):
-    kills = 100 if request.config.getoption("--full", default=False) else 5
+    kills = 100 if request.config.getoption("--full", default=False) else 3
     # We kill faster than a fault would: several in a row mean nothing.
     monkeypatch.setattr("workers.MAX_DEATHS", 10 * kills)
     samples = 2
