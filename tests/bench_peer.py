@@ -44,10 +44,11 @@ from transformers.hf_argparser import HfArg
 from context import SYSTEM_PROMPT, Chat, Trajectory
 from data.task import Task, load_tasks
 from engine import keep_memory, load_policy
-from rollout import AgentLoop, RolloutArgs, new_group, open_engine, open_toolbox, play
+from rollout import AgentLoop, RolloutArgs, new_group, open_engine, play
 from support.answers import correct
 from support.flags import parse_flags
 from support.processes import cores_of
+from support.toolbox import open_toolbox
 from tools import signatures
 from train import Policy, TrainArgs, gradient, rows_of
 from workers import AsyncArgs, AsyncRollouts, Setup
