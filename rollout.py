@@ -234,7 +234,8 @@ class AgentLoop:
                 self.begin_turns()
         if self.engine.at_boundary():  # there is nothing to decode: go straight to the next join
             self.clock += -self.clock % self.args.tool_steps
-            self.wait_for_tools()
+            if not self.lockstep:  # else `join_results` waits
+                self.wait(self.running, 0.005)
         else:
             for slot in self.engine.step():
                 self.end_turn(slot)
@@ -325,20 +326,17 @@ class AgentLoop:
     def wait(self, runs: list[ToolRun], seconds: float) -> None:
         """Wait until one of these tool runs is done, at most so many seconds."""
         clock = time.perf_counter()
-        concurrent.futures.wait(
-            [run.results for run in runs], max(0.0, seconds), concurrent.futures.FIRST_COMPLETED
-        )
+        results = [run.results for run in runs]
+        while not any(future.done() for future in results):
+            left = clock + seconds - time.perf_counter()
+            if left <= 0:
+                break
+            endings.check()
+            if results:
+                concurrent.futures.wait(results, min(left, 0.5), "FIRST_COMPLETED")
+            else:
+                time.sleep(left)
         self.engine.stats["idle_s"] += time.perf_counter() - clock
-
-    def wait_for_tools(self) -> None:
-        """Nothing can be decoded now, so leave the processor to the tools for a moment."""
-        if self.lockstep:  # `join_results` waits
-            return
-        if self.running:
-            self.wait(self.running, 0.005)
-        else:
-            time.sleep(0.005)
-            self.engine.stats["idle_s"] += 0.005
 
     def end_trajectory(self, slot: Slot) -> None:
         self.engine.slots[self.engine.slots.index(slot)] = None

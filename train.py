@@ -46,6 +46,7 @@ from data.task import Task, load_tasks
 from engine import load_policy
 from reward import advantages, control_negatives, load_reward, penalised, turn_rewards
 from rollout import AgentLoop, RolloutArgs, open_engine
+from support.batches import micro_batches, padded
 from support.checks import check_args
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
@@ -61,7 +62,6 @@ Stale = Literal["mask", "is", "keep"]
 # Tokens that older weights sampled: --stale mask leaves them out of the loss, keep trains on them
 # as they are, is weights each by min(IS_CAP, p_now / p_sampler).
 IS_CAP = 2.0
-MAX_GAP = 1e-4  # --check_logprobs: trainer and sampler may differ by rounding errors
 
 
 @dataclass
@@ -163,23 +163,6 @@ def rows_of(
     return rows
 
 
-def micro_batches(rows: list[Row], micro_tokens: int) -> list[list[Row]]:
-    """Rows of like length together, at most `micro_tokens` padded tokens each."""
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.segment.ids)):
-        if batches and (len(batches[-1]) + 1) * len(row.segment.ids) <= micro_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def padded(lists: list[list], dtype: torch.dtype, device) -> torch.Tensor:
-    """(B, T), filled with zeros on the right."""
-    tensors = [torch.tensor(values, dtype=dtype) for values in lists]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
-
-
 def loss_of(policy, rows: list[Row], device) -> torch.Tensor:
     """The sum of -advantage * log-prob over the tokens in the loss of a micro-batch."""
     ids = padded([row.segment.ids for row in rows], torch.long, device)  # (B, T)
@@ -233,23 +216,6 @@ def gradient(
     return norm if math.isfinite(norm) else None
 
 
-@torch.no_grad()
-def logprob_gap(
-    policy, trajectories: list[Trajectory], micro_tokens: int, device, version=0
-) -> float:
-    """Largest |trainer - sampler| over the log-probs of all tokens that this version of the weights
-    sampled. It is a rounding error, unless something is wrong.
-    """
-    gap = 0.0
-    rows = [row for t in trajectories for row in rows_of(t, [1.0] * len(t.turns), version)]
-    for batch in micro_batches(rows, micro_tokens):
-        ids = padded([row.segment.ids for row in batch], torch.long, device)
-        in_loss = padded([row.advantages for row in batch], torch.float32, device) != 0
-        sampled = padded([row.segment.logprobs for row in batch], torch.float32, device)[in_loss]
-        gap = max(gap, float((policy(ids, in_loss) - sampled).abs().max()))
-    return gap
-
-
 # -------------------------------------------------------------------------------------------- main
 
 
@@ -298,9 +264,10 @@ def main():
             trajectories = [t for group in groups for t in group.trajectories]
             rollout_s = time.perf_counter() - clock
             if args.check_logprobs:
-                unwrapped = run.accelerator.unwrap_model(learner.policy)
-                gap = logprob_gap(unwrapped, trajectories, args.micro_tokens, run.device, update)
-                run.check_gap(gap, MAX_GAP)
+                fresh = [
+                    row for t in trajectories for row in rows_of(t, [1.0] * len(t.turns), update)
+                ]
+                run.check_logprobs(fresh)
 
             # 2. Rewards and advantages, group by group. Negatives that are discarded have informed
             # the baseline. Trajectories that the environment failed are left out.

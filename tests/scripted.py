@@ -14,7 +14,9 @@ import numpy as np
 from context import Trajectory
 from data.task import Task
 from rollout import AgentLoop
+from support.batches import logprob_gap
 from tools import ToolCall
+from train import rows_of
 
 
 def heavy_latency(rng) -> float:
@@ -85,3 +87,10 @@ class ScriptedLoop(AgentLoop):
             key = [zlib.crc32(trajectory.task.id.encode()), trajectory.key[3], number + 1]
             latency_s = heavy_latency(np.random.default_rng(key))
         return [ToolCall("wait", {"seconds": latency_s})]
+
+
+def trainer_gap(policy, trajectories: list[Trajectory], version: int = 0) -> float:
+    """Largest |trainer - sampler| log-prob over all tokens that this version sampled."""
+    turns = [(t, [1.0] * len(t.turns)) for t in trajectories]
+    rows = [row for t, ones in turns for row in rows_of(t, ones, version)]
+    return logprob_gap(policy, rows, 4096, "cpu")

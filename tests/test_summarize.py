@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import ROOT
-from scripted import ScriptedLoop, ScriptedToolbox, scripted_tasks
+from scripted import ScriptedLoop, ScriptedToolbox, scripted_tasks, trainer_gap
 from test_train import gradient_of, same
 
 from context import MANAGERS, Trajectory, Turn, extend_segments, summarize
@@ -21,7 +21,7 @@ from engine import Slot, load_policy
 from reward import Reward, turn_rewards
 from rollout import AgentLoop, Group, RolloutArgs, budget_of, new_group
 from rollout import play as play_all
-from train import Policy, TrainArgs, logprob_gap, rows_of
+from train import Policy, TrainArgs, rows_of
 from workers import group_from
 
 ARGS = dict(
@@ -104,7 +104,7 @@ def test_each_token_is_trained_once_under_the_context_that_produced_it(
     args = RolloutArgs(**ARGS | dict(temperature=temperature, kv_tokens=kv_tokens))
     trajectories, prompts = play(make_engine(tiny, args), chat, args, samples=4)
     assert all(len(t.segments) >= 4 for t in trajectories)
-    assert logprob_gap(Policy(tiny, temperature), trajectories, 4096, "cpu") < 1e-4
+    assert trainer_gap(Policy(tiny, temperature), trajectories) < 1e-4
     rows, by_hand = [], 0
     for t in trajectories:
         # The decay runs over all turns, notes too.
@@ -267,7 +267,7 @@ def test_a_fourth_manager_in_a_few_lines(tiny, chat, make_engine, monkeypatch):
     (trajectory,), _ = play(make_engine(tiny, args), chat, args)
     # The first three turns share a segment.
     assert trajectory.status == "answered" and len(trajectory.segments) == 18
-    assert logprob_gap(Policy(tiny, 1.0), [trajectory], 4096, "cpu") < 1e-4
+    assert trainer_gap(Policy(tiny, 1.0), [trajectory]) < 1e-4
     gradients = gradient_of(tiny, rows_of(trajectory, [1.0] * 20, 0), TrainArgs())
     assert any(g.abs().max() > 0 for g in gradients.values())
 

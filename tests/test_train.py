@@ -21,6 +21,7 @@ from data.task import Task, task_at
 from reward import Reward, control_negatives
 from rollout import EVALUATION, Group, RolloutArgs, SyncRollouts, new_group
 from support import processes
+from support.batches import micro_batches, padded
 from support.checks import check_args
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
@@ -43,8 +44,6 @@ from train import (
     gradient,
     learning_rate_at,
     loss_of,
-    micro_batches,
-    padded,
     rows_of,
 )
 from workers import AsyncArgs

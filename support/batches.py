@@ -1,0 +1,41 @@
+"""Rows of tokens as padded batches.
+
+In: rows (`train.Row`). Out: micro-batches, tensors, and the check that trainer and sampler agree.
+"""
+
+import torch
+
+
+def micro_batches(rows: list, micro_tokens: int) -> list[list]:
+    """Rows of like length together, at most `micro_tokens` padded tokens each."""
+    batches: list[list] = []
+    for row in sorted(rows, key=lambda row: len(row.segment.ids)):
+        if batches and (len(batches[-1]) + 1) * len(row.segment.ids) <= micro_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def padded(lists: list[list], dtype: torch.dtype, device) -> torch.Tensor:
+    """(B, T), filled with zeros on the right."""
+    tensors = [torch.tensor(values, dtype=dtype) for values in lists]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+
+
+@torch.no_grad()
+def logprob_gap(policy, rows: list, micro_tokens: int, device) -> float:
+    """Largest |trainer - sampler| over the log-probs of the tokens in the loss. It is a rounding
+    error, unless something is wrong.
+
+    Args:
+        policy: `train.Policy`.
+        rows: made of trajectories that its present weights sampled.
+    """
+    gap = 0.0
+    for batch in micro_batches(rows, micro_tokens):
+        ids = padded([row.segment.ids for row in batch], torch.long, device)
+        in_loss = padded([row.advantages for row in batch], torch.float32, device) != 0
+        sampled = padded([row.segment.logprobs for row in batch], torch.float32, device)[in_loss]
+        gap = max(gap, float((policy(ids, in_loss) - sampled).abs().max()))
+    return gap
