@@ -19,15 +19,16 @@ END_S = 8.0  # after a signal the process is gone at the latest so many seconds 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 received: list[int] = []  # signals, in the order in which they came
+losses: list[str] = []  # what else makes an end necessary, in words: a rank that is gone
 children: list = []  # Popen objects of other ranks, which get the signals that we get
 
 
 class Stopped(Exception):
-    """The user asked for an end; raised at a place where it is safe to end."""
+    """The run was asked to end; raised at a place where it is safe to end."""
 
 
 def listen(script: str) -> None:
-    """Take the signals from now on.
+    """Take the signals from now on, also in a process that was born deaf to them.
 
     A thread reads their numbers, so that the second signal and the last resort work even while the
     main thread is inside a call into C.
@@ -42,42 +43,60 @@ def listen(script: str) -> None:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, lambda number, frame: None)
 
-    def end_now(words: str) -> None:
-        sys.stderr.write(f"{script}: stopped, {words}\n")
-        for child in children:
-            child.kill()
-        os._exit(130)
-
     def watch() -> None:
         while True:
             number = os.read(reader, 1)[0]
             if number not in SIGNALS:
                 continue
             if number in received:  # a launcher may pass on a signal of another kind
-                end_now("without saving")
+                end_now(script, "without saving")
             received.append(number)
             for child in children:
                 child.send_signal(number)
             if len(received) == 1:
-                late = threading.Timer(
-                    END_S, end_now, ["in the middle of something that did not end"]
-                )
-                late.daemon = True
-                late.start()
+                end_later(script, "in the middle of something that did not end")
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def end_now(script: str, words: str) -> None:
+    """End this process and the other ranks, without anything else."""
+    if not is_child():  # rank 0 speaks for all
+        sys.stderr.write(f"{script}: stopped, {words}\n")
+    for child in children:
+        child.kill()
+    os._exit(130)
+
+
+def end_later(script: str, words: str) -> None:
+    """The last resort: end in END_S seconds what does not end by itself."""
+    timer = threading.Timer(END_S, end_now, [script, words])
+    timer.daemon = True
+    timer.start()
+
+
+def lose(script: str, words: str) -> None:
+    """Something without which the run cannot go on is gone: end it as if the user had asked."""
+    losses.append(words)
+    end_later(script, words)
+
+
+def is_child() -> bool:
+    """Whether rank 0 of this machine has started us (`processes.start_ranks`)."""
+    return "NANO_PARENT" in os.environ
 
 
 def check() -> None:
-    """Raises Stopped if the user has asked for an end."""
-    if received:
+    """Raises Stopped if the user has asked for an end, or the run cannot go on."""
+    if received or losses:
         raise Stopped
 
 
 @contextlib.contextmanager
 def deaf():
     """A process that is started in this block is born deaf to the signals. It would not survive
-    them while it imports; its parent ends it. Ours wait until the block ends.
+    them while it imports; its parent ends it, or it listens later. Ours wait until the block ends.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

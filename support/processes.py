@@ -70,7 +70,7 @@ def start_ranks(count: int) -> None:
     The other ranks run the same command. They get our signals from us (`endings`), and end when the
     pipe to us closes. Everything listens on loopback only.
     """
-    if "NANO_PARENT" in os.environ:  # we are one of the others
+    if endings.is_child():  # we are one of the others
         threading.Thread(target=end_with_the_pipe, daemon=True).start()
         port = int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
@@ -90,14 +90,15 @@ def start_ranks(count: int) -> None:
         }
         for rank in range(1, count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NANO_PARENT": str(os.getpid())}
-            endings.children.append(
-                subprocess.Popen(
+            with endings.deaf():
+                child = subprocess.Popen(
                     [sys.executable, *sys.argv],
                     env=os.environ | own,
                     stdin=subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C in the terminal is for us to pass on
                 )
-            )
+            endings.children.append(child)
+            threading.Thread(target=notice_the_end, args=(child, rank), daemon=True).start()
         store = torch.distributed.TCPStore(
             "127.0.0.1",
             port,
@@ -126,6 +127,14 @@ def end_with_the_pipe() -> None:
     """Rank 0 keeps our standard input open as long as it lives."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)
+
+
+def notice_the_end(child: subprocess.Popen, rank: int) -> None:
+    """A rank that fails, or is killed, ends the run. We might wait for it for a long time."""
+    code = child.wait()
+    if code and not endings.received:
+        killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else "has failed"
+        endings.lose("train.py", f"since process {rank} {killed}")
 
 
 def end_ranks() -> None:

@@ -9,9 +9,11 @@ In: flags and a learner. Out: runs/NAME/. Nothing here knows how the policy lear
 import os
 import sqlite3
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -194,9 +196,16 @@ class Run:
         """
         policy = self.accelerator.unwrap_model(self.learner.policy)
         gap = logprob_gap(policy, rows, self.args.micro_tokens, self.device)
-        print(f"step {self.done + 1}: largest |trainer - sampler| log-prob {gap:.1e}", flush=True)
+        gap = max(gather_object([gap]))
+        if self.is_main:
+            line = f"step {self.done + 1}: largest |trainer - sampler| log-prob {gap:.1e}"
+            print(line, flush=True)
         if gap > MAX_GAP and self.device.type == "cpu":
-            sys.exit(f"train.py: trainer and sampler disagree by more than {MAX_GAP:g}")
+            self.fail(f"trainer and sampler disagree by more than {MAX_GAP:g}")
+
+    def fail(self, words: str) -> NoReturn:
+        """End the run for a reason that all ranks see; rank 0 speaks for all."""
+        sys.exit(f"train.py: {words}" if self.is_main else 1)
 
     def step(self, norm: float | None, update: int) -> None:
         """Take the optimizer's step, if the gradient is finite, and hand over the new weights."""
@@ -210,9 +219,7 @@ class Run:
         if norm is None and self.is_main:
             print(f"step {self.done}: the gradient is not finite; the step was skipped", flush=True)
         if self.skipped == SKIPS:
-            sys.exit(
-                f"train.py: {SKIPS} steps in a row without a finite gradient: lower --learning_rate"
-            )
+            self.fail(f"{SKIPS} steps in a row without a finite gradient: lower --learning_rate")
 
     def log(self, metrics: dict, groups: list[Group], outcomes: list[list]) -> None:
         """Write an update's line, and a trajectory of each group with its reward.
@@ -316,9 +323,16 @@ class Run:
     def why(self, error) -> str | None:
         """The line for the user, "" where another rank says it, None where there is no line."""
         is_main = self.accelerator is None or self.is_main
-        broken = isinstance(error, RuntimeError) and endings.received  # by a rank that has stopped
+        told = endings.received or endings.losses
+        # The end of another rank breaks what we wait for together with it.
+        broken = isinstance(error, RuntimeError) and (told or "gloo" in str(error))
         if isinstance(error, endings.Stopped) or broken:
-            return "stopped" if is_main else ""
+            if not is_main:
+                return ""
+            if not told:
+                time.sleep(0.2)  # which rank it was is known a moment after the error
+            since = endings.losses or ["since another process has ended"]
+            return "stopped" if endings.received else f"stopped, {since[0]},"
         if isinstance(error, UserCodeError):
             return str(error)
         if isinstance(error, (ValueError, OSError, sqlite3.Error)) and not self.began:

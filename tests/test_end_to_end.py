@@ -1,8 +1,11 @@
-"""Runs the commands of the README on a small setting: the nano model, the embedded world, real HTTP, a real sandbox."""
+"""Runs the commands of the README on a small setting: the nano model, the embedded world, real
+HTTP, real interpreters. Each run carries a mark, and no process with it may be left behind.
+"""
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,328 +20,460 @@ from safetensors.torch import load_file
 
 from support.run_folder import load_state
 
-SMALL = [
-    "--tasks_per_step",
-    "2",
-    "--samples",
-    "4",
-    "--eval_tasks",
-    "0",
-    "--save_every",
-    "1",
-    "--max_turns",
-    "4",
-    "--dev_tasks",
-    "data/dev.jsonl",
-    "--train_tasks",
-    "data/dev.jsonl",
-]
+SMALL = (
+    "--processes 1 --threads 1 --tasks_per_step 2 --samples 2 --max_turns 3 --eval_tasks 0"
+    " --save_every 1 --format_penalty 0.25"
+    " --train_tasks data/dev.jsonl --dev_tasks data/dev.jsonl"
+).split()
+ASYNC = "--rollout async --partial --workers 1 --slots 16 --max_age 2".split()
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+WORDY = """
+from reward import Reward
+
+def wordy(trajectory):
+    hundreds = sum(len(turn.action_ids) for turn in trajectory.turns) / 100
+    return Reward(hundreds, 0.0, parts={"hundreds": hundreds})
+"""
 
 
-def launch(*arguments, processes=1):
-    """accelerate launch train.py …; should it hang, each of its processes says where, and the test fails with that."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        str(processes),
-        "train.py",
-        *map(str, arguments),
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
-    )
-    try:
-        printed, errors = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        family = [
-            psutil.Process(process.pid),
-            *psutil.Process(process.pid).children(recursive=True),
-        ]
-        for action in (
-            "suspend launchers",
-            "abort",
-            "kill",
-        ):  # a launcher would end the second rank as soon as the first is aborted
-            for each in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    is_launcher = (
-                        "torch.distributed.run" in each.cmdline()
-                        or "accelerate.commands.launch" in each.cmdline()
-                    )
-                    if action == "suspend launchers" and is_launcher:
-                        each.suspend()
-                    elif action == "abort" and not is_launcher:
-                        each.send_signal(
-                            signal.SIGABRT
-                        )  # faulthandler writes down the stacks of all threads
-                        time.sleep(0.5)
-                    elif action == "kill":
-                        each.kill()
-        printed, errors = process.communicate(timeout=60)
-        pytest.fail(f"train.py hangs: {printed}\n{errors[-20000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, printed, errors)
+class Train:
+    """train.py with these flags, in the background; `end` waits for it.
+
+    Args:
+        folder: gets what it prints.
+        launcher: python's arguments before the script.
+    """
+
+    def __init__(self, folder: Path, *flags, launcher=()):
+        self.mark = f"{folder}-{time.monotonic_ns()}"
+        command = [sys.executable, *launcher, "train.py", *map(str, flags)]
+        self.printed, self.errors = folder / "printed.txt", folder / "errors.txt"
+        with open(self.printed, "w") as printed, open(self.errors, "w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=errors,
+                env=os.environ | {"RUN_MARKER": self.mark, "PYTHONFAULTHANDLER": "1"},
+                start_new_session=True,  # as a shell gives each command a group of its own
+            )
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the run that live, oldest first."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                is_ours = process.environ().get("RUN_MARKER") == self.mark
+                if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
+
+    def wait_for(self, condition, seconds: float = 120) -> None:
+        """Until something is so, or the run has ended."""
+        deadline = time.monotonic() + seconds
+        while not condition() and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 200) -> tuple[int, str, str]:
+        """Wait for the end; should the run hang, each of its processes says where.
+
+        Returns:
+            (exit status, what it printed, its errors). No process is left.
+        """
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for process in reversed(self.processes()):
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGABRT)  # faulthandler writes down all stacks
+                    time.sleep(0.5)
+        hung = self.process.poll() is None or self.process.returncode == -signal.SIGABRT
+        deadline = time.monotonic() + 10
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        errors = self.errors.read_text()
+        assert not hung, f"train.py hangs: {errors[-20000:]}"
+        assert not left, f"left behind: {left}"
+        return self.process.wait(), self.printed.read_text(), errors
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+def train(folder: Path, *flags, launcher=()) -> str:
+    """Run train.py to its good end; returns what it printed."""
+    status, printed, errors = Train(folder, *flags, launcher=launcher).end()
+    assert status == 0, errors[-3000:]
+    return printed
 
 
-def same_numbers(a, b):
-    timing = ("rollout_s", "train_s", "tokens_per_s", "idle_share")
-    return [{k: v for k, v in m.items() if k not in timing} for m in a] == [
-        {k: v for k, v in m.items() if k not in timing} for m in b
-    ]
+def last_words(errors: str) -> str:
+    """The one line for the user at the end of a run that failed, behind the progress bars."""
+    assert "Traceback" not in errors, errors[-3000:]
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if "train.py: " in line]
+    assert len(lines) == 1, errors[-3000:]
+    return lines[0]
 
 
-def same_weights(a, b):
+def lines_of(folder: Path, name: str = "metrics") -> list[dict]:
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    timings = ("rollout_s", "train_s", "tokens_per_s", "idle_share")
+    return [{key: v for key, v in row.items() if key not in timings} for row in rows]
+
+
+def same_weights(a: Path, b: Path) -> bool:
     """Whether two model folders hold the same bits."""
     a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    done = launch(*SMALL, "--steps", 3, "--out", out, "--check_logprobs", "True")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out, done.stdout
+def wordy(tmp_path_factory):
+    """Flags of a reward for words, so that every group teaches something."""
+    path = tmp_path_factory.mktemp("reward") / "wordy.py"
+    path.write_text(WORDY)
+    return ["--reward", f"{path}:wordy"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, wordy):
+    """Two updates by README's command: the run's folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = [*SMALL, *wordy, "--steps", 2, "--out", folder / "run", "--check_logprobs", "True"]
+    return folder / "run", train(folder, *flags, launcher=ACCELERATE)
 
 
 def test_a_run_leaves_what_the_readme_promises(whole_run):
     out, printed = whole_run
-    assert {p.name for p in out.iterdir()} >= {
-        "config.json",
-        "metrics.jsonl",
-        "curves.png",
-        "trajectories.jsonl",
-        "checkpoint",
-        "state",
-    }
-    rows = metrics(out)
-    assert [m["step"] for m in rows] == [1, 2, 3]
-    for key in (
-        "reward",
-        "pass_rate",
-        "turns",
-        "tokens",
-        "entropy",
-        "kept_negatives",
-        "stale_share",
-        "parked",
-        "idle_share",
-        "rollout_s",
-        "train_s",
-        "tokens_per_s",
-    ):
-        assert all(key in m for m in rows)
+    names = {"config.json", "metrics.jsonl", "curves.png", "trajectories.jsonl"}
+    assert {path.name for path in out.iterdir()} >= names | {"checkpoint", "state"}
+    rows = lines_of(out)
+    assert [row["step"] for row in rows] == [1, 2]
+    keys = (
+        "reward pass_rate turns tokens entropy kept_negatives stale_share parked idle_share"
+        " rollout_s train_s tokens_per_s pass_rate_by_family zero_variance_groups reward_parts"
+    )
+    assert all(key in row for key in keys.split() for row in rows)
     gaps = [float(line.split()[-1]) for line in printed.splitlines() if "trainer - sampler" in line]
-    assert len(gaps) == 3 and max(gaps) < 1e-4
+    assert len(gaps) == 2 and max(gaps) < 1e-4
     assert not same_weights(ROOT / "data/nano", out / "checkpoint")
 
 
-def test_resume_is_bitwise_equal(whole_run, tmp_path):
-    out, _ = whole_run
-    first = launch(*SMALL, "--steps", 1, "--out", tmp_path / "r")
-    assert first.returncode == 0, first.stderr[-2000:]
-    (tmp_path / "r/state/step-000009-0123456789abcdef.pt").write_bytes(b"torn by a crash")
-    second = launch("--resume", tmp_path / "r", "--steps", 3)
-    assert second.returncode == 0 and "damaged" in second.stderr, second.stderr[-2000:]
-    assert same_numbers(metrics(out), metrics(tmp_path / "r"))
-    assert same_weights(out / "checkpoint", tmp_path / "r/checkpoint")
+def test_parts_of_a_reward_of_ones_own_are_logged_and_the_format_penalty_holds(whole_run):
+    failures = 0
+    for row in lines_of(whole_run[0]):
+        parts, status = row["reward_parts"], row["status"]
+        failed = sum(status.get(s, 0) for s in ("format_error", "over_turns", "over_context"))
+        assert parts.get("format", 0) == pytest.approx(-0.25 * failed / sum(status.values()))
+        assert row["reward"] == pytest.approx(parts["hundreds"] + parts.get("format", 0))
+        failures += failed
+    assert failures
 
 
-def test_two_ranks_equal_one(whole_run, tmp_path):
-    done = launch(*SMALL, "--steps", 1, "--out", tmp_path / "two", processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one = launch(*SMALL, "--steps", 1, "--out", tmp_path / "one")
-    assert one.returncode == 0
-    a, b = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
-    for key in ("reward", "pass_rate", "turns", "tokens", "kept_negatives"):
-        assert a[key] == pytest.approx(b[key])
-    base = load_file(ROOT / "data/nano/model.safetensors")
-    a, b = (load_file(tmp_path / name / "checkpoint/model.safetensors") for name in ("one", "two"))
-    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-5
-    assert max(float((a[name] - base[name]).abs().max()) for name in a) > 1e-5
+def test_resume_is_bitwise_equal_and_survives_a_damaged_state(whole_run, tmp_path):
+    whole, out = whole_run[0], tmp_path / "run"
+    shutil.copytree(whole, out)
+    [newest] = (out / "state").glob("step-000002-*.pt")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    status, _, errors = Train(tmp_path, "--resume", out).end()
+    assert status == 0 and "damaged" in errors, errors[-2000:]
+    assert untimed(lines_of(whole)) == untimed(lines_of(out))
+    assert same_weights(whole / "checkpoint", out / "checkpoint")
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--model", "./nowhere"], "cannot load the model"),
-        (["--train_tasks", "nowhere.jsonl"], "no task file"),
-        (["--resume", "nowhere"], "no run there"),
-        (["--temperature", "0"], "--temperature"),
-        (["--reward", "nowhere.py:f"], "--reward"),
-        (["--no_such_flag", "1"], "unknown flag --no_such_flag"),
-        (["--steps", "many"], "--steps"),
-    ],
-)
-def test_bad_input_gives_a_clear_line(arguments, words):
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
+def assert_like_the_first_update(out: Path, whole: Path):
+    """The same trajectories as one process plays, and but for rounding the same weights."""
+    [a], b = lines_of(out), lines_of(whole)[0]
+    for key in ("reward", "pass_rate", "turns", "tokens", "kept_negatives", "reward_parts"):
+        assert a[key] == pytest.approx(b[key]), key
+    [state] = (whole / "state").glob("step-000001-*.pt")
+    one = torch.load(state, weights_only=True)["model"]
+    base, two = (
+        load_file(f / "model.safetensors") for f in (ROOT / "data/nano", out / "checkpoint")
     )
-    assert done.returncode != 0 and words in done.stderr
+    assert max(float((one[name] - two[name]).abs().max()) for name in two) < 1e-5
+    assert max(float((base[name] - two[name]).abs().max()) for name in two) > 1e-5
 
 
-def test_the_loop_raises_what_is_rewarded(tmp_path):
+def test_two_ranks_equal_one(whole_run, wordy, tmp_path):
+    flags = [*SMALL, *wordy, "--processes", 2, "--steps", 1, "--out", tmp_path / "run"]
+    train(tmp_path, *flags)
+    assert_like_the_first_update(tmp_path / "run", whole_run[0])
+
+
+def test_torchrun_starts_the_ranks_too(whole_run, wordy, tmp_path, request):
+    if not request.config.getoption("--full", default=False):
+        pytest.skip("runs with --full")
+    flags = [*SMALL, *wordy, "--steps", 1, "--out", tmp_path / "run"]
+    train(tmp_path, *flags, launcher=TORCHRUN)
+    assert_like_the_first_update(tmp_path / "run", whole_run[0])
+
+
+def test_the_loop_raises_what_is_rewarded(tmp_path, request):
     """A reward for giving an answer within two turns makes such trajectories more frequent."""
+    full = request.config.getoption("--full", default=False)
     (tmp_path / "soon.py").write_text(
-        "def soon(trajectory):\n    return float(len(trajectory.turns) <= 2 and trajectory.status == 'answered')\n"
+        "def soon(trajectory):\n"
+        "    return float(len(trajectory.turns) <= 2 and trajectory.status == 'answered')\n"
     )
-    done = launch(
-        "--tasks_per_step",
-        4,
-        "--samples",
-        8,
-        "--eval_tasks",
-        0,
-        "--steps",
-        9,
-        "--max_turns",
-        4,
-        "--train_tasks",
-        "data/dev.jsonl",
-        "--reward",
-        f"{tmp_path}/soon.py:soon",
-        "--out",
-        tmp_path / "run",
-        "--learning_rate",
-        "1e-3",
-        "--warmup",
-        "1",
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rewards = [m["reward"] for m in metrics(tmp_path / "run")]
+    flags = ["--tasks_per_step", 4 if full else 2, "--samples", 8, "--steps", 9 if full else 6]
+    flags += ["--max_turns", 4 if full else 3, "--learning_rate", "1e-3", "--warmup", 1]
+    flags += ["--save_every", 99, "--reward", f"{tmp_path}/soon.py:soon", "--out", tmp_path / "run"]
+    train(tmp_path, *SMALL, *flags)
+    rewards = [row["reward"] for row in lines_of(tmp_path / "run")]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
 
 
-# ------------------------------------------------------------------------------------------------- rollout processes
+# ---------------------------------------------------------------------------------- bad input
 
-ASYNC = [
-    *SMALL,
-    "--rollout",
-    "async",
-    "--partial",
-    "--workers",
-    "1",
-    "--slots",
-    "32",
-    "--max_age",
-    "2",
-]
-
-
-def our_processes(marker):
-    """Processes, of this run only, that are still there: the trainer's workers inherit its environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if (
-                process.environ().get("RUN_MARKER") == marker
-                and process.status() != psutil.STATUS_ZOMBIE
-            ):
-                found.append(process)
-        except psutil.Error:
-            pass
-    return found
+MAIN_AGAIN = """
+import json, sys, train
+for flags in json.loads(sys.argv[1]):
+    sys.argv = ["train.py", *flags]
+    try:
+        train.main()
+    except SystemExit as end:
+        print(json.dumps(str(end.code)))
+"""
+BAD_FLAGS = {
+    "--model ./nowhere --processes 1": "cannot load the model",
+    "--train_tasks nowhere.jsonl --processes 1": "no task file",
+    "--resume nowhere": "no run there",
+    "--temperature 0": "--temperature",
+    "--reward nowhere.py:f --processes 1": "--reward",
+    "--no_such_flag 1": "unknown flag --no_such_flag",
+    "--steps many": "--steps",
+}
 
 
-def start_train(marker, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "train.py", *map(str, arguments)],
+def test_bad_input_gives_one_clear_line():
+    """One process for all, since importing takes longest."""
+    flags = json.dumps([flags.split() for flags in BAD_FLAGS])
+    command = [sys.executable, "-c", MAIN_AGAIN, flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(said) == len(BAD_FLAGS), done.stderr[-2000:]
+    for line, words in zip(said, BAD_FLAGS.values()):
+        assert line.startswith("train.py: ") and words in line and "\n" not in line
+
+
+def test_a_reward_that_fails_is_one_line(tmp_path):
+    (tmp_path / "bad.py").write_text("def bad(trajectory):\n    return 1 / 0\n")
+    flags = [*SMALL, "--steps", 1, "--out", tmp_path / "run", "--reward", f"{tmp_path}/bad.py:bad"]
+    status, _, errors = Train(tmp_path, *flags).end()
+    words = last_words(errors)
+    assert status != 0 and "train.py: the reward failed on task" in words
+    assert "ZeroDivisionError: division by zero (bad.py:2)" in words
+
+
+def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run(tmp_path):
+    (tmp_path / "huge.py").write_text(
+        "def huge(trajectory):\n    return 1e300 if trajectory.key[3] % 2 else -1e300\n"
+    )
+    flags = ["--steps", 9, "--samples", 4, "--save_every", 2, "--out", tmp_path / "run"]
+    flags += ["--reward", f"{tmp_path}/huge.py:huge"]
+    status, printed, errors = Train(tmp_path, *SMALL, *flags).end()
+    assert status != 0 and printed.count("the step was skipped") == 3
+    assert "lower --learning_rate" in last_words(errors)
+    assert same_weights(ROOT / "data/nano", tmp_path / "run/checkpoint")
+
+
+# --------------------------------------------------------------------------- how a run ends
+
+
+def stop(run: Train, number: int) -> str:
+    """Send a signal, as the terminal or a user does; returns the one line that the run leaves."""
+    sent = time.monotonic()
+    if number == signal.SIGINT:  # the terminal gives it to the whole group
+        os.killpg(run.process.pid, number)
+    else:
+        run.process.send_signal(number)
+    status, _, errors = run.end(60)
+    seconds = time.monotonic() - sent
+    assert status != 0 and seconds < 12, (seconds, errors[-2000:])  # 10 s, and the look around
+    return last_words(errors)
+
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+MOMENTS = ("as the second process starts", "after an update", "after an asynchronous update")
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_ends_all_ranks_with_one_line(tmp_path, request, wordy, name, moment):
+    """The second process is a rank, but for a sample's asynchronous run, where it is a worker."""
+    number = getattr(signal, name)
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("ignored here, as under nohup, and so by what is started here")
+    full = request.config.getoption("--full", default=False)
+    if not full and SIGNALS.index(name) != MOMENTS.index(moment):
+        pytest.skip("runs with --full")
+    out, is_async = tmp_path / "run", "asynchronous" in moment
+    flags = [*SMALL, *wordy, "--steps", 1000, "--out", out, *(ASYNC if is_async else [])]
+    flags += ["--processes", 2 if full or not is_async else 1]
+    flags += [] if is_async else ["--save_every", 1000]
+    run = Train(tmp_path, *flags)
+    if "starts" in moment:
+        run.wait_for(lambda: len(run.processes()) == 2)
+        assert "train.py: stopped" in stop(run, number) and not lines_of(out)
+        return
+    run.wait_for(lambda: list((out / "state").glob("step-*.pt")) if is_async else lines_of(out))
+    words = stop(run, number)
+    assert f"train.py: stopped after step {len(lines_of(out))}; go on with: " in words
+    assert f"--resume {out}" in words
+    # With workers on other ranks, the last checkpoint is what the run goes on from.
+    assert load_state(out)["step"] >= len(lines_of(out)) - (full and is_async)
+
+
+HANGS = """
+import pathlib, time
+
+def hangs(trajectory):
+    (pathlib.Path(__file__).parent / "hangs").touch()
+    time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    (tmp_path / "hang.py").write_text(HANGS)
+    flags = [*SMALL, "--processes", 2, "--out", tmp_path / "run"]
+    run = Train(tmp_path, *flags, "--reward", f"{tmp_path}/hang.py:hangs")
+    run.wait_for((tmp_path / "hangs").exists)
+    os.killpg(run.process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert run.process.poll() is None
+    sent = time.monotonic()
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.process.wait(60)
+    assert time.monotonic() - sent < 1
+    status, _, errors = run.end()
+    assert status != 0 and "train.py: stopped, without saving" in last_words(errors)
+
+
+LISTENS = """
+import time
+from support import endings
+{before}
+endings.listen("script")
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "before, seconds, words",
+    [
+        ("endings.END_S = 0.3", 0.3, "script: stopped, in the middle of something"),
+        ("signal.signal(signal.SIGHUP, signal.SIG_IGN)", None, ""),
+    ],
+    ids=["the last resort", "nohup"],
+)
+def test_a_script_that_does_not_look_at_the_flag(before, seconds, words):
+    code = "import signal\n" + LISTENS.format(before=before)
+    script = subprocess.Popen(
+        [sys.executable, "-c", code],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"RUN_MARKER": marker},
     )
+    script.stdout.readline()
+    script.send_signal(signal.SIGHUP)
+    try:
+        _, errors = script.communicate(timeout=20 if seconds else 1)
+        assert seconds and script.returncode == 130 and errors.startswith(words)
+    except subprocess.TimeoutExpired:
+        script.kill()
+        assert seconds is None
+
+
+def test_a_process_that_is_born_deaf_hears_once_it_listens():
+    """Ranks are started so: a signal must not end one while it imports."""
+    code = """
+import os, signal, subprocess, sys, time
+from support import endings
+with endings.deaf():
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+child.send_signal(signal.SIGTERM)
+child.stdout.readline()
+child.send_signal(signal.SIGTERM)
+print(child.wait())
+"""
+    command = [sys.executable, "-c", code, LISTENS.format(before="time.sleep(0.2)")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "130\n" and "script: stopped, without saving" in done.stderr
+
+
+def rank_of(process: psutil.Process) -> str | None:
+    """Of a process that runs train.py itself; None of a rollout worker. The environment is the one
+    that the process was born with, and rank 0 made itself one later.
+    """
+    return process.environ().get("RANK", "0") if "train.py" in process.cmdline() else None
+
+
+@pytest.mark.parametrize("rank", ["1", "1 as it starts", "1 beside workers", "0 beside workers"])
+def test_a_rank_that_is_killed_ends_the_run(tmp_path, request, wordy, rank):
+    if rank != "1" and not request.config.getoption("--full", default=False):
+        pytest.skip("runs with --full")
+    out = tmp_path / "run"
+    flags = [*SMALL, *wordy, "--processes", 2, "--steps", 1000, "--out", out]
+    run = Train(tmp_path, *flags, *(ASYNC if "workers" in rank else []))
+    starts = "starts" in rank
+    run.wait_for(lambda: len(run.processes()) == 2 if starts else (out / "checkpoint").exists())
+    ranks = {}
+    for process in run.processes():
+        with contextlib.suppress(psutil.Error):
+            ranks[rank_of(process)] = process
+    ranks[rank[0]].kill()
+    killed = time.monotonic()
+    status, _, errors = run.end(60)
+    assert status != 0 and time.monotonic() - killed < 12, errors[-2000:]
+    if rank[0] == "0":
+        assert "Traceback" not in errors
+        return
+    words = last_words(errors)
+    assert "train.py: stopped, since process 1 was killed by SIGKILL" in words
+    assert starts or f"--resume {out}" in words
 
 
 def test_an_async_run_goes_on_after_a_kill_with_its_parked_work(tmp_path):
-    out = tmp_path / "a"
-    first = start_train(
-        str(tmp_path), *ASYNC, "--steps", 1000, "--out", out, "--overlap", "--stale", "is"
-    )
-    deadline = time.time() + 240
-    while (
-        len(list((out / "state").glob("step-*.pt"))) < 2
-        and first.poll() is None
-        and time.time() < deadline
-    ):
-        time.sleep(0.02)  # a checkpoint each step: the kill comes near or in the middle of one
-    first.kill()
-    assert "Traceback" not in first.communicate()[1]
-    deadline = time.time() + 10
-    while our_processes(str(tmp_path)) and time.time() < deadline:
-        time.sleep(0.1)
-    assert not our_processes(str(tmp_path))  # workers do not outlive a trainer that was killed
-    steps_done = max(int(path.name[5:11]) for path in (out / "state").glob("step-*.pt"))
+    out = tmp_path / "run"
+    flags = [*SMALL, *ASYNC, "--overlap", "--stale", "is", "--steps", 1000, "--out", out]
+    first = Train(tmp_path, *flags)
+    # A checkpoint each step: the kill comes near or in the middle of one.
+    first.wait_for(lambda: len(list((out / "state").glob("step-*.pt"))) == 2)
+    first.process.kill()
+    _, _, errors = first.end()  # workers do not outlive a trainer that was killed
+    assert "Traceback" not in errors
+    done = max(int(path.name[5:11]) for path in (out / "state").glob("step-*.pt"))
     [kept] = load_state(out)["rollouts"]  # of the one rank
-    assert any(
-        trajectory["turns"] for group in kept["groups"] for trajectory in group["trajectories"]
-    )
-    second = launch("--resume", out, "--steps", steps_done + 1)
-    assert second.returncode == 0, second.stderr[-2000:]
-    rows = metrics(out)
-    assert [m["step"] for m in rows] == list(range(1, steps_done + 2))
-    for m in rows:
-        assert sum(m["staleness"].values()) == pytest.approx(1) and m[
-            "stale_share"
-        ] == pytest.approx(1 - m["staleness"].get("0", 0))
-        assert 0 <= m["idle_share"] <= 1 and 0 <= m["trained_share"] <= 1 and m["restarts"] == 0
+    assert any(t["turns"] for group in kept["groups"] for t in group["trajectories"])
+    train(tmp_path, "--resume", out, "--steps", done + 1)
+    rows = lines_of(out)
+    assert [row["step"] for row in rows] == list(range(1, done + 2))
+    for row in rows:
+        assert sum(row["staleness"].values()) == pytest.approx(1)
+        assert row["stale_share"] == pytest.approx(1 - row["staleness"].get("0", 0))
+        assert 0 <= row["idle_share"] <= 1 and 0 <= row["trained_share"] <= 1
+        assert row["restarts"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_everything_with_one_line(tmp_path, number):
-    if signal.getsignal(number) == signal.SIG_IGN:
-        pytest.skip("ignored here, as under nohup, and so by what is started here")
-    process = start_train(str(tmp_path), *ASYNC, "--steps", 1000, "--out", tmp_path / "s")
-    deadline = time.time() + 120
-    while (
-        len(our_processes(str(tmp_path))) < 2 and process.poll() is None and time.time() < deadline
-    ):
-        time.sleep(0.05)  # as soon as the first worker is being started
-    if number == signal.SIGTERM:
-        while not (tmp_path / "s/metrics.jsonl").exists() and time.time() < deadline:
-            time.sleep(0.05)
-    process.send_signal(number)
-    sent = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - sent < 30 and process.returncode != 0  # 10 s on a quiet machine
-    assert (
-        "Traceback" not in errors
-        and len(
-            [line for line in errors.split("\r")[-1].splitlines() if "train.py: stopped" in line]
-        )
-        == 1
-    ), errors[-1000:]
-    deadline = time.time() + 10
-    while our_processes(str(tmp_path)) and time.time() < deadline:
-        time.sleep(0.1)
-    assert not our_processes(str(tmp_path))
-
-
-STOPS_ITSELF = """
+STOPS_ITSELF = f"""{WORDY}
 import os, pathlib, signal, sys
 import torch
-from reward import reward
 train, here = sys.modules["__main__"], pathlib.Path(__file__).parent
 real = TARGET
 
 def stop_once(*arguments, **named):
-    if (here / "s/metrics.jsonl").exists() and not (here / "stopped").exists():  # in the second step
-        (here / "stopped").touch()
+    if (here / "run/metrics.jsonl").exists() and not (here / "stopped").exists():
+        (here / "stopped").touch()  # in the second update
         os.kill(os.getpid(), signal.SIGTERM)
     return real(*arguments, **named)
 
@@ -346,92 +481,37 @@ TARGET = stop_once
 """
 
 
-@pytest.mark.parametrize(
-    "mode, where", [("async", "train.collate"), ("sync", "torch.optim.AdamW.step")]
-)
-def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, whole_run, mode, where):
-    """Saved is the state before that update, with the groups that it was being made of, or the one after it; --resume goes on from there."""
+@pytest.mark.parametrize("where", ["train.loss_of", "torch.optim.AdamW.step"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, request, whole_run, mode, where):
+    """Saved is the state before that update, with the groups that it was being made of, or the one
+    after it; --resume goes on from there.
+    """
+    is_in_sample = (mode == "async") == (where == "train.loss_of")
+    if not is_in_sample and not request.config.getoption("--full", default=False):
+        pytest.skip("runs with --full")
     (tmp_path / "stop.py").write_text(STOPS_ITSELF.replace("TARGET", where))
-    out = tmp_path / "s"
-    flags = [
-        *(SMALL if mode == "sync" else ASYNC),
-        "--save_every",
-        1000,
-        "--steps",
-        20,
-        "--reward",
-        f"{tmp_path}/stop.py:reward",
-        "--out",
-        out,
-    ]
-    first = start_train(str(tmp_path), *flags)
-    try:
-        _, errors = first.communicate(timeout=200)
-    finally:
-        first.kill()
-    assert (
-        (tmp_path / "stopped").exists()
-        and first.returncode != 0
-        and f"--resume {out}" in errors
-        and "Traceback" not in errors
-    ), errors[-2000:]
+    out = tmp_path / "run"
+    flags = [*SMALL, *(ASYNC if mode == "async" else []), "--save_every", 1000, "--steps", 20]
+    # A micro-batch a row, so that the first is not the last.
+    flags += ["--micro_tokens", 1, "--samples", 3] if where == "train.loss_of" else []
+    flags += ["--reward", f"{tmp_path}/stop.py:wordy", "--out", out]
+    status, _, errors = Train(tmp_path, *flags).end()
+    words = last_words(errors)
+    assert (tmp_path / "stopped").exists() and status != 0 and f"--resume {out}" in words
     state = load_state(out)
-    assert state["step"] == (1 if where == "train.collate" else 2)  # the step itself is ended first
-    second = launch("--resume", out, "--steps", 3)
-    assert second.returncode == 0, second.stderr[-2000:]
-    if mode == "sync":
+    assert state["step"] == (1 if where == "train.loss_of" else 2)  # the step itself is ended first
+    if mode == "sync" and state["step"] == 2:
         assert same_weights(whole_run[0] / "checkpoint", out / "checkpoint")
-    else:
+        return
+    train(tmp_path, "--resume", out, "--steps", state["step"] + 1)
+    if mode == "async":
         [kept] = state["rollouts"]
         whole = {
             group["trajectories"][0]["task"]["id"]
             for group in kept["groups"]
             if all(t["status"] != "running" for t in group["trajectories"])
         }
-        trained = {
-            row["id"]
-            for row in map(json.loads, (out / "trajectories.jsonl").read_text().splitlines())
-            if row["step"] == 2
-        }
-        assert whole and whole <= trained
-
-
-def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run(tmp_path):
-    (tmp_path / "huge.py").write_text(
-        "def huge(trajectory):\n    return 1e300 if trajectory.key[-1] % 2 else -1e300\n"
-    )
-    done = launch(
-        *SMALL, "--steps", 9, "--reward", f"{tmp_path}/huge.py:huge", "--out", tmp_path / "r"
-    )
-    assert (
-        done.returncode != 0
-        and done.stdout.count("the step was skipped") == 3
-        and "lower --learning_rate" in done.stderr
-    )
-    assert same_weights(ROOT / "data/nano", tmp_path / "r/checkpoint")
-
-
-def test_a_reward_that_fails_is_one_line(tmp_path):
-    (tmp_path / "bad.py").write_text("def bad(trajectory):\n    return 1 / 0\n")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "train.py",
-            *SMALL,
-            "--steps",
-            "1",
-            "--out",
-            str(tmp_path / "r"),
-            "--reward",
-            f"{tmp_path}/bad.py:bad",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert (
-        "train.py: the reward failed on task" in done.stderr
-        and "ZeroDivisionError: division by zero (bad.py:2)" in done.stderr
-    )
+        lines = lines_of(out, "trajectories")
+        trained = {line["id"] for line in lines if line["step"] == state["step"] + 1}
+        assert whole <= trained and (whole or state["step"] == 2)
