@@ -311,28 +311,27 @@ class Run:
     # ------------------------------------------------------------------------------- the end
 
     def __exit__(self, kind, error, trace) -> None:
-        words = self.why(error)
         try:
-            if words == "stopped":
-                words += self.save_at_the_end()
+            if self.was_stopped(error):
+                words = self.save_at_the_end(broken=isinstance(error, RuntimeError))
+            else:
+                words = self.why(error)
         finally:
             self.close(trace)
         if words is not None:
             sys.exit(f"train.py: {words}" if words else 1)
 
+    def was_stopped(self, error) -> bool:
+        """Whether the user, or the end of another rank, has ended the run. The end of another rank
+        breaks what we wait for together with it.
+        """
+        broken = isinstance(error, RuntimeError) and not isinstance(error, WorkerError)
+        told = endings.received or endings.losses or "gloo" in str(error)
+        return isinstance(error, endings.Stopped) or bool(broken and told)
+
     def why(self, error) -> str | None:
         """The line for the user, "" where another rank says it, None where there is no line."""
         is_main = self.accelerator is None or self.is_main
-        told = endings.received or endings.losses
-        # The end of another rank breaks what we wait for together with it.
-        broken = isinstance(error, RuntimeError) and (told or "gloo" in str(error))
-        if isinstance(error, endings.Stopped) or broken:
-            if not is_main:
-                return ""
-            if not told:
-                time.sleep(0.2)  # which rank it was is known a moment after the error
-            since = endings.losses or ["since another process has ended"]
-            return "stopped" if endings.received else f"stopped, {since[0]},"
         if isinstance(error, UserCodeError):
             return str(error)
         if isinstance(error, (ValueError, OSError, sqlite3.Error)) and not self.began:
@@ -349,14 +348,24 @@ class Run:
             return f"go on with: accelerate launch train.py --resume {self.out}"
         return "nothing to go on with was saved yet"
 
-    def save_at_the_end(self) -> str:
-        """Save what a stopped run has done; returns the rest of its last line.
+    def save_at_the_end(self, broken: bool) -> str:
+        """Save what a stopped run has done; returns its last line, which rank 0 speaks for all.
 
         Parked work of other ranks cannot be asked for now. So with several ranks and workers the
         last checkpoint is what the run goes on from.
+
+        Args:
+            broken: another rank has ended in the middle of what we did together.
         """
+        if self.accelerator and not self.is_main:
+            return ""
+        since = ""
+        if broken and not endings.received:
+            time.sleep(0.2)  # which rank has ended is known a moment after the error
+        if endings.losses:
+            since = f", {endings.losses[0]},"
         if not self.began:
-            return " before the first step"
+            return f"stopped{since} before the first step"
         problem = ""
         alone = self.ranks == 1 or self.rollouts.state(ask=False) is None
         if self.done > self.saved and alone:
@@ -364,7 +373,7 @@ class Run:
                 self.save(ask=False)
             except OSError as error:
                 problem = f"; the last steps could not be saved: {error}"
-        return f" after step {self.done}{problem}; {self.how_to_go_on()}"
+        return f"stopped{since} after step {self.done}{problem}; {self.how_to_go_on()}"
 
     def close(self, trace) -> None:
         """End workers and ranks.
