@@ -258,7 +258,7 @@ def test_bad_input_gives_one_clear_line():
     flags = json.dumps([flags.split() for flags in BAD_FLAGS])
     command = [sys.executable, "-c", MAIN_AGAIN, flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    said = [json.loads(line) for line in done.stdout.splitlines() if line[0] in "[{"]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line[0] == '"']
     assert len(said) == len(BAD_FLAGS), done.stderr[-2000:]
     for line, words in zip(said, BAD_FLAGS.values()):
         assert line.startswith("train.py: ") and words in line and "\n" not in line
