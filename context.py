@@ -39,10 +39,10 @@ NOTES_REQUEST = (
 class Segment:
     """A token sequence that training sees: the exact context of each action in it.
 
-    The three lists have length T. `turn_of[t]` is the index of the turn that sampled token t. It is
-    -1 for a token that the policy did not sample (prompt, observation); such tokens are not in the
-    loss. `logprobs[t]` is the sampler's log-prob of token t, and 0 where the policy did not sample
-    it.
+    The three lists have one entry a token. `turn_of[t]` is the index of the turn that sampled token
+    t. It is -1 for a token that the policy did not sample (prompt, observation); such tokens are
+    not in the loss. `logprobs[t]` is the sampler's log-prob of token t, and 0 where the policy did
+    not sample it.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -197,7 +197,7 @@ def elide_turns(trajectory: Trajectory, chat: Chat, old_turns: int) -> list[int]
 
 
 def none(trajectory: Trajectory, chat: Chat, budget_tokens: int) -> list[int]:
-    """Everything that was ever said. The trajectory ends when the window is full: the baseline."""
+    """Everything that was ever said. The trajectory ends when the window is full."""
     return elide_turns(trajectory, chat, 0)
 
 
@@ -228,9 +228,8 @@ def summarize(trajectory: Trajectory, chat: Chat, budget_tokens: int) -> list[in
     replace them.
 
     A turn of notes is free text: nobody reads calls or answers in it (`rollout.read_turn`). A
-        policy
-    that has its answer gives it a turn later. The notes are an action like any other. They are
-    trained under the context that produced them, with the return of the whole trajectory, as in
+    policy that has its answer gives it a turn later. The notes are an action like any other. They
+    are trained under the context that produced them, with the return of the whole trajectory, as in
     SUPO (Lu et al. 2025, arXiv:2510.06727). CompactionRL (arXiv:2607.05378) found that notes left
     out of the loss degenerate to mere brevity. Moonshot says only that its mechanism lets the model
     "retain important information while discarding unnecessary documents".
@@ -265,7 +264,7 @@ def prompt_after_notes(
     ids += [i for i in notes.action_ids if i not in chat.control_ids] + chat.before_action
     result = before.observation_ids
     over = len(ids) + len(before.action_ids) + len(result) - budget_tokens
-    if over > 0:
+    if over > 0:  # cut the result, with some room for the tags around each part of it
         room = max(16, len(result) - over - 32 * len(before.results))
         result = chat.observation(before.results, room)
     return ids + before.action_ids + result

@@ -121,7 +121,7 @@ def usage(trajectories: list[Trajectory]) -> dict:
         "urls_mean": mean(len(t.urls) for t in trajectories),
         "format_error_rate": status["format_error"] / len(trajectories),
         "status": dict(status),
-        "format_errors": dict(Counter(t.error for t in trajectories if t.error)),
+        "format_errors": dict(Counter(t.error for t in trajectories if t.status == "format_error")),
         "tool_calls": {name: count / len(trajectories) for name, count in sorted(calls.items())},
     }
 

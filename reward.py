@@ -2,7 +2,7 @@
 
     reward              format first, then correctness      (Kimi-Researcher)
     penalised           what a format failure costs         (Kimi-Researcher; the size is ours)
-    turn_rewards        r * gamma**(T - i) for turn i of T  (Kimi-Researcher)
+    turn_rewards        r * gamma**(T - i) if it is correct (Kimi-Researcher)
     advantages          minus the mean of the other tries   (ours: the blog names no baseline)
     control_negatives   which negatives are left out        (Kimi-Researcher; the rule is ours)
 
@@ -10,6 +10,7 @@ In: finished trajectories. Out: plain floats. All functions are pure. To try an 
 `def my_reward(trajectory): return 0.3` into a file and pass `--reward file.py:my_reward`.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Reward:
 
 # HACK HERE: this is the default of --reward. Another one takes a finished trajectory, too.
 def reward(trajectory: Trajectory) -> Reward:
-    """Kimi-Researcher's rule: 1 for the right answer, else 0; a format failure is not looked at."""
+    """Kimi-Researcher's rule: 1 for the right answer, else 0, and of a format failure only that."""
     if trajectory.status in FORMAT_FAILURES:
         return Reward(0.0, 0.0, format_ok=False)
     task, answered = trajectory.task, trajectory.status == "answered"
@@ -108,7 +109,8 @@ def gamma_decay(r: float, T: int, gamma: float) -> list[float]:
 
     Args:
         r: the outcome's reward.
-        T: turns of the model in the whole trajectory, across its segments and parked pieces.
+        T: turns of the policy in the whole trajectory, across its segments and parked pieces. Turns
+            of notes and turns of older weights count.
         gamma: decay a turn; 1 turns it off.
     """
     return [r * gamma ** (T - i) for i in range(1, T + 1)]
@@ -119,7 +121,8 @@ def turn_rewards(outcome: Reward, T: int, gamma: float) -> list[float]:
     return gamma_decay(outcome.total, T, gamma if outcome.correct > 0 else 1.0)
 
 
-# HACK HERE: the baseline is ours. GRPO, for one, divides by the group's standard deviation as well.
+# HACK HERE: the baseline is ours. GRPO, for one, subtracts the group's mean and then divides by its
+# standard deviation.
 def advantages(group: list[list[float]]) -> list[list[float]]:
     """Ours: turn rewards minus their leave-one-out mean over the other trajectories of the task.
 
@@ -148,7 +151,9 @@ def advantages(group: list[list[float]]) -> list[list[float]]:
 
 
 def is_negative(outcome: Reward, group: list[Reward]) -> bool:
-    """Ours: a trajectory is a negative sample if its reward lies below its group's mean."""
+    """Ours: a trajectory is a negative sample if its reward lies below its group's mean. That is
+    not the opposite of "above zero", nor of a positive advantage in each of its turns.
+    """
     return outcome.total < statistics.mean(other.total for other in group)
 
 
@@ -161,7 +166,8 @@ def control_negatives(rewards: list[Reward], ratio: float) -> list[bool]:
     reason; which ones is ours. Format failures are kept first, because their cause stands in the
     trajectory itself; the rest is kept in sampling order, which is random. A wrong answer among
     format failures is not negative, so a group without a correct answer still teaches the format.
-    What is dropped has informed the baseline before, and the loss's denominator is constant.
+    What is dropped still informs the baseline (train.main computes advantages first), and the
+    loss's denominator is constant.
 
     Args:
         rewards: outcomes of the trajectories of one task, penalties included.
@@ -169,6 +175,7 @@ def control_negatives(rewards: list[Reward], ratio: float) -> list[bool]:
     """
     negatives = [k for k, outcome in enumerate(rewards) if is_negative(outcome, rewards)]
     negatives.sort(key=lambda k: rewards[k].format_ok)
-    allowed = max(1, ratio * sum(outcome.total > 0 for outcome in rewards))
+    positives = sum(outcome.total > 0 for outcome in rewards)
+    allowed = ratio if ratio == math.inf else max(1, ratio * positives)  # inf * 0 is no number
     dropped = {k for rank, k in enumerate(negatives) if rank >= allowed}
     return [k not in dropped for k in range(len(rewards))]

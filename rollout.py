@@ -9,9 +9,10 @@
     join_results   their results become the observation, and the trajectory is at a turn boundary
 
 The same loop runs in the trainer (`SyncRollouts`) and in rollout processes (workers.py), whose
-docstring shows who sends what to whom. Turn-level partial rollout is one condition in `step`: while
-the loop is on `hold`, no turn begins. A turn is atomic: all its tokens come from one version of the
-weights, which is written in it.
+docstring shows who sends what to whom. Turn-level partial rollout (`--partial`, in workers.py) is
+`hold` in `step`: while it is true, no turn begins. A parked trajectory stays in its slot; only
+after a lost worker or --resume does it come back through `add`. A turn is atomic: all its tokens
+come from one version of the weights, which is written in it.
 
 In: a policy behind an engine, tasks. Out: `Trajectory` objects with token ids *as sampled*, their
 log-probs, and the segments that training sees.
@@ -98,7 +99,8 @@ def new_group(
     """Fresh attempts at a task.
 
     The key of a trajectory decides its random draws, whoever plays it and whenever: (run seed,
-    stream, position of the task, index in the group, times that it was lost with a worker).
+    stream, position of the task, index in the group, times that it was lost with a worker). The
+    engine adds the number of the turn, and draws one number a token.
 
     Args:
         position: of the task in its stream; a stream may hold the same task twice.
@@ -169,9 +171,10 @@ def take_results(trajectory: Trajectory, results: list[tuple[str, bool]]) -> Non
     turn.faults = sum(is_fault for _, is_fault in results)
     for call, text in zip(turn.calls, turn.results):
         url = call["arguments"].get("url")
-        if url and not text.startswith("error"):
-            trajectory.pages.append(url)
-        seen = dict.fromkeys(([url] if url else []) + urls_in(text))
+        opened = [url] if isinstance(url, str) else []
+        if not text.startswith("error"):
+            trajectory.pages += opened
+        seen = dict.fromkeys(opened + urls_in(text))
         trajectory.urls += [address for address in seen if address not in trajectory.urls]
     with_calls = [t for t in trajectory.turns if t.results]  # a turn of notes calls nothing
     last = with_calls[-MAX_FAULTY_TURNS:]
@@ -188,7 +191,8 @@ class AgentLoop:
     Args:
         engine, chat, toolbox, args: the policy, its chat template, the tools, the limits.
         lockstep: whether a result joins at a step that follows from the step of its call alone: the
-            first join that is `tool_steps` steps later. The engine waits for it there. Batches, and
+            first join that is `tool_steps` steps later, or the next one if nothing is left to
+            decode. The engine waits for it there. Batches, and
             with them every last bit of the log-probs, then do not depend on how fast a tool was
             (sync mode). Otherwise a result joins when it has come.
     """
@@ -198,7 +202,7 @@ class AgentLoop:
         self.lockstep = lockstep
         self.queue: deque[Trajectory] = deque()  # they wait for a free slot
         self.ready: list[Slot] = []  # at a turn boundary, with nothing to wait for
-        self.running: list[ToolRun] = []
+        self.tool_runs: list[ToolRun] = []
         self.ended: list[Trajectory] = []  # since `step` returned last
         self.clock = 0  # engine steps
 
@@ -213,7 +217,7 @@ class AgentLoop:
         """The trajectories in flight, each as it was at its last turn boundary: calls that run now
         may have changed what tools keep in memory, and elsewhere they are made again.
         """
-        before = {run.slot: run.memory for run in self.running}
+        before = {run.slot: run.memory for run in self.tool_runs}
         return [
             replace(slot.trajectory, memory=before.get(slot, slot.trajectory.memory))
             for slot in filter(None, self.engine.slots)
@@ -235,7 +239,7 @@ class AgentLoop:
         if self.engine.at_boundary():  # there is nothing to decode: go straight to the next join
             self.clock += -self.clock % self.args.tool_steps
             if not self.lockstep:  # else `join_results` waits
-                self.wait(self.running, 0.005)
+                self.wait(self.tool_runs, 0.005)
         else:
             for slot in self.engine.step():
                 self.end_turn(slot)
@@ -251,7 +255,7 @@ class AgentLoop:
                 trajectory.head_ids = self.chat.head(trajectory.task.question)
             slot = self.engine.slots[place] = Slot(trajectory)
             last = trajectory.turns[-1] if trajectory.turns else None
-            if last and last.calls and not last.results:  # it was parked before its tools answered
+            if last and last.calls and not last.results:  # it was lost before its tools answered
                 self.run_tools(slot, [ToolCall(**call) for call in last.calls])
             else:
                 self.ready.append(slot)
@@ -282,20 +286,21 @@ class AgentLoop:
             self.ready.append(slot)
 
     def read_turn(self, trajectory: Trajectory) -> list[ToolCall]:
+        """A method, so that a scripted loop can read turns in its own way."""
         return read_turn(trajectory, self.chat, self.toolbox.tools_for(trajectory))
 
     def run_tools(self, slot: Slot, calls: list[ToolCall]) -> None:
         """Let the calls run in a thread beside the engine."""
         memory = copy.deepcopy(slot.trajectory.memory)
         results = in_thread(run_calls, calls, self.toolbox.tools_for(slot.trajectory))
-        self.running.append(ToolRun(slot, self.clock, time.perf_counter(), memory, results))
+        self.tool_runs.append(ToolRun(slot, self.clock, time.perf_counter(), memory, results))
 
     def join_results(self) -> None:
         """Make observations of the tool results that have come; calls that take too long are given
         up.
         """
         decoding, still_running = not self.engine.at_boundary(), []
-        for run in self.running:
+        for run in self.tool_runs:
             if self.lockstep:
                 if decoding and self.clock - run.step < self.args.tool_steps:
                     still_running.append(run)
@@ -305,12 +310,13 @@ class AgentLoop:
             if run.results.done():
                 self.observe(run.slot, run.results.result(), seconds)
             elif seconds >= self.args.tool_timeout_s:
+                run.slot.trajectory.memory = run.memory  # the calls that go on change a dead copy
                 late = f"error: no answer within {self.args.tool_timeout_s:g} s"
                 calls = run.slot.trajectory.turns[-1].calls
                 self.observe(run.slot, [(late, True)] * len(calls), seconds)
             else:
                 still_running.append(run)
-        self.running = still_running
+        self.tool_runs = still_running
 
     def observe(self, slot: Slot, results: list[tuple[str, bool]], seconds: float) -> None:
         """What the tools said follows the last turn."""

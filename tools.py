@@ -16,10 +16,13 @@ Everything that comes from outside (pages, hits, output of code) is hostile: siz
 bounded, and context.py encodes the text so that it cannot contain a control token. A new tool is a
 class with `name`, `signature`, `check` and `__call__`, and one line in TOOLS at the end:
 
-    class Clock:
-        name, signature = "clock", "clock()"
-        def check(self, arguments): return None if not arguments else "clock takes no arguments"
-        def __call__(self): return time.strftime("%H:%M")
+    class Dice:
+        name, signature = "dice", "dice(sides)"
+        def check(self, arguments):  # what is wrong with them, or None
+            good = set(arguments) == {"sides"} and isinstance(arguments["sides"], int)
+            return None if good else "dice takes 'sides', a number"
+        def __call__(self, sides):  # several threads may call it at once
+            return str(1 + hash(sides) % sides)
 """
 
 import json
@@ -35,7 +38,6 @@ from support.search_services import WebSearch
 from support.threads import in_thread
 from support.web import LiveWeb, Refused, ToolFault, WebReader
 
-CACHE = Path(__file__).resolve().parent / "runs" / "cache"  # of the real web
 MAX_CALLS = 8  # in one turn
 TAG, SPACE = re.compile("</?(?:think|tool_call)>"), re.compile(r"\s*")
 JSON = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are not JSON, and int() refuses them
@@ -98,7 +100,10 @@ def parse_action(text: str, tools: dict) -> tuple[list[ToolCall], str | None]:
     for call in calls:
         if call.name not in tools:
             raise FormatError("unknown_tool", f"no tool named {call.name[:40]!r}")
-        problem = tools[call.name].check(call.arguments)
+        try:
+            problem = tools[call.name].check(call.arguments)
+        except Exception as error:  # a bug in a tool must not end the run
+            problem = f"{call.name} cannot read its arguments ({type(error).__name__})"
         if problem:
             raise FormatError("bad_arguments", problem)
     return calls, answers[0].split("</answer>")[0].strip() if answers else None
@@ -126,7 +131,7 @@ def calls_and_rest(text: str) -> tuple[list[ToolCall], str]:
 def read_call(text: str, start: int) -> tuple[ToolCall, int]:
     """The call that stands at `start`, and where its </tool_call> ends.
 
-    Its JSON is read before that tag is looked for, so a tag inside a string is text.
+    Its JSON is read to its end first, so a tag inside a string is text.
     """
     if text.find("</tool_call>", start) < 0:
         raise FormatError("unclosed_tag", "a <tool_call> tag has no partner")
@@ -252,7 +257,7 @@ class Browse:
     def check(self, arguments: dict) -> str | None:
         kinds = {"url": str, "page": (int, float), "find": str, "links": bool}
         if not set(arguments) <= set(kinds) or not isinstance(arguments.get("url"), str):
-            return "browse takes 'url', a string, and if wanted one of 'page', 'find', 'links'"
+            return "browse takes 'url', a string, and if wanted 'page', 'find' or 'links'"
         given = {key: value for key, value in arguments.items() if value is not None}
         page = given.get("page", 1)
         for key, value in given.items():
@@ -336,8 +341,8 @@ def urls_in(text: str) -> list[str]:
     return list(dict.fromkeys(re.findall(r"https?://[^\s<>\"']+", text)))
 
 
-# HACK HERE: a tool of your own is one more class in this list; it is made without arguments, once
-# for all trajectories. Search, Browse and Python are made by Toolbox.
+# HACK HERE: a tool of your own is one more class in this list. It is made once, without arguments,
+# for all trajectories; support/toolbox.py makes Search, Browse and Python.
 TOOLS = [Search, Browse, Python]
 
 

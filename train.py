@@ -1,5 +1,4 @@
-"""REINFORCE for a research agent, end to end: read this file from top to bottom, it is the
-algorithm.
+"""REINFORCE for a research agent: read this file from top to bottom, it is the algorithm.
 
 An update takes some training tasks, plays each several times with the current weights (rollout.py),
 rewards the trajectories (reward.py), and follows the policy gradient
@@ -7,16 +6,17 @@ rewards the trajectories (reward.py), and follows the policy gradient
     grad J = 1/N * sum over trajectories k, turns i, tokens t of
              A(k, i) * grad log pi(token t | everything before it)
 
-with A(k, i) = r_k * gamma**(T_k - i) - leave-one-out baseline and N constant. Only tokens that the
-current policy sampled are in the sum. There is no value network, no KL term and no clipping of
-ratios: data are used once, by the weights that sampled them. (With --partial, several versions of
-the weights may have sampled a trajectory; --stale says what happens to the turns of older ones.)
+with N constant and A(k, i) = R(k, i) - leave-one-out baseline, where R(k, i) = r_k * gamma**(T_k -
+i) for turn i of the T_k turns of a correct trajectory, and R(k, i) = r_k for the others. Only
+tokens that the policy sampled are in the sum. There is no value network, no KL term and no clipping
+of ratios: data are used once, by the weights that sampled them. (With --partial, in workers.py,
+older weights may have sampled some turns of a trajectory; --stale says what happens to those.)
 
 In: a model, a task file. Out: runs/NAME/ with config.json, metrics.jsonl, curves.png,
 trajectories.jsonl, checkpoint/ (a plain save_pretrained folder) and state/ (for --resume). To try
-an idea, look for HACK HERE, in here and in reward.py.
+an idea, look for HACK HERE, in here and in the other files.
 
-Letters in the comments on shapes: B rows of a batch, T tokens of a row, V tokens of the vocabulary.
+Letters in the comments on shapes: B rows of a batch, L tokens of a row, V tokens of the vocabulary.
 
     accelerate launch train.py
 """
@@ -58,9 +58,10 @@ from workers import AsyncArgs
 
 DATA = Path(__file__).resolve().parent / "data"
 Mode = Literal["sync", "async"]
+# What happens to tokens that older weights sampled: "mask" leaves them out of the loss, "keep"
+# trains on them unchanged, "is" multiplies each by the importance ratio min(IS_CAP, p_now /
+# p_sampler).
 Stale = Literal["mask", "is", "keep"]
-# Tokens that older weights sampled: --stale mask leaves them out of the loss, keep trains on them
-# as they are, is weights each by min(IS_CAP, p_now / p_sampler).
 IS_CAP = 2.0
 
 
@@ -86,13 +87,13 @@ class TrainArgs:
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
     negatives: float = HfArg(default=2.0, help="kept for each positive of a group; inf: all")
     reward: str = HfArg(default="", help="file.py:function, a reward of your own")
-    nominal_tokens: int = HfArg(default=128, help="a trajectory's, in the loss's denominator")
+    nominal_tokens: int = HfArg(default=128, help="assumed for a trajectory in the constant N")
     micro_tokens: int = HfArg(default=4096, help="padded tokens in one forward and backward pass")
     rollout: Mode = HfArg(default="sync", help="async: in processes beside this one")
-    stale: Stale = HfArg(default="mask", help="tokens of older weights: out, x ratio, as is")
+    stale: Stale = HfArg(default="mask", help="tokens of older weights: out, x ratio, unchanged")
     check_logprobs: bool = HfArg(default=False, help="compare trainer and sampler; on CPUs stop")
     eval_every: int = HfArg(default=15, help="updates between evaluations on dev (0: never)")
-    eval_tasks: int = HfArg(default=128, help="test tasks, and twice the dev tasks (0: none)")
+    eval_tasks: int = HfArg(default=128, help="test tasks, and half as many of dev (0: none)")
     save_every: int = HfArg(default=10, help="updates between checkpoints")
     processes: int = HfArg(default=0, help="on CPUs (0: one a core, as memory and tasks allow)")
     threads: int = HfArg(default=0, help="CPU threads of a process (0: its share of the cores)")
@@ -113,15 +114,15 @@ class Policy(torch.nn.Module):
         """Log-probs of chosen tokens given what stands before them.
 
         Args:
-            ids: (B, T), padded on the right; causal attention needs no mask then.
-            in_loss: (B, T) bool, the chosen tokens; never the first of a row.
+            ids: (B, L), padded on the right; causal attention needs no mask then.
+            in_loss: (B, L) bool, the chosen tokens; never the first of a row.
 
         Returns:
             (chosen tokens,): log-probs under softmax(logits / temperature), the distribution that
             they were sampled from.
         """
         hidden = self.model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        chosen = in_loss[:, 1:]  # (B, T-1): the hidden state before a token predicts it
+        chosen = in_loss[:, 1:]  # (B, L-1): the hidden state before a token predicts it
         logits = self.model.get_output_embeddings()(hidden[chosen])  # (chosen tokens, V)
         logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
         return logprobs.gather(-1, ids[:, 1:][chosen][:, None])[:, 0]
@@ -133,7 +134,7 @@ class Row:
 
     segment: Segment
     advantages: list[float]
-    stale: list[bool]  # tokens that get an importance ratio
+    reweighted: list[bool]  # stale tokens that --stale is gives an importance ratio
 
 
 def rows_of(
@@ -157,7 +158,7 @@ def rows_of(
             is_stale = turn >= 0 and trajectory.turns[turn].version != version
             in_loss = turn >= 0 and not (is_stale and stale == "mask")
             row.advantages.append(turn_advantages[turn] if in_loss else 0.0)
-            row.stale.append(is_stale and stale == "is")
+            row.reweighted.append(is_stale and stale == "is")
         if any(row.advantages):
             rows.append(row)
     return rows
@@ -165,17 +166,18 @@ def rows_of(
 
 def loss_of(policy, rows: list[Row], device) -> torch.Tensor:
     """The sum of -advantage * log-prob over the tokens in the loss of a micro-batch."""
-    ids = padded([row.segment.ids for row in rows], torch.long, device)  # (B, T)
-    advantage = padded([row.advantages for row in rows], torch.float32, device)  # (B, T)
+    ids = padded([row.segment.ids for row in rows], torch.long, device)  # (B, L)
+    advantage = padded([row.advantages for row in rows], torch.float32, device)  # (B, L)
+    # A token with advantage 0 would add nothing. A loss with another term needs a mask of its own.
     in_loss = advantage != 0
     logprobs = policy(ids, in_loss)  # (tokens in the loss,)
     # HACK HERE: the loss. J is maximised, hence the minus.
     per_token = -logprobs * advantage[in_loss]
-    if any(any(row.stale) for row in rows):  # truncated importance ratios, for stale tokens only
+    if any(any(row.reweighted) for row in rows):  # truncated importance ratios, for stale tokens
         sampled = padded([row.segment.logprobs for row in rows], torch.float32, device)[in_loss]
-        stale = padded([row.stale for row in rows], torch.bool, device)[in_loss]
+        reweighted = padded([row.reweighted for row in rows], torch.bool, device)[in_loss]
         ratio = (logprobs.detach() - sampled).exp().clamp(max=IS_CAP)
-        per_token = per_token * torch.where(stale, ratio, 1.0)
+        per_token = per_token * torch.where(reweighted, ratio, 1.0)
     return per_token.sum()
 
 
@@ -236,11 +238,11 @@ def learning_rate_at(update: int, args: TrainArgs) -> float:
 
 
 def main():
-    parts = parse_flags((TrainArgs, RolloutArgs, AsyncArgs), __doc__)
-    args, rollout_args, async_args = parts
-    with Run(args, parts) as run:
+    flags = parse_flags((TrainArgs, RolloutArgs, AsyncArgs), __doc__)
+    args, rollout_args, async_args = flags
+    with Run(args, flags) as run:
         if args.resume:
-            take_config(args.resume, parts)
+            take_config(args.resume, flags)
         check_args(args, rollout_args, async_args)
         run.begin()
         train_tasks, dev_tasks, test_tasks = load_all_tasks(args)
@@ -249,14 +251,18 @@ def main():
         model, tokenizer = load_policy(args.model, run.device)
         chat = Chat(tokenizer, signatures())
         # The sampler is the learner's own model, so rollouts in this process are on-policy.
-        loop = AgentLoop(open_engine(model, chat, rollout_args), chat, toolbox, rollout_args, True)
+        loop = AgentLoop(
+            open_engine(model, chat, rollout_args), chat, toolbox, rollout_args, lockstep=True
+        )
         policy = Policy(model, rollout_args.temperature)
         learner = run.prepare(policy, args.learning_rate, chat, loop)
         run.open_folder()
         rollouts = run.open_rollouts(train_tasks, async_args)
         before = run.evaluate("test", test_tasks) if run.done == 0 else None
 
-        for update in run.updates():
+        for (
+            update
+        ) in run.updates():  # update u trains weights of version u, and makes version u + 1
             # 1. Rollouts: each task several times, by the current weights.
             clock = time.perf_counter()
             with run.bar(rollouts.enough * args.samples, "rollout") as progress:
@@ -280,9 +286,9 @@ def main():
                     turn_rewards(r, len(t.turns), args.gamma) for r, t in zip(rewards, sound)
                 ]
                 keep = control_negatives(rewards, args.negatives)
-                for trajectory, advantage, in_loss in zip(sound, advantages(per_turn), keep):
-                    if in_loss:
-                        rows += rows_of(trajectory, advantage, update, args.stale)
+                for trajectory, by_turn, is_kept in zip(sound, advantages(per_turn), keep):
+                    if is_kept:
+                        rows += rows_of(trajectory, by_turn, update, args.stale)
                 outcomes.append(rewards)
                 kept.append(keep)
 
@@ -294,8 +300,8 @@ def main():
             run.step(norm, update)
 
             # 4. Bookkeeping.
-            in_loss = sum(sum(map(bool, row.advantages)) for row in rows)
-            counts = sum_over_ranks(counts_of(groups, outcomes, kept, in_loss, rollouts))
+            trained = sum(sum(map(bool, row.advantages)) for row in rows)  # tokens
+            counts = sum_over_ranks(counts_of(groups, outcomes, kept, trained, rollouts))
             metrics = metrics_of(counts, update) | {
                 "learning_rate": learning_rate_at(update, args),
                 "grad_norm": norm,

@@ -3,7 +3,7 @@
     trainer                                             each worker
     -------                                             -----------
     queue of trajectories, groups under way             an AgentLoop with an engine and tools
-        trajectories: new, then parked    -- pipe ->    free slots take them
+        trajectories, oldest group first  -- pipe ->    free slots take them
         enough groups, or budget over: hold  ------>    no turn begins; the turns under way end
         groups under way                  <- pipe --    their state at the turn boundary
     reward, advantages, update

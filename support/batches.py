@@ -18,7 +18,7 @@ def micro_batches(rows: list, micro_tokens: int) -> list[list]:
 
 
 def padded(lists: list[list], dtype: torch.dtype, device) -> torch.Tensor:
-    """(B, T), filled with zeros on the right."""
+    """(B, L), filled with zeros on the right."""
     tensors = [torch.tensor(values, dtype=dtype) for values in lists]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
 

@@ -33,7 +33,7 @@ def counts_of(
     families, right, parts, versions = Counter(), Counter(), Counter(), Counter()
     for group, outcomes_of in zip(groups, outcomes):
         family = group.trajectories[0].task.family
-        families[family] += len(outcomes_of)
+        families[family] += len(group.trajectories)
         right[family] += sum(outcome.correct for outcome in outcomes_of)
     for outcome in rewards:
         parts.update(outcome.parts)
@@ -61,7 +61,7 @@ def counts_of(
         "restarts": rollouts.restarts,
         "idle_share": rollouts.idle_share,
         "ranks": 1,
-        "errors": dict(Counter(t.error for t in trajectories if t.error)),
+        "errors": dict(Counter(t.error for t in trajectories if t.status == "format_error")),
     }
 
 

@@ -289,6 +289,13 @@ def constant_reward(folder, value):
     return load
 
 
+@pytest.mark.parametrize("group", [[0.0, 0.0, -0.5, -0.5, -0.5], [1.0, 0.0, 0.0, -0.5]])
+def test_an_infinite_ratio_keeps_all_negatives(group):
+    """Also in a group without a positive, where infinity times zero is no number."""
+    rewards = [Reward(total, float(total > 0), total >= 0) for total in group]
+    assert all(control_negatives(rewards, float("inf")))
+
+
 @pytest.mark.parametrize("status", ["format_error", "over_context", "over_turns"])
 def test_a_users_reward_is_not_asked_about_format_failures(tmp_path, status):
     (tmp_path / "mine.py").write_text("def f(trajectory):\n    return 1 / 0\n")

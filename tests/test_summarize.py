@@ -167,7 +167,7 @@ def test_a_trajectory_parked_around_its_notes_goes_on_token_for_token(
     loop.add([parked])
     while len(parked.turns) < turns:
         loop.step()
-    while loop.running:
+    while loop.tool_runs:
         loop.step(hold=True)
     assert len(parked.turns) == turns
     if asked:
@@ -251,7 +251,7 @@ def test_a_notes_turn_is_never_read_and_must_end(tiny, chat, make_engine, text):
         assert trajectory.status == ("running" if ends else "format_error")
         assert trajectory.error == ("" if ends else "unfinished")
         assert trajectory.answer is None and trajectory.turns[-1].calls == []
-        assert loop.running == [] and loop.ready == ([slot] if ends else [])
+        assert loop.tool_runs == [] and loop.ready == ([slot] if ends else [])
 
 
 def test_a_fourth_manager_in_a_few_lines(tiny, chat, make_engine, monkeypatch):

@@ -153,7 +153,7 @@ def trajectory(versions=(3, 3), segments=1):
 
 def test_the_mask_is_what_the_current_policy_sampled():
     (row,) = rows_of(trajectory(versions=(2, 3)), [0.5, 0.7], version=3)
-    assert row.advantages == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0] and not any(row.stale)
+    assert row.advantages == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0] and not any(row.reweighted)
     assert rows_of(trajectory(versions=(2, 2)), [0.5, 0.7], version=3) == []
     first, second = rows_of(trajectory(segments=2), [0.5, 0.7], version=3)
     assert first.advantages == [0, 0, 0.5, 0.5, 0, 0]
@@ -168,8 +168,8 @@ def test_what_stale_turns_count(tiny):
     all_of = [0, 0, 0.5, 0.5, 0, 0, 0.7, 0.7, 0, 0]
     assert mask[0].advantages == [0, 0, 0, 0, 0, 0, 0.7, 0.7, 0, 0]
     assert keep[0].advantages == corrected[0].advantages == all_of
-    assert not any(mask[0].stale) and not any(keep[0].stale)
-    assert corrected[0].stale == [False, False, True, True] + [False] * 6
+    assert not any(mask[0].reweighted) and not any(keep[0].reweighted)
+    assert corrected[0].reweighted == [False, False, True, True] + [False] * 6
     with torch.no_grad():
         logits = tiny(torch.tensor([t.segments[0].ids])).logits[0]
     now = torch.log_softmax(logits, -1)[[1, 2], [5, 6]]
@@ -311,7 +311,7 @@ def test_metrics_by_hand():
         "reward": pytest.approx(1.5 / 7),
         "reward_parts": pytest.approx({"correct": 2 / 7, "short": 0.4 / 7, "format": -0.5 / 7}),
         "pass_rate": 2 / 8,
-        "pass_rate_by_family": {"hop": 1 / 6, "list": 1.0},
+        "pass_rate_by_family": {"hop": 1 / 6, "list": 1 / 2},
         "turns": 1.0,
         "tokens": 40 / 8,
         "entropy": 0.5,
