@@ -313,7 +313,7 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         words = self.why(error)
         try:
-            if words == "stopped":
+            if words and self.is_stop(error):
                 words += self.save_at_the_end()
         finally:
             self.close(trace)
@@ -323,16 +323,8 @@ class Run:
     def why(self, error) -> str | None:
         """The line for the user, "" where another rank says it, None where there is no line."""
         is_main = self.accelerator is None or self.is_main
-        told = endings.received or endings.losses
-        # The end of another rank breaks what we wait for together with it.
-        broken = isinstance(error, RuntimeError) and (told or "gloo" in str(error))
-        if isinstance(error, endings.Stopped) or broken:
-            if not is_main:
-                return ""
-            if not told:
-                time.sleep(0.2)  # which rank it was is known a moment after the error
-            since = endings.losses or ["since another process has ended"]
-            return "stopped" if endings.received else f"stopped, {since[0]},"
+        if self.is_stop(error):
+            return self.how_it_was_stopped(error) if is_main else ""
         if isinstance(error, UserCodeError):
             return str(error)
         if isinstance(error, (ValueError, OSError, sqlite3.Error)) and not self.began:
@@ -343,6 +335,22 @@ class Run:
                 reason = f"{error.strerror} ({error.filename or self.out})"
             return f"{reason}; {self.how_to_go_on()}"
         return None
+
+    def is_stop(self, error) -> bool:
+        """Whether the run was asked to end, or the end of another rank broke what we waited for
+        together with it.
+        """
+        told = endings.received or endings.losses
+        broken = isinstance(error, RuntimeError) and (told or "gloo" in str(error))
+        return isinstance(error, endings.Stopped) or bool(broken)
+
+    def how_it_was_stopped(self, error) -> str:
+        if endings.received or (isinstance(error, endings.Stopped) and not endings.losses):
+            return "stopped"
+        if not endings.losses:
+            time.sleep(0.2)  # which rank has ended is known a moment after the error
+        since = endings.losses or ["since another process has ended"]
+        return f"stopped, {since[0]},"
 
     def how_to_go_on(self) -> str:
         if self.out and any((self.out / "state").glob("step-*.pt")):
