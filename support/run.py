@@ -362,6 +362,7 @@ class Run:
         since = ""
         if broken and not endings.received:
             time.sleep(0.2)  # which rank has ended is known a moment after the error
+            since = ", since another process has ended,"
         if endings.losses:
             since = f", {endings.losses[0]},"
         if not self.began:

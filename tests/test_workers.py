@@ -186,8 +186,8 @@ def test_weights_are_never_torn_and_never_nan(tiny):
 
 
 def test_no_completion_time_bias_groups_whole_age_bounded(make_pool, tiny):
-    """With a fixed policy the lengths of trained trajectories are those of the synchronous run, over
-    many partial steps.
+    """With a fixed policy the lengths of trained trajectories are those of the synchronous run, and
+    that over many partial updates.
     """
     samples = 2
     tasks = scripted_tasks(150, samples, latency_s=0.0)
