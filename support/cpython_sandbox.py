@@ -152,11 +152,9 @@ def set_limits(memory: int) -> None:
         # The kernel counts the threads of a *user*, so an ordinary user's desktop counts too.
         others = int(open("/proc/loadavg").read().split()[3].split("/")[1])
         threads = 64 if os.geteuid() == 0 else others + 256
-        try:  # if memory runs out, this process goes before the trainer
-            with open("/proc/self/oom_score_adj", "w") as file:
-                file.write("1000")
-        except OSError:
-            pass
+        # If memory runs out, this process goes before the trainer.
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
     os.umask(0o077)
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
@@ -335,10 +333,9 @@ class CPythonSession:
     because the trajectory was begun in another process, repeats them before its first call.
 
     Args:
-        memory: a trajectory's `memory`; None for a session of its own.
+        memory, output_chars: see tools.Python.
         timeout_s: wall-clock limit for one call, in seconds.
         memory_mb: address space of the child, in MiB.
-        output_chars: what the policy sees of the output, in characters.
         unsafe: run without the sandbox: for code that you would run yourself.
     """
 
@@ -364,11 +361,7 @@ class CPythonSession:
         return None if good else "python takes 'code', a string"
 
     def describe(self) -> str:
-        """What confines the code, in words, from a child that is started for the purpose.
-
-        Raises:
-            ValueError: it cannot be started or confined.
-        """
+        """What confines the code, in words of a child; ValueError if none can be started."""
         try:
             self.start()
             return self.isolation
@@ -537,11 +530,7 @@ class CPythonSession:
 
 
 def opener(unsafe: bool):
-    """A function that makes the session of a trajectory's memory.
-
-    Raises:
-        ValueError: this machine has no sandbox, and the user wants one; the line says what to do.
-    """
+    """A function that makes the session of a trajectory's memory; ValueError without a sandbox."""
     if not unsafe and (lacks := missing()):
         raise ValueError(
             f"--python cpython has no sandbox on this machine: {lacks}. --python monty needs none; "

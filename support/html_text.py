@@ -29,6 +29,7 @@ EXPONENT = re.compile(r"[-+−–]?(?:\d+|[a-z])(?:[-+/]\w+)?")
 FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
 # What `find` takes for the same: quotation marks and the keys that people have, kinds of space.
 SAME = str.maketrans("‘’‚“”„\n\t\xa0İ", "'''\"\"\"   i")
+SENTENCE_END = re.compile(r"\n|\. ")
 CHARSET = r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})"
 MARKS = {  # byte order marks
     codecs.BOM_UTF8: "utf-8-sig",
@@ -109,11 +110,7 @@ def start_of(element: etree._Element, pieces: int, length: int) -> str:
 
 
 def links_of(page: str, url: str) -> list[tuple[str, str]]:
-    """The links of a page in order, each once: (address, label).
-
-    Args:
-        url: the page's own address, which relative links begin at unless its <base> says otherwise.
-    """
+    """The links of a page at `url` in order, each once: (address, label)."""
     found, room, tree = {}, MAX_LINKS, parse(page)
     for element in tree.iter("base", "meta", "a"):
         href, label = element.get("href"), start_of(element, 200, 2000)
@@ -199,9 +196,8 @@ class TreeWriter:
 
     def shown(self, tag: str) -> str:
         """The tag as html2text is to see it; "" if it is not to see it."""
-        if tag in ("head", "abbr") or (tag in LISTS and self.open_lists > MAX_LISTS):
-            return ""
-        return "div" if tag in LAYOUT else tag
+        hidden = tag in ("head", "abbr") or (tag in LISTS and self.open_lists > MAX_LISTS)
+        return "" if hidden else "div" if tag in LAYOUT else tag
 
 
 def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
@@ -219,7 +215,7 @@ def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
 
 
 def piece_starts(text: str, page_chars: int) -> list[int]:
-    """Where pieces of at most `page_chars` characters begin: with a line or sentence if they can."""
+    """Where pieces of at most `page_chars` characters begin: with lines, with sentences or as is."""
     starts, start = [0], 0
     while len(text) - start > page_chars:
         end = start + page_chars
@@ -256,7 +252,7 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
         number, of_last = (bisect.bisect_right(starts, i, hi=len(starts) - 1) for i in (at, last))
         lines, sentences = text.rfind("\n", start, at), text.rfind(". ", start, at)
         start = max(start, starts[number - 1], lines + 1, sentences + 2 if sentences >= 0 else 0)
-        boundary = re.compile(r"\n|\. ").search(text, last, starts[of_last])
+        boundary = SENTENCE_END.search(text, last, starts[of_last])
         end = boundary.end() if boundary else starts[of_last]
         yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
         at = folded.find(wanted, max(last + 1, end - len(wanted) + 1))
@@ -289,12 +285,7 @@ def view_page(
     elif text is None:
         text = html_to_text(page)
     if find and find.strip():
-        found, room = [], page_chars
-        for passage in passages_with(find, text, page_chars):
-            found.append(passage)
-            room -= len(passage) + 1
-            if room < 0:
-                break
+        found = itertools.islice(passages_with(find, text, page_chars), page_chars)
         return "\n".join(found)[:page_chars] or "Not found."
     pieces = split_pages(text, page_chars)
     if page_number > len(pieces):

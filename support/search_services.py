@@ -101,12 +101,14 @@ class WebSearch:
         if not re.match("https?://", self.url) or not self.host:
             where = "the address of a server: --search_url http://HOST:PORT"
             raise ValueError(f"search by {name} needs {where}")
-        key_name, (header, value) = self.service.key_name, self.service.key_header
-        key = os.environ.get(key_name, "").strip()
-        if key_name and not key:
-            where = f"an API key in the environment variable {key_name}"
-            raise ValueError(f"search by {name} needs {where}")
-        self.headers = {"Accept": "application/json"} | ({header: value.format(key)} if key else {})
+        self.headers = {"Accept": "application/json"}
+        if key_name := self.service.key_name:
+            key = os.environ.get(key_name, "").strip()
+            if not key:
+                where = f"an API key in the environment variable {key_name}"
+                raise ValueError(f"search by {name} needs {where}")
+            header, value = self.service.key_header
+            self.headers[header] = value.format(key)
         self.session = bounded_session(
             public=False,
             gap_s=gap_s,
@@ -117,11 +119,7 @@ class WebSearch:
         )
 
     def probe(self) -> None:
-        """Find out now, at no cost, whether the service can be reached.
-
-        Raises:
-            ValueError: it cannot.
-        """
+        """Find out now, at no cost, whether the service can be reached; ValueError if not."""
         parts = urlsplit(self.url)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         try:

@@ -103,11 +103,7 @@ class TLSSocket(TotalTimeout, ssl.SSLSocket):
 
 
 def addresses_of(host: str, port: int, timeout_s: float) -> list[tuple]:
-    """What socket.getaddrinfo gives, but in time; no name server is asked about a number.
-
-    Raises:
-        OSError: no answer.
-    """
+    """What socket.getaddrinfo gives, but in time; no name server is asked about a number."""
     try:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
         return [(family, socket.SOCK_STREAM, 0, "", (host, port))]
@@ -145,8 +141,7 @@ class Connection:
 class BoundedAdapter(requests.adapters.HTTPAdapter):
     """Reads each answer whole, at most MAX_PAGE_BYTES of it and within the time-out of the request.
 
-    So whatever stands between us and the network (a cache) sees only small, finished answers. One
-    that was cut has the header X-Cut.
+    So a cache behind it sees only small, finished answers. One that was cut has the header X-Cut.
 
     Args:
         public: only addresses of the public internet can be reached.
@@ -183,10 +178,7 @@ class BoundedAdapter(requests.adapters.HTTPAdapter):
         time.sleep(turn - now)
 
     def send(self, request, stream=False, timeout=None, **kwargs) -> requests.Response:
-        """One request.
-
-        Args:
-            timeout: seconds for all of it.
+        """One request, with `timeout` seconds for all of it.
 
         Raises:
             Refused: an address that is not public, or an encoding that we did not ask for.
@@ -229,14 +221,11 @@ def optional(package: str):
 def bounded_session(
     public: bool, gap_s: float = 0.0, cache: Path | str = "", **cache_options
 ) -> requests.Session:
-    """A session without cookies, proxies and passwords, which may keep answers on disk.
+    """A session without cookies, proxies and passwords; `public` and `gap_s` as in BoundedAdapter.
 
     Args:
-        public, gap_s: see BoundedAdapter.
         cache: folder to keep answers in for CACHE_S seconds; "" keeps none.
-
-    Raises:
-        ValueError: requests-cache is missing.
+        cache_options: which answers it keeps, in the words of requests-cache.
     """
     session = requests.Session()
     if cache:
@@ -337,11 +326,7 @@ class WebReader:
 def follow(get, url: str, deadline: float) -> tuple[requests.Response, str]:
     """The answer for an address, and where it was found, over redirects that are each checked.
 
-    Args:
-        get: makes one request, (request, url, deadline) -> answer.
-
-    Raises:
-        Refused: no address of a page, or too many redirects. Unavailable: HTTP 429 or 5xx.
+    `get(request, url, deadline)` makes one request. HTTP 429 and 5xx raise Unavailable.
     """
     target = url
     for _ in range(MAX_REDIRECTS + 1):
@@ -362,9 +347,6 @@ class LiveWeb:
     Args:
         cache: folder where pages are kept; "" keeps none.
         gap_s: seconds between two requests to one host.
-
-    Raises:
-        ValueError: a package that only the live web needs is missing.
     """
 
     def __init__(self, cache: Path | str = "", gap_s: float = 1.0):
@@ -373,11 +355,7 @@ class LiveWeb:
         self.robots = {}  # site -> its rules
 
     def get(self, request, url: str, deadline: float) -> requests.Response:
-        """One request for a page.
-
-        Raises:
-            Refused: robots.txt forbids the address. OSError: it cannot be read now.
-        """
+        """One request for a page; Refused if robots.txt forbids it, OSError if it is not read."""
         parts = urlsplit(request.url)
         site = f"{parts.scheme}://{parts.netloc}"
         if site not in self.robots:
@@ -388,10 +366,7 @@ class LiveWeb:
 
     def read_robots(self, site: str, host: str, deadline: float):
         """RFC 9309: what is absent forbids nothing, what cannot be reached means not now."""
-
-        def get(request, _, deadline: float) -> requests.Response:
-            return send_in_time(self.session, request, deadline)
-
+        get = lambda request, _, deadline: send_in_time(self.session, request, deadline)
         reply, _ = follow(get, f"{site}/robots.txt", deadline)
         text = decode_page(reply.content[:500_000]) if reply.status_code == 200 else ""
         rules = self.parse_robots(text)
@@ -401,11 +376,7 @@ class LiveWeb:
 
 
 def checked_request(target: str, url: str) -> requests.PreparedRequest:
-    """A request as requests understands the address, which is what the caller decides by.
-
-    Raises:
-        Refused: an address of another kind, or with a user name. ValueError: no address at all.
-    """
+    """A request as requests understands the address, which is what the caller decides by."""
     request = requests.Request("GET", target, HEADERS).prepare()
     parts = urlsplit(request.url)
     named = parts.hostname and not parts.username and not parts.password
@@ -415,11 +386,7 @@ def checked_request(target: str, url: str) -> requests.PreparedRequest:
 
 
 def html_of(reply: requests.Response, url: str) -> str:
-    """The HTML of an answer; plain text is wrapped in <pre>.
-
-    Raises:
-        Refused: it is no text.
-    """
+    """The HTML of an answer; plain text is wrapped in <pre>, and what is no text is Refused."""
     content_type, body = reply.headers.get("Content-Type", "text/html").lower(), reply.content
     kind = content_type.split(";")[0].strip()
     if kind == "application/pdf" or body.startswith(b"%PDF-"):
