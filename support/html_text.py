@@ -215,7 +215,7 @@ def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
 
 
 def piece_starts(text: str, page_chars: int) -> list[int]:
-    """Where pieces of at most `page_chars` characters begin: with lines, with sentences or as is."""
+    """Where pieces of at most `page_chars` characters begin: with a line or sentence if any."""
     starts, start = [0], 0
     while len(text) - start > page_chars:
         end = start + page_chars
