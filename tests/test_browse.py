@@ -866,6 +866,24 @@ def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
     assert "good now" in make()(url="http://site.example/bad")  # errors are not kept
 
 
+def test_redirects_are_kept_on_disk_and_a_crawl_delay_is_for_requests_alone(server, web, tmp_path):
+    server.answers = {
+        "/robots.txt": (200, {"Content-Type": "text/plain"}, b"User-agent: *\nCrawl-delay: 0.3\n"),
+        "/old": (301, {"Location": "/new"}, b""),
+        "/new": (200, {}, b"moved here"),
+    }
+    times = []
+    for _ in range(2):
+        started = time.monotonic()
+        page = Browse(live=LiveWeb(tmp_path, gap_s=0), timeout_s=9).reader.read(
+            "http://site.example/old"
+        )
+        times.append(time.monotonic() - started)
+        assert page.url == "http://site.example/new" and "moved here" in page.html
+    assert server.asked == ["/robots.txt", "/old", "/new"]
+    assert times[0] > 0.25 > times[1]
+
+
 def test_four_processes_share_one_cache(server, web, tmp_path):
     """Rollout workers write the same folder at once."""
     code = """import socket, sys
