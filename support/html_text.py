@@ -135,11 +135,12 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: a line a paragraph, `a | b` a table row, no links, no scripts."""
-    tree, writer = parse(page), TreeWriter()
+    tree, converter = parse(page), html2text.HTML2Text(bodywidth=0)
+    converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
     for part in main_parts(tree):
-        writer.write(part)
+        write_tree(part, converter)
     lines = []
-    for line in writer.converter.finish().splitlines():
+    for line in converter.finish().splitlines():
         text = line.strip().replace(LINE_OF_PRE, "").rstrip()
         if text and not re.fullmatch(r"[-| :>]+", text):
             nested = re.match(r"  ( +)(?:\* |\d+\. )", line)  # an item of a list inside a list
@@ -150,54 +151,32 @@ def html_to_text(page: str) -> str:
     return "\n".join(lines)
 
 
-class TreeWriter:
-    """Hands the elements and texts of a tree to html2text, in the place of its own parser."""
-
-    def __init__(self):
-        self.converter = html2text.HTML2Text(bodywidth=0)
-        self.converter.ignore_links = self.converter.ignore_images = True
-        self.converter.ignore_emphasis = True
-        self.open_pre = self.open_lists = 0
-        self.text, self.closings = "", []  # the text written last; what comes after each open <sup>
-
-    def write(self, root: etree._Element) -> None:
-        for event, element in etree.iterwalk(root, events=("start", "end")):
-            if event == "start":
-                self.start(element)
-                continue
-            self.end(element)
-            if element is not root:
-                self.write_text(element.tail)
-
-    def write_text(self, text: str | None) -> None:
-        if text:
-            self.text = text.replace("\n", "\n" + LINE_OF_PRE) if self.open_pre else text
-            self.converter.handle_data(self.text, True)  # True: no backslashes, this is no Markdown
-
-    def start(self, element: etree._Element) -> None:
-        self.open_pre += element.tag == "pre"
-        self.open_lists += element.tag in LISTS
-        if tag := self.shown(element.tag):
-            self.converter.handle_starttag(tag, [])
-        if element.tag == "sup":
-            opening, closing = around_superscript(element, self.text)
-            self.write_text(opening)
-            self.closings.append(closing)
-        at_line_start = element.tag == "pre" and element.text and element.text[0] != "\n"
-        self.write_text(LINE_OF_PRE + element.text if at_line_start else element.text)
-
-    def end(self, element: etree._Element) -> None:
-        if element.tag == "sup":
-            self.write_text(self.closings.pop())
-        if tag := self.shown(element.tag):
-            self.converter.handle_endtag(tag)
-        self.open_pre -= element.tag == "pre"
-        self.open_lists -= element.tag in LISTS
-
-    def shown(self, tag: str) -> str:
-        """The tag as html2text is to see it; "" if it is not to see it."""
-        hidden = tag in ("head", "abbr") or (tag in LISTS and self.open_lists > MAX_LISTS)
-        return "" if hidden else "div" if tag in LAYOUT else tag
+def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
+    """Hand the elements and texts of a tree to html2text, in the place of its own parser."""
+    open_pre = open_lists = 0
+    written = ""  # the text written last
+    for event, element in etree.iterwalk(root, events=("start", "end")):
+        tag, opens = element.tag, event == "start"
+        if opens:
+            open_pre += tag == "pre"
+            open_lists += tag in LISTS
+            if tag == "sup":
+                opening, closing = around_superscript(element, written)
+                element.text = opening + (element.text or "")
+                element.tail = closing + (element.tail or "")
+            if tag == "pre" and element.text and element.text[0] != "\n":
+                element.text = LINE_OF_PRE + element.text
+        # html2text is to see neither <head> nor <abbr>, nor lists in many lists.
+        if tag not in ("head", "abbr") and (tag not in LISTS or open_lists <= MAX_LISTS):
+            seen = "div" if tag in LAYOUT else tag
+            converter.handle_tag(seen, {}, opens)
+        if not opens:
+            open_pre -= tag == "pre"
+            open_lists -= tag in LISTS
+        text = element.text if opens else element.tail
+        if text and (opens or element is not root):
+            written = text.replace("\n", "\n" + LINE_OF_PRE) if open_pre else text
+            converter.handle_data(written, True)  # True: no backslashes, this is no Markdown
 
 
 def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
