@@ -76,7 +76,8 @@ def parse(page: str) -> etree._Element:
         return etree.Element("html")
     for element in [*tree.iter(*DROPPED), *tree.xpath("//*[contains(@class, 'headerlink')]")]:
         element.clear(keep_tail=True)
-        element.tag, element.text = "span", " "
+        element.tag, element.text = "dropped", " "
+    etree.strip_tags(tree, "dropped")  # joins the space with the text around it
     return tree
 
 
