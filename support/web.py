@@ -8,8 +8,8 @@ To try an idea (another kind of page, such as PDF), change `html_of`.
 """
 
 import codecs
+import collections
 import concurrent.futures
-import functools
 import html
 import importlib
 import io
@@ -31,7 +31,7 @@ from support.html_text import MAX_ADDRESS, decode_page
 
 MAX_PAGE_BYTES = 2_000_000  # after decompression
 MAX_REDIRECTS = 5
-KEPT_PAGES = 128  # in memory, read last
+KEPT_PAGES, KEPT_CHARS = 512, 64 << 20  # pages in memory, those fetched last
 CACHE_S = 7 * 86400  # how long pages and search results of the real web are kept on disk
 ENCODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
 HEADERS = {
@@ -271,8 +271,6 @@ class Page:
 class WebReader:
     """Reads pages of the embedded world and, if allowed, of the real web.
 
-    `read(url)` gives a Page, from memory if it was read before; it raises as `fetch` does.
-
     Args:
         hosts: an /etc/hosts for the embedded world: {"w7.test": "127.0.0.1:8123"}; the only
             addresses that are not public and can be reached.
@@ -283,7 +281,22 @@ class WebReader:
     def __init__(self, hosts: dict[str, str], web: "LiveWeb | None", timeout_s: float):
         self.hosts, self.web, self.timeout_s = hosts, web, timeout_s
         self.embedded = bounded_session(public=False)
-        self.read = functools.lru_cache(KEPT_PAGES)(self.fetch)
+        self.pages, self.lock = collections.OrderedDict(), threading.Lock()
+        self.kept_chars = 0
+
+    def read(self, url: str) -> Page:
+        """A page, from memory if it was read before; raises as `fetch` does."""
+        with self.lock:
+            kept = self.pages.get(url)
+        if kept is None:
+            kept = self.fetch(url)
+            with self.lock:
+                if url not in self.pages:
+                    self.pages[url] = kept
+                    self.kept_chars += len(kept.html)
+                while len(self.pages) > KEPT_PAGES or self.kept_chars > KEPT_CHARS:
+                    self.kept_chars -= len(self.pages.popitem(last=False)[1].html)
+        return kept
 
     def fetch(self, url: str) -> Page:
         """A page, in up to three tries.

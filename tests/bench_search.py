@@ -98,7 +98,7 @@ def main():
         ("browse", lambda url: browse(url=url), urls),
     ):
         for clients in (1, 16):
-            browse.reader.read.cache_clear()
+            browse.reader.pages.clear()
             started = time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
                 latencies = list(pool.map(functools.partial(latency_ms, call), inputs))
