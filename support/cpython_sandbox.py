@@ -2,33 +2,24 @@
 
 `CPythonSession` starts this file as a child (`python -I -S cpython_sandbox.py SETTINGS`). In: one
 JSON string of code a line, on stdin. Out: what the code prints, on stdout; one line on another pipe
-when the child is confined and after each piece. The order is: limits, an unprivileged uid if we are
-root, Landlock (which files), seccomp (which system calls). It cannot be undone, needs no package,
-privilege or namespace, and all of it is in force or no code runs.
-
-The rungs, from the strongest; train.py and evaluate.py print the one in force when they start:
-    Linux, as root           all of it; each session has a uid of its own, with no capability but
-                             CAP_DAC_READ_SEARCH
-    Linux, an ordinary user  all of it under the caller's uid, whose threads all count for the limit
-    root, but no other uid   (some containers) all of it as uid 0 with that capability alone; the
-                             kernel does not limit root's threads
-    anything less            macOS, another processor, no Landlock, no seccomp: refused.
-                             --unsafe_python runs the code as the user, with limits on time, memory
-                             and output only: for containers and virtual machines
+when the child is confined and after each piece. The child sets limits, takes an unprivileged uid if
+we are root, then Landlock (which files) and seccomp (which system calls). That cannot be undone,
+needs no package, privilege or namespace, and all of it is in force or no code runs: elsewhere
+--unsafe_python runs the code as the user, with limits on time, memory and output only.
 
 Not in reach of the code: the network (loopback too), files outside the interpreter, the system's
 libraries and its own folder, the environment of the user, other processes (no fork, no exec, no
-signals, no ptrace), shared memory, namespaces.
-NOT stopped: bugs of the kernel; `stat` and `readlink` of any path, so existence, size and targets
-of links show; reading site-packages; use of several cores by threads while a call lasts; disk space
-of files that were deleted while they are mapped, which the limit on memory bounds; and the code
-shares its process with the loop below, so it can forge its own output. A session whose owner was
-killed leaves its folder. `shutil.copy` fails because it calls chmod; `shutil.copyfile` works.
-
+signals, no ptrace), shared memory, namespaces. NOT stopped: bugs of the kernel; `stat` and
+`readlink` of any path, so existence, size and targets of links show; reading site-packages; use of
+several cores by threads while a call lasts; disk space of files that were deleted while they are
+mapped, which the limit on memory bounds; and the code shares its process with the loop below, so it
+can forge its own output. A session whose owner was killed leaves its folder. `shutil.copy` fails
+because it calls chmod; `shutil.copyfile` works. docs/tools.md says what differs between machines.
 To let code do more (a data folder, say), add to READABLE. Ideas from nanochat's execution.py.
 """
 
 import ast
+import contextlib
 import ctypes
 import io
 import json
@@ -57,6 +48,8 @@ if __name__ != "__main__":  # the child needs none of these, and starts faster w
 READABLE = """/usr/lib /usr/lib64 /lib /lib64 /usr/local/lib /usr/share/zoneinfo /etc/localtime
     /etc/ld.so.cache /dev/urandom /dev/zero /proc/cpuinfo /proc/meminfo""".split()
 FOLDER_BYTES = 64 << 20  # a session that writes more is ended; one file may have a quarter of it
+TOO_MUCH_DISK = f"more than {FOLDER_BYTES >> 20} MiB in files"
+LOOK_S = 0.25  # between two looks at the files
 MAX_OUTPUT_BYTES = 1_000_000  # of one call; more ends the session
 
 # Each system call denied with EPERM: its name, its number on x86-64 and on aarch64 ("-": none).
@@ -159,11 +152,9 @@ def set_limits(memory: int) -> None:
         # The kernel counts the threads of a *user*, so an ordinary user's desktop counts too.
         others = int(open("/proc/loadavg").read().split()[3].split("/")[1])
         threads = 64 if os.geteuid() == 0 else others + 256
-        try:  # if memory runs out, this process goes before the trainer
-            with open("/proc/self/oom_score_adj", "w") as file:
-                file.write("1000")
-        except OSError:
-            pass
+        # If memory runs out, this process goes before the trainer.
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
     os.umask(0o077)
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
@@ -342,12 +333,10 @@ class CPythonSession:
     because the trajectory was begun in another process, repeats them before its first call.
 
     Args:
-        memory: a trajectory's `memory`; None for a session of its own.
+        memory, output_chars: see tools.Python.
         timeout_s: wall-clock limit for one call, in seconds.
         memory_mb: address space of the child, in MiB.
-        output_chars: what the policy sees of the output, in characters.
-        unsafe: run without the sandbox, with limits on time, memory and output only: for code that
-            you would run yourself.
+        unsafe: run without the sandbox: for code that you would run yourself.
     """
 
     name, signature = "python", "python(code)"
@@ -364,18 +353,30 @@ class CPythonSession:
         self.memory = {} if memory is None else memory
         self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
         self.unsafe = unsafe
-        self.process, self.folder, self.done_fd, self.poll = None, None, -1, None
+        self.process, self.folder, self.done_fd = None, None, -1
         self.isolation = ""  # what confines the child, in its own words
 
     def check(self, arguments: dict) -> str | None:
         good = set(arguments) == {"code"} and isinstance(arguments["code"], str)
         return None if good else "python takes 'code', a string"
 
+    def describe(self) -> str:
+        """What confines the code, in words of a child; ValueError if none can be started."""
+        try:
+            self.start()
+            return self.isolation
+        except ToolFault as fault:
+            raise ValueError(str(fault)) from None
+        finally:
+            self.close()
+
     def start(self) -> None:
         """Start the child and wait until it is confined (about 40 ms), or raise ToolFault."""
         try:
             self.launch()
-            ready = self.poll.poll(30_000)
+            poll = select.poll()  # select.select() cannot do file descriptors above 1023
+            poll.register(self.done_fd, select.POLLIN)
+            ready = poll.poll(30_000)
             words = os.read(self.done_fd, 1000).decode().strip() if ready else "no word for 30 s"
             if not words.startswith("ready: "):
                 said = (self.process.stdout.read(1000) or b"").decode(errors="replace")
@@ -384,21 +385,6 @@ class CPythonSession:
             self.close()
             raise ToolFault(f"python cannot be started ({error})") from None
         self.isolation = words.removeprefix("ready: ")
-        self.poll.register(self.process.stdout, select.POLLIN)
-
-    def describe(self) -> str:
-        """What confines the code, in words, from a child that is started for the purpose.
-
-        Raises:
-            ValueError: it cannot be started or confined.
-        """
-        try:
-            self.start()
-            return self.isolation
-        except ToolFault as fault:
-            raise ValueError(str(fault)) from None
-        finally:
-            self.close()
 
     def launch(self) -> None:
         """Make folder and pipes and start the child, or raise what Python raises if it cannot."""
@@ -428,13 +414,16 @@ class CPythonSession:
         LIVE_SESSIONS.add(self)
         for fd in (self.process.stdin.fileno(), self.done_fd, self.process.stdout.fileno()):
             os.set_blocking(fd, False)
-        self.poll = select.poll()  # select.select() cannot do file descriptors above 1023
-        self.poll.register(self.done_fd, select.POLLIN)
 
     def __call__(self, code: str) -> str:
         """Run code; returns and raises as `tools.Python` does."""
-        if self.process is None:
-            self.begin()
+        while self.process is None:
+            self.start()
+            for earlier in self.memory.get("python_code", []):
+                if self.run(earlier)[1]:  # it ends here but not elsewhere: the session begins anew
+                    self.close()
+                    self.memory.pop("python_code")
+                    break
         output, problem = self.run(code)
         if problem:
             self.close()
@@ -443,77 +432,59 @@ class CPythonSession:
             self.memory.setdefault("python_code", []).append(code)
         return shown(output, problem, self.output_chars)
 
-    def begin(self) -> None:
-        """Start the child, in up to three attempts, and repeat what has run elsewhere."""
-        for wait_s in (0.1, 0.2, None):
-            try:
-                self.start()
-                break
-            except ToolFault:
-                if wait_s is None:
-                    raise
-                time.sleep(wait_s)
-        for code in self.memory.get("python_code", []):
-            if self.run(code)[1]:  # it ended elsewhere but not here: the session begins anew
-                self.close()
-                self.memory.pop("python_code")
-                return self.begin()
-
     def run(self, code: str) -> tuple[str, str]:
         """Send code and wait for the end of it: (output, why the session must end or "")."""
         output = bytearray()
         try:
-            problem = self.wait_for(code, output)
+            os.killpg(self.process.pid, signal.SIGCONT)
+            problem = self.wait_for(json.dumps(code).encode() + b"\n", output)
+            # A thread that was left running waits until the next call.
+            os.killpg(self.process.pid, signal.SIGSTOP)
+            if not problem and self.disk_bytes() > FOLDER_BYTES:
+                problem = TOO_MUCH_DISK
+            problem = problem and f"{problem}; the session was restarted, variables are lost"
         except OSError:  # a pipe is closed: the child has ended itself
             problem = "the session died and was restarted, variables are lost"
         return output.decode("utf-8", "replace"), problem
 
-    def wait_for(self, code: str, output: bytearray) -> str:
+    def wait_for(self, unsent: bytes, output: bytearray) -> str:
         """Send code and collect its output; OSError if the child ended. Returns a problem or ""."""
-        lost = "the session was restarted, variables are lost"
-        unsent, done = json.dumps(code).encode() + b"\n", False
-        start = time.monotonic()
-        look = start + 0.25
-        os.killpg(self.process.pid, signal.SIGCONT)
-        self.poll.register(self.process.stdin, select.POLLOUT)
-        while not done:
-            now = time.monotonic()
-            if now >= start + self.timeout_s:
-                return f"timeout after {self.timeout_s:g} s; {lost}"
+        stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        poll = select.poll()
+        poll.register(stdin, select.POLLOUT)
+        poll.register(stdout, select.POLLIN)
+        poll.register(self.done_fd, select.POLLIN)
+        end, look = time.monotonic() + self.timeout_s, time.monotonic() + LOOK_S
+        while (now := time.monotonic()) < end:
             if now >= look:
-                look = now + 0.25
+                look = now + LOOK_S
                 if self.disk_bytes() > FOLDER_BYTES:
-                    return f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}"
-            for fd, _ in self.poll.poll(1000 * (min(look, start + self.timeout_s) - now) + 1):
-                if fd == self.process.stdin.fileno():
+                    return TOO_MUCH_DISK
+            for fd, _ in poll.poll(1000 * (min(look, end) - now) + 1):
+                if fd == stdin:
                     unsent = unsent[os.write(fd, unsent) :]
                     if not unsent:
-                        self.poll.unregister(fd)
-                elif fd == self.done_fd:
-                    done = bool(os.read(fd, 1000))
-                    if not done:
-                        self.read_output(output, MAX_OUTPUT_BYTES)
-                        raise BrokenPipeError
-                else:
+                        poll.unregister(fd)
+                elif fd == stdout:
                     self.read_output(output, 1 << 16)
+                else:
+                    is_done = os.read(fd, 1000)
+                    self.read_output(output, MAX_OUTPUT_BYTES)
+                    if not is_done:
+                        raise BrokenPipeError
+                    return ""
             if len(output) > MAX_OUTPUT_BYTES:
-                return f"more than {MAX_OUTPUT_BYTES} bytes of output; {lost}"
-        self.read_output(output, MAX_OUTPUT_BYTES)
-        # A thread that was left running waits until the next call.
-        os.killpg(self.process.pid, signal.SIGSTOP)
-        full = self.disk_bytes() > FOLDER_BYTES
-        return f"more than {FOLDER_BYTES >> 20} MiB in files; {lost}" if full else ""
+                return f"more than {MAX_OUTPUT_BYTES} bytes of output"
+        return f"timeout after {self.timeout_s:g} s"
 
     def read_output(self, output: bytearray, limit: int) -> None:
-        """Append what is in the pipe now, up to about `limit` bytes."""
-        try:
+        """Append what is in the pipe now, up to about `limit` bytes; OSError if it is closed."""
+        with contextlib.suppress(BlockingIOError):
             for _ in range(0, limit, 1 << 16):
                 chunk = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not chunk:
                     raise BrokenPipeError
                 output += chunk
-        except BlockingIOError:
-            pass
 
     def disk_bytes(self) -> int:
         """Disk space of the folder, and of files that are deleted but open; 16 KiB a file at least.
@@ -521,12 +492,10 @@ class CPythonSession:
         It is counted until it is too much, and what cannot be looked into is too much.
         """
         total, folders = 0, [self.folder]
-        try:
+        with contextlib.suppress(OSError):  # closed since, or not for us to see
             for fd in os.listdir(f"/proc/{self.process.pid}/fd"):
                 state = os.stat(f"/proc/{self.process.pid}/fd/{fd}")
                 total += 512 * state.st_blocks * (state.st_nlink == 0)
-        except OSError:  # closed since, or not for us to see
-            pass
         while folders and total <= FOLDER_BYTES:
             try:
                 with os.scandir(folders.pop()) as entries:
@@ -543,14 +512,10 @@ class CPythonSession:
     def close(self) -> None:
         """Kill the session with everything it started, and remove its folder."""
         if self.process is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it
                 self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:  # the kernel holds it; it is dead to us
-                pass
             self.process.stdin.close()
             self.process.stdout.close()
         if self.done_fd >= 0:
@@ -565,11 +530,7 @@ class CPythonSession:
 
 
 def opener(unsafe: bool):
-    """A function that makes the session of a trajectory's memory.
-
-    Raises:
-        ValueError: this machine has no sandbox, and the user wants one; the line says what to do.
-    """
+    """A function that makes the session of a trajectory's memory; ValueError without a sandbox."""
     if not unsafe and (lacks := missing()):
         raise ValueError(
             f"--python cpython has no sandbox on this machine: {lacks}. --python monty needs none; "

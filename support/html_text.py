@@ -16,7 +16,7 @@ from urllib.parse import urljoin
 import html2text
 from lxml import etree
 
-DROPPED = {"title", "script", "style", "template", "iframe", "noembed", "noframes"}
+DROPPED = ("title", "script", "style", "template", "iframe", "noembed", "noframes")
 # Elements that stand on lines of their own, of which html2text knows nothing.
 LAYOUT = set(
     "section article aside header footer main nav figure figcaption form fieldset address details"
@@ -25,32 +25,33 @@ LAYOUT = set(
 LISTS, MAX_LISTS = {"ol", "ul", "blockquote"}, 10  # deeper ones are not indented further
 LINE_OF_PRE = "\ue000"  # stands before each line of <pre>, so that its indentation is not stripped
 MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page
-ATTRIBUTES = ("href", "role", "content", "http-equiv")  # that are looked at
-FEED_BYTES, MAX_DEPTH, TOO_DEEP = 65536, 200, 2000  # of a page is no page: the rest is not read
 EXPONENT = re.compile(r"[-+−–]?(?:\d+|[a-z])(?:[-+/]\w+)?")
-QUOTES = str.maketrans("‘’‚“”„", "'''\"\"\"")  # each for the key that people have
 FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
+# What `find` takes for the same: quotation marks and the keys that people have, kinds of space.
+SAME = str.maketrans("‘’‚“”„\n\t\xa0İ", "'''\"\"\"   i")
+SENTENCE_END = re.compile(r"\n|\. ")
+CHARSET = r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})"
+MARKS = {  # byte order marks
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def decode_page(body: bytes, content_type: str = "") -> str:
     """Bytes as text, by byte order mark, header or the page's <meta>; else UTF-8 or cp1252."""
-    for mark, name in (
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
+    for mark, name in MARKS.items():
         if body.startswith(mark):
             return body.decode(name, "replace")
-    charset = r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})"
-    header = re.search(f"(?i){charset}", content_type)
-    meta = re.search(f"(?i)<meta[^<>]{{0,200}}{charset}", body[:4096].decode("latin-1"))
+    header = re.search(f"(?i){CHARSET}", content_type)
+    meta = re.search(f"(?i)<meta[^<>]{{0,200}}{CHARSET}", body[:4096].decode("latin-1"))
     for found in filter(None, (header, meta)):
         try:
             codec = codecs.lookup(found.group(1)).name
-            # No page is written in these, which are slow or odd.
-            if codec not in ("punycode", "idna", "undefined") and "escape" not in codec:
-                is_latin = codec in ("iso8859-1", "ascii")  # which on the web means cp1252
-                return body.decode("cp1252" if is_latin else codec, "replace")
+            if re.search("punycode|idna|undefined|escape", codec):  # slow or odd, never of a page
+                continue
+            is_latin = codec in ("iso8859-1", "ascii")  # which on the web means cp1252
+            return body.decode("cp1252" if is_latin else codec, "replace")
         except (LookupError, ValueError):  # unknown, or no encoding of text (base64, zip)
             continue
     try:
@@ -63,68 +64,21 @@ def decode_page(body: bytes, content_type: str = "") -> str:
 
 
 def parse(page: str) -> etree._Element:
-    """The tree of a page; an empty <html> if there is nothing in it."""
-    target, markup = TreeTarget(), page.encode("utf-8", "replace")
-    parser = etree.HTMLParser(target=target, encoding="utf-8", huge_tree=False)
-    # In parts, because the parser cannot be stopped in one, and deep pages take it long.
-    for at in range(0, len(markup), FEED_BYTES):
-        parser.feed(markup[at : at + FEED_BYTES])
-        if target.flattened > TOO_DEEP:
-            return target.close()
-    try:
-        return parser.close()
-    except etree.LxmlError:  # nothing in it
-        return target.close()
+    """The tree of a page without its scripts; an empty <html> if there is nothing in it.
 
-
-class TreeTarget:
-    """Builds the tree from what the parser finds, without scripts and with few attributes.
-
-    lxml's own tree takes seconds for a tag with many attributes, and ends at 256 nested elements.
+    What is nested deeper than 2,048 elements is no page: lxml does not read the rest.
     """
-
-    def __init__(self):
-        self.builder, self.open = etree.TreeBuilder(), []
-        self.dropped = self.flattened = 0  # open elements whose end the tree does not see
-
-    def start(self, tag: str, attributes: dict) -> None:
-        if self.dropped or tag in DROPPED or "headerlink" in attributes.get("class", "")[:99]:
-            self.data(" ")
-            self.dropped += 1
-            return
-        tag = tag if tag.isascii() and tag.isalnum() else "span"
-        kept = {key: clean(attributes[key]) for key in ATTRIBUTES if key in attributes}
-        self.builder.start(tag, kept)
-        if len(self.open) < MAX_DEPTH:
-            self.open.append(tag)
-        else:  # closed at once, so that its text comes after it
-            self.builder.end(tag)
-            self.flattened += 1
-
-    def end(self, tag: str) -> None:
-        if self.dropped:
-            self.dropped -= 1
-        elif self.flattened:
-            self.flattened -= 1
-        else:
-            self.builder.end(self.open.pop())
-
-    def data(self, text: str) -> None:
-        if not self.dropped:
-            self.builder.data(clean(text))
-
-    def close(self) -> etree._Element:
-        while self.open:
-            self.builder.end(self.open.pop())
-        try:
-            return self.builder.close()
-        except etree.LxmlError:  # there is nothing in the page
-            return etree.Element("html")
-
-
-def clean(text: str) -> str:
-    """Text without the control characters that no tree may hold."""
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", " ", text)
+    parser = etree.HTMLParser(
+        encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True
+    )
+    tree = etree.fromstring(page.encode("utf-8", "replace"), parser)
+    if tree is None:
+        return etree.Element("html")
+    for element in [*tree.iter(*DROPPED), *tree.xpath("//*[contains(@class, 'headerlink')]")]:
+        element.clear(keep_tail=True)
+        element.tag, element.text = "dropped", " "
+    etree.strip_tags(tree, "dropped")  # joins the space with the text around it
+    return tree
 
 
 def main_parts(tree: etree._Element) -> list[etree._Element]:
@@ -132,10 +86,15 @@ def main_parts(tree: etree._Element) -> list[etree._Element]:
 
     It is doubted if it holds nothing, or less than the paragraphs outside of it.
     """
-    inside = "ancestor::*[self::main or @role='main']"
-    parts = tree.xpath(f"//*[self::main or @role='main'][not({inside})]")
-    held = sum(len("".join(part.itertext()).strip()) for part in parts)
-    outside = sum(len(p.text or "") for p in tree.xpath(f"//p[not({inside})]")) if parts else 0
+    parts, held, outside = [], 0, 0
+    walk = etree.iterwalk(tree, events=("start",))
+    for _, element in walk:
+        if element.tag == "main" or element.get("role") == "main":
+            parts.append(element)
+            held += len("".join(element.itertext()).strip())
+            walk.skip_subtree()
+        elif element.tag == "p":
+            outside += len(element.text or "")
     return parts if held > outside else [tree]
 
 
@@ -152,11 +111,7 @@ def start_of(element: etree._Element, pieces: int, length: int) -> str:
 
 
 def links_of(page: str, url: str) -> list[tuple[str, str]]:
-    """The links of a page in order, each once: (address, label).
-
-    Args:
-        url: the page's own address, which relative links begin at unless its <base> says otherwise.
-    """
+    """The links of a page at `url` in order, each once: (address, label)."""
     found, room, tree = {}, MAX_LINKS, parse(page)
     for element in tree.iter("base", "meta", "a"):
         href, label = element.get("href"), start_of(element, 200, 2000)
@@ -181,11 +136,12 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: a line a paragraph, `a | b` a table row, no links, no scripts."""
-    tree, writer = parse(page), TreeWriter()
+    tree, converter = parse(page), html2text.HTML2Text(bodywidth=0)
+    converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
     for part in main_parts(tree):
-        writer.write(part)
+        write_tree(part, converter)
     lines = []
-    for line in writer.converter.finish().splitlines():
+    for line in converter.finish().splitlines():
         text = line.strip().replace(LINE_OF_PRE, "").rstrip()
         if text and not re.fullmatch(r"[-| :>]+", text):
             nested = re.match(r"  ( +)(?:\* |\d+\. )", line)  # an item of a list inside a list
@@ -196,55 +152,32 @@ def html_to_text(page: str) -> str:
     return "\n".join(lines)
 
 
-class TreeWriter:
-    """Hands the elements and texts of a tree to html2text, in the place of its own parser."""
-
-    def __init__(self):
-        self.converter = html2text.HTML2Text(bodywidth=0)
-        self.converter.ignore_links = self.converter.ignore_images = True
-        self.converter.ignore_emphasis = True
-        self.open_pre = self.open_lists = 0
-        self.text, self.closings = "", []  # the text written last; what comes after each open <sup>
-
-    def write(self, root: etree._Element) -> None:
-        for event, element in etree.iterwalk(root, events=("start", "end")):
-            if event == "start":
-                self.start(element)
-                continue
-            self.end(element)
-            if element is not root:
-                self.write_text(element.tail)
-
-    def write_text(self, text: str | None) -> None:
-        if text:
-            self.text = text.replace("\n", "\n" + LINE_OF_PRE) if self.open_pre else text
-            self.converter.handle_data(self.text, True)  # True: no backslashes, this is no Markdown
-
-    def start(self, element: etree._Element) -> None:
-        self.open_pre += element.tag == "pre"
-        self.open_lists += element.tag in LISTS
-        if tag := self.shown(element.tag):
-            self.converter.handle_starttag(tag, [])
-        if element.tag == "sup":
-            opening, closing = around_superscript(element, self.text)
-            self.write_text(opening)
-            self.closings.append(closing)
-        at_line_start = element.tag == "pre" and element.text and element.text[0] != "\n"
-        self.write_text(LINE_OF_PRE + element.text if at_line_start else element.text)
-
-    def end(self, element: etree._Element) -> None:
-        if element.tag == "sup":
-            self.write_text(self.closings.pop())
-        if tag := self.shown(element.tag):
-            self.converter.handle_endtag(tag)
-        self.open_pre -= element.tag == "pre"
-        self.open_lists -= element.tag in LISTS
-
-    def shown(self, tag: str) -> str:
-        """The tag as html2text is to see it; "" if it is not to see it."""
-        if tag in ("head", "abbr") or (tag in LISTS and self.open_lists > MAX_LISTS):
-            return ""
-        return "div" if tag in LAYOUT else tag
+def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
+    """Hand the elements and texts of a tree to html2text, in the place of its own parser."""
+    open_pre = open_lists = 0
+    written = ""  # the text written last
+    for event, element in etree.iterwalk(root, events=("start", "end")):
+        tag, opens = element.tag, event == "start"
+        if opens:
+            open_pre += tag == "pre"
+            open_lists += tag in LISTS
+            if tag == "sup":
+                opening, closing = around_superscript(element, written)
+                element.text = opening + (element.text or "")
+                element.tail = closing + (element.tail or "")
+            if tag == "pre" and element.text and element.text[0] != "\n":
+                element.text = LINE_OF_PRE + element.text
+        # html2text is to see neither <head> nor <abbr>, nor lists in many lists.
+        if tag not in ("head", "abbr") and (tag not in LISTS or open_lists <= MAX_LISTS):
+            seen = "div" if tag in LAYOUT else tag
+            converter.handle_tag(seen, {}, opens)
+        if not opens:
+            open_pre -= tag == "pre"
+            open_lists -= tag in LISTS
+        text = element.text if opens else element.tail
+        if text and (opens or element is not root):
+            written = text.replace("\n", "\n" + LINE_OF_PRE) if open_pre else text
+            converter.handle_data(written, True)  # True: no backslashes, this is no Markdown
 
 
 def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
@@ -262,7 +195,7 @@ def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
 
 
 def piece_starts(text: str, page_chars: int) -> list[int]:
-    """Where pieces of at most `page_chars` characters begin: with a line or sentence if they can."""
+    """Where pieces of at most `page_chars` characters begin: with a line or sentence if any."""
     starts, start = [0], 0
     while len(text) - start > page_chars:
         end = start + page_chars
@@ -282,8 +215,8 @@ def split_pages(text: str, page_chars: int) -> list[str]:
 
 
 def fold(text: str) -> str:
-    """Text as `find` compares it: no case, one kind of quotation mark, one kind of space."""
-    return " ".join(f"|{text}|".casefold().translate(QUOTES).split())[1:-1]
+    """Text as `find` compares it, character by character: no case, one kind of quotes and space."""
+    return text.translate(SAME).lower()
 
 
 def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
@@ -291,24 +224,18 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
 
     The whole text is searched, so what is wanted may lie on the end of a line, sentence or piece.
     """
-    passages, numbers = [], []
-    starts = piece_starts(text, page_chars)
-    for number, (start, end) in enumerate(itertools.pairwise([*starts, len(text)]), start=1):
-        found = re.split(r"(?<=\n)|(?<=\. )", text[start:end])
-        passages += found
-        numbers += [number] * len(found)
-    folded = [fold(passage).lstrip() for passage in passages]
-    ends = list(itertools.accumulate(map(len, folded)))
-    folded, wanted = "".join(folded), fold(wanted).strip()
-    at, shown = folded.find(wanted), -1
+    starts = piece_starts(text, page_chars) + [len(text)]
+    folded, wanted = fold(text), " ".join(fold(wanted).split())
+    start, at = 0, folded.find(wanted)
     while at >= 0:
-        first = bisect.bisect_right(ends, at)
-        last = bisect.bisect_left(ends, at + len(wanted))
-        if last > shown:
-            whole = "".join(passages[first : last + 1]).strip()
-            yield f"p{numbers[first]}: {whole}".replace("\n", " ")
-        shown = last
-        at = folded.find(wanted, max(at + len(wanted), ends[last] - len(wanted) + 1))
+        last = at + len(wanted) - 1
+        number, of_last = (bisect.bisect_right(starts, i, hi=len(starts) - 1) for i in (at, last))
+        lines, sentences = text.rfind("\n", start, at), text.rfind(". ", start, at)
+        start = max(start, starts[number - 1], lines + 1, sentences + 2 if sentences >= 0 else 0)
+        boundary = SENTENCE_END.search(text, last, starts[of_last])
+        end = boundary.end() if boundary else starts[of_last]
+        yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
+        at = folded.find(wanted, max(last + 1, end - len(wanted) + 1))
 
 
 def view_page(
@@ -338,12 +265,7 @@ def view_page(
     elif text is None:
         text = html_to_text(page)
     if find and find.strip():
-        found, room = [], page_chars
-        for passage in passages_with(find, text, page_chars):
-            found.append(passage)
-            room -= len(passage) + 1
-            if room < 0:
-                break
+        found = itertools.islice(passages_with(find, text, page_chars), page_chars)
         return "\n".join(found)[:page_chars] or "Not found."
     pieces = split_pages(text, page_chars)
     if page_number > len(pieces):

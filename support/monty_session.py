@@ -9,13 +9,13 @@ expression, but only Monty runs it.
 In: code and the snapshot before it. Out: what it printed, what went wrong in words, the snapshot
 after it. NOT stopped: bugs of Monty itself, because no filter of system calls confines a worker; a
 worker that computes when its owner is killed goes on until its time limit; the code sees the clock.
-Python's parser needs a stack of 2 MiB for hostile code: Linux gives a thread 8, macOS 16.
 To try an idea, raise a limit or give the code functions of the host (`external_lookup` of
 `feed_run`).
 """
 
 import ast
 import atexit
+import contextlib
 import os
 import signal
 import threading
@@ -45,18 +45,11 @@ warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>|<cod
 
 
 def worker_pool() -> monty.Monty:
-    """This process's pool of workers, which ends with the process.
-
-    Raises:
-        OSError, RuntimeError, MontyError: it cannot start.
-    """
+    """This process's pool of workers, which ends with the process."""
     with LOCK:
         if not POOLS:
-            pool = monty.Monty(
-                max_processes=WORKERS,
-                checkout_timeout=WAIT_S,
-                request_timeout=WATCHDOG_S,
-            )
+            limits = dict(checkout_timeout=WAIT_S, request_timeout=WATCHDOG_S)
+            pool = monty.Monty(max_processes=WORKERS, **limits)
             POOLS.append(pool.__enter__())
             atexit.register(end_workers)
         return POOLS[0]
@@ -66,18 +59,12 @@ def end_workers() -> None:
     """End the pool, and with it the workers that are in the middle of a call."""
     POOLS.pop().__exit__(None, None, None)
     for pid in list(BUSY):
-        try:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             os.kill(pid, signal.SIGTERM)
-        except OSError:  # it has ended meanwhile
-            pass
 
 
 def show_last_value(code: str) -> str:
-    """The code, made to print the value of its last expression as Python's prompt does.
-
-    Raises:
-        SyntaxError, ValueError, RecursionError, MemoryError: Python cannot read the code.
-    """
+    """The code, made to print the value of its last expression as Python's prompt does."""
     code = code.replace("\r\n", "\n").replace("\r", "\n")
     tree = ast.parse(code)
     compile(tree, "<code>", "exec", dont_inherit=True)  # finds a `return` outside a function
@@ -93,7 +80,7 @@ def show_last_value(code: str) -> str:
 
 
 def one_error(error: BaseException) -> str:
-    """The last part of a traceback: what kind of error it is, and its text."""
+    """The last line of a traceback: what kind of error it is, and its text."""
     return "".join(traceback.format_exception_only(error)).strip()
 
 
@@ -152,11 +139,8 @@ def run_code(
 
 
 def check_out(limits: dict) -> monty.MontySession:
-    """A worker with an empty session. Workers that were killed while idle (by Ctrl-C in a terminal,
-    for one) are passed over.
-
-    Raises:
-        OSError, RuntimeError, MontyError: there is none.
+    """A worker with an empty session; those that were killed while idle (by Ctrl-C, for one) are
+    passed over.
     """
     for dead in range(WORKERS + 1):
         session = worker_pool().checkout(

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
-from support.web import Pace, ToolFault, bounded_session, wait_of
+from support.web import ToolFault, bounded_session, send_in_time, wait_of
 
 RETRY_S = 0.5  # before a second request; then twice as long each time
 TRIES = 4
@@ -29,51 +29,40 @@ TRIES = 4
 class Service:
     """How a search service is asked and how it answers."""
 
-    url: str  # "" if everybody runs their own
-    key_name: str  # environment variable that holds the API key; "" if it needs none
-    key_header: tuple[str, str]  # the header that carries the key, and its value around the key
-    method: str
     arguments: Callable[[str, int], dict]  # (query, k) -> the query string of a GET, JSON of a POST
-    hits: Callable[[dict], list]  # the answer -> its list of hits
-    fields: tuple[str, str, str]  # names of title, url and snippet in a hit
+    method: str = "GET"
+    url: str = ""  # "" if everybody runs their own
+    key_name: str = ""  # environment variable that holds the API key; "" if it needs none
+    key_header: tuple[str, str] = ("", "")  # the header of the key, and its value around the key
+    hits: Callable[[dict], list] = lambda answer: answer["results"]  # the answer -> its hits
+    fields: tuple[str, str, str] = ("title", "url", "content")  # title, url and snippet of a hit
 
 
 SERVICES = {
-    "searxng": Service(
-        url="",
-        key_name="",
-        key_header=("", ""),
-        method="GET",
-        arguments=lambda query, k: {"q": query, "format": "json"},
-        hits=lambda answer: answer["results"],
-        fields=("title", "url", "content"),
-    ),
+    "searxng": Service(lambda query, k: {"q": query, "format": "json"}),
     "brave": Service(
+        lambda query, k: {"q": query[:400], "count": k},
         url="https://api.search.brave.com/res/v1/web/search",
         key_name="BRAVE_API_KEY",
         key_header=("X-Subscription-Token", "{}"),
-        method="GET",
-        arguments=lambda query, k: {"q": query[:400], "count": k},
         hits=lambda answer: answer.get("web", {"results": []})["results"],
         fields=("title", "url", "description"),
     ),
     "serper": Service(
+        lambda query, k: {"q": query, "num": k},
+        method="POST",
         url="https://google.serper.dev/search",
         key_name="SERPER_API_KEY",
         key_header=("X-API-KEY", "{}"),
-        method="POST",
-        arguments=lambda query, k: {"q": query, "num": k},
         hits=lambda answer: answer["organic"],
         fields=("title", "link", "snippet"),
     ),
     "tavily": Service(
+        lambda query, k: {"query": query, "max_results": k},
+        method="POST",
         url="https://api.tavily.com/search",
         key_name="TAVILY_API_KEY",
         key_header=("Authorization", "Bearer {}"),
-        method="POST",
-        arguments=lambda query, k: {"query": query, "max_results": k},
-        hits=lambda answer: answer["results"],
-        fields=("title", "url", "content"),
     ),
 }
 
@@ -105,25 +94,24 @@ class WebSearch:
         if name not in SERVICES:
             raise ValueError(f"no search service {name!r}: choose embedded, {', '.join(SERVICES)}")
         self.name, self.service, self.k, self.timeout_s = name, SERVICES[name], k, timeout_s
-        self.url, self.pace = url or self.service.url, Pace(gap_s)
-        if name == "searxng" and self.url and not self.url.rstrip("/").endswith("/search"):
-            self.url = self.url.rstrip("/") + "/search"
-        parts = urlsplit(self.url)
-        self.host, self.port = (
-            parts.hostname,
-            parts.port or (443 if parts.scheme == "https" else 80),
-        )
-        if parts.scheme not in ("http", "https") or not self.host:
+        self.url = url or self.service.url
+        if name == "searxng" and url:
+            self.url = url.rstrip("/").removesuffix("/search") + "/search"
+        self.host = urlsplit(self.url).hostname
+        if not re.match("https?://", self.url) or not self.host:
             where = "the address of a server: --search_url http://HOST:PORT"
             raise ValueError(f"search by {name} needs {where}")
-        key_name, (header, value) = self.service.key_name, self.service.key_header
-        key = os.environ.get(key_name, "").strip() if key_name else ""
-        if key_name and not key:
-            where = f"an API key in the environment variable {key_name}"
-            raise ValueError(f"search by {name} needs {where}")
-        self.headers = {"Accept": "application/json"} | ({header: value.format(key)} if key else {})
+        self.headers = {"Accept": "application/json"}
+        if key_name := self.service.key_name:
+            key = os.environ.get(key_name, "").strip()
+            if not key:
+                where = f"an API key in the environment variable {key_name}"
+                raise ValueError(f"search by {name} needs {where}")
+            header, value = self.service.key_header
+            self.headers[header] = value.format(key)
         self.session = bounded_session(
             public=False,
+            gap_s=gap_s,
             cache=cache,
             allowable_methods=("GET", "POST"),
             ignored_parameters=list(self.headers),  # so that no key is written to disk
@@ -131,18 +119,14 @@ class WebSearch:
         )
 
     def probe(self) -> None:
-        """Find out now, at no cost, whether the service can be reached.
-
-        Raises:
-            ValueError: it cannot.
-        """
+        """Find out now, at no cost, whether the service can be reached; ValueError if not."""
+        parts = urlsplit(self.url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         try:
-            socket.create_connection((self.host, self.port), timeout=5).close()
+            socket.create_connection((self.host, port), timeout=5).close()
         except OSError as error:
-            reason = error.strerror or error
-            raise ValueError(
-                f"search by {self.name}: cannot reach {self.host} ({reason})"
-            ) from None
+            problem = f"cannot reach {self.host} ({error.strerror or error})"
+            raise ValueError(f"search by {self.name}: {problem}") from None
 
     def find(self, queries: list[str]) -> list[list[dict]]:
         """The hits of each query, asked side by side: dicts with title, url, snippet.
@@ -155,43 +139,44 @@ class WebSearch:
 
     def ask(self, query: str) -> list[dict]:
         """The hits of one query, after up to four requests; raises as `find` does."""
-        deadline, problem = time.monotonic() + self.timeout_s, "no answer"
+        deadline = time.monotonic() + self.timeout_s
         place = "params" if self.service.method == "GET" else "json"
         arguments = {place: self.service.arguments(query, self.k)}
+        request = requests.Request(self.service.method, self.url, self.headers, **arguments)
         for attempt in range(TRIES):
-            wait = RETRY_S * 2**attempt
+            wait, final = RETRY_S * 2**attempt, attempt == TRIES - 1
             try:
-                self.pace.wait(self.host, deadline)
-                request = requests.Request(self.service.method, self.url, self.headers, **arguments)
-                left = max(0.001, deadline - time.monotonic())
-                reply = self.session.send(request.prepare(), timeout=left, allow_redirects=False)
+                reply = send_in_time(self.session, request.prepare(), deadline)
             except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
                 # Only the kind of the error: its text may hold the request.
                 problem = f"cannot be reached, {type(error).__name__}"
             else:
                 if (hits := self.hits_in(reply)) is not None:
                     return hits
-                problem, wait = f"HTTP {reply.status_code}", wait_of(reply, wait)
-                if reply.status_code in (401, 402, 403):
-                    hint = f"is {self.service.key_name} right?"
-                    if not self.service.key_name:
-                        hint = 'is "json" among the formats in its settings.yml?'
-                    problem = f"refused, {problem} ({hint})"
-                if reply.status_code == 200:
-                    problem = "its answer is not a list of results in JSON"
-                elif 300 <= reply.status_code < 500 and reply.status_code not in (408, 429):
-                    break
-            if time.monotonic() + wait > deadline:
-                break
+                problem, wait = self.problem_of(reply.status_code), wait_of(reply, wait)
+                final |= reply.status_code not in (200, 408, 429) and reply.status_code < 500
+            if final or time.monotonic() + wait > deadline:
+                raise ToolFault(f"search by {self.name}: {self.host}: {problem}")
             time.sleep(wait)
-        raise ToolFault(f"search by {self.name}: {self.host}: {problem}")
+        raise AssertionError("unreachable")
+
+    def problem_of(self, status: int) -> str:
+        """What is wrong with an answer that has no hits, in words."""
+        if status == 200:
+            return "its answer is not a list of results in JSON"
+        if status not in (401, 402, 403):
+            return f"HTTP {status}"
+        hint = 'is "json" among the formats in its settings.yml?'
+        if self.service.key_name:
+            hint = f"is {self.service.key_name} right?"
+        return f"refused, HTTP {status} ({hint})"
 
     def hits_in(self, reply: requests.Response) -> list[dict] | None:
         """The hits of an answer in our words, plain text on one line each; None if it has none."""
+        if reply.status_code != 200:
+            return None
         try:
-            found = (
-                self.service.hits(json.loads(reply.content)) if reply.status_code == 200 else None
-            )
+            found = self.service.hits(json.loads(reply.content))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         if not isinstance(found, list):

@@ -11,6 +11,7 @@ import codecs
 import collections
 import concurrent.futures
 import html
+import importlib
 import io
 import ipaddress
 import re
@@ -20,7 +21,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import SplitResult, urljoin, urlsplit, urlunsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import requests
 import requests.adapters
@@ -30,15 +31,20 @@ from support.html_text import MAX_ADDRESS, decode_page
 
 MAX_PAGE_BYTES = 2_000_000  # after decompression
 MAX_REDIRECTS = 5
-REDIRECTS = (301, 302, 303, 307, 308)
+KEPT_PAGES, KEPT_CHARS = 512, 64 << 20  # pages in memory, those fetched last
+CACHE_S = 7 * 86400  # how long pages and search results of the real web are kept on disk
 ENCODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
 HEADERS = {
     "User-Agent": "nano-researcher",
     "Accept": "text/html,text/*;q=0.9,*/*;q=0.5",
     "Accept-Encoding": "gzip",
 }
-MISSING = "the live web needs more packages: pip install requests-cache protego"
-CACHE_S = 7 * 86400  # how long pages and search results of the real web are kept
+# What is_global of the `ipaddress` module lets through: protocols, tunnels, documentation.
+NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in ("192.0.0.0/24", "192.88.99.0/24", "2002::/16", "3fff::/20", "fec0::/10")
+]
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses in disguise
 RESOLVER = concurrent.futures.ThreadPoolExecutor(8, "resolver")
 
 
@@ -59,28 +65,12 @@ class Unavailable(OSError):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet.
-
-    `ipaddress.is_global` alone lets multicast and tunnels through.
-    """
+    """Whether an IP address belongs to the public internet."""
     ip = ipaddress.ip_address(address.split("%")[0])
-    if ip.version == 6:
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64: an IPv4 address in disguise
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        if ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip.is_site_local or int(ip) < 2**32:
-            return False
-        if ip in ipaddress.ip_network("3fff::/20"):  # for documentation only
-            return False
-    elif ip in ipaddress.ip_network("192.0.0.0/24") or ip in ipaddress.ip_network("192.88.99.0/24"):
-        return False
-    return ip.is_global and not (
-        ip.is_multicast
-        or ip.is_reserved
-        or ip.is_unspecified
-        or ip.is_loopback
-        or ip.is_link_local
-        or ip.is_private
-    )
+    if ip in NAT64:
+        return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+    special = ip.is_multicast or ip.is_reserved or any(ip in network for network in NOT_PUBLIC)
+    return ip.is_global and not special
 
 
 # ------------------------------------------------------------------------------ bounded connections
@@ -113,11 +103,7 @@ class TLSSocket(TotalTimeout, ssl.SSLSocket):
 
 
 def addresses_of(host: str, port: int, timeout_s: float) -> list[tuple]:
-    """What socket.getaddrinfo gives, but in time; no name server is asked about a number.
-
-    Raises:
-        OSError: no answer.
-    """
+    """What socket.getaddrinfo gives, but in time; no name server is asked about a number."""
     try:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
         return [(family, socket.SOCK_STREAM, 0, "", (host, port))]
@@ -145,26 +131,27 @@ class Connection:
             try:
                 connected.connect(address)
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return connected
             except OSError as error:
                 connected.close()
                 problem = error
-                continue
-            if self.public and not is_public(connected.getpeername()[0]):
-                connected.close()
-                raise Refused("this address is not public")
-            return connected
         raise problem
 
 
 class BoundedAdapter(requests.adapters.HTTPAdapter):
     """Reads each answer whole, at most MAX_PAGE_BYTES of it and within the time-out of the request.
 
-    So whatever stands between us and the network (a cache) sees only small, finished answers. One
-    that was cut has the header X-Cut.
+    So a cache behind it sees only small, finished answers. One that was cut has the header X-Cut.
+
+    Args:
+        public: only addresses of the public internet can be reached.
+        gap_s: seconds between two requests to one host, over all threads of this process.
     """
 
-    def __init__(self, public: bool):
-        self.public = public
+    def __init__(self, public: bool, gap_s: float):
+        self.public, self.gap_s = public, gap_s
+        self.longer_gaps = {}  # host -> seconds, where its robots.txt asks for more
+        self.next, self.lock = {}, threading.Lock()  # host -> when the next request may begin
         super().__init__(pool_maxsize=64)
 
     def init_poolmanager(self, *args, **kwargs) -> None:
@@ -172,25 +159,36 @@ class BoundedAdapter(requests.adapters.HTTPAdapter):
         context.sslsocket_class = TLSSocket
         super().init_poolmanager(*args, ssl_context=context, **kwargs)
         self.poolmanager.pool_classes_by_scheme = {
-            pool.scheme: type("Pool", (pool,), {"ConnectionCls": self.connection(pool)})
-            for pool in (urllib3.HTTPConnectionPool, urllib3.HTTPSConnectionPool)
+            "http": self.pool_class(urllib3.HTTPConnectionPool),
+            "https": self.pool_class(urllib3.HTTPSConnectionPool),
         }
 
-    def connection(self, pool: type) -> type:
-        return type("Checked", (Connection, pool.ConnectionCls), {"public": self.public})
+    def pool_class(self, pool: type) -> type:
+        kind = type("Checked", (Connection, pool.ConnectionCls), {"public": self.public})
+        return type("CheckedPool", (pool,), {"ConnectionCls": kind})
+
+    def wait_for_turn(self, host: str, timeout_s: float) -> None:
+        """Wait until the host may be asked again; raise ToolFault if that takes too long."""
+        with self.lock:
+            now = time.monotonic()
+            turn = max(now, self.next.get(host, 0.0))
+            if turn > now + timeout_s:
+                raise ToolFault(f"too many requests to {host} at once")
+            self.next[host] = turn + self.longer_gaps.get(host, self.gap_s)
+        time.sleep(turn - now)
 
     def send(self, request, stream=False, timeout=None, **kwargs) -> requests.Response:
-        """One request.
-
-        Args:
-            timeout: seconds for all of it.
+        """One request, with `timeout` seconds for all of it.
 
         Raises:
             Refused: an address that is not public, or an encoding that we did not ask for.
+            ToolFault: too many others wait for this host.
             requests.RequestException, urllib3.exceptions.HTTPError, OSError: no answer.
         """
         deadline = time.monotonic() + timeout
-        reply = super().send(request, True, urllib3.Timeout(total=timeout), **kwargs)
+        self.wait_for_turn(urlsplit(request.url).netloc, timeout)
+        left = urllib3.Timeout(total=max(0.001, deadline - time.monotonic()))
+        reply = super().send(request, True, left, **kwargs)
         encoding = reply.headers.pop("Content-Encoding", "").strip().lower()
         if encoding not in ENCODINGS:
             reply.close()
@@ -211,62 +209,45 @@ class BoundedAdapter(requests.adapters.HTTPAdapter):
         return reply
 
 
-def send_in_time(session: requests.Session, request, deadline: float) -> requests.Response:
-    """One request of a bounded session that ends at the deadline; redirects are the caller's."""
-    left = max(0.001, deadline - time.monotonic())
-    return session.send(request, timeout=left, allow_redirects=False)
+def optional(package: str):
+    """A package that only the live web needs; ValueError if it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        missing = "the live web needs more packages: pip install requests-cache protego"
+        raise ValueError(missing) from None
 
 
-def bounded_session(public: bool, cache: Path | str = "", **cache_options) -> requests.Session:
-    """A session without cookies, proxies and passwords, which may keep answers on disk.
+def bounded_session(
+    public: bool, gap_s: float = 0.0, cache: Path | str = "", **cache_options
+) -> requests.Session:
+    """A session without cookies, proxies and passwords; `public` and `gap_s` as in BoundedAdapter.
 
     Args:
-        public: only addresses of the public internet can be reached.
         cache: folder to keep answers in for CACHE_S seconds; "" keeps none.
-
-    Raises:
-        ValueError: requests-cache is missing.
+        cache_options: which answers it keeps, in the words of requests-cache.
     """
     session = requests.Session()
     if cache:
-        try:
-            import requests_cache
-        except ImportError:
-            raise ValueError(MISSING) from None
-        session = requests_cache.CachedSession(
+        session = optional("requests_cache").CachedSession(
             str(cache),
             backend="filesystem",
             serializer="json",
             expire_after=CACHE_S,
-            allowable_codes=(200, *REDIRECTS),
+            allowable_codes=(200, *requests.models.REDIRECT_STATI),
             **cache_options,
         )
     session.trust_env = False
-    adapter = BoundedAdapter(public)
+    adapter = BoundedAdapter(public, gap_s)
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     return session
 
 
-class Pace:
-    """Keeps `gap_s` seconds between two requests to one host, over all threads of this process."""
-
-    def __init__(self, gap_s: float):
-        self.gap_s, self.next, self.lock = gap_s, {}, threading.Lock()
-
-    def wait(self, host: str, deadline: float, gap_s: float = 0.0) -> None:
-        """Wait for our turn.
-
-        Raises:
-            ToolFault: it would come after the deadline.
-        """
-        with self.lock:
-            now = time.monotonic()
-            turn = max(now, self.next.get(host, 0.0))
-            if turn > deadline:
-                raise ToolFault(f"too many requests to {host} at once")
-            self.next[host] = turn + max(self.gap_s, gap_s)
-        time.sleep(turn - now)
+def send_in_time(session: requests.Session, request, deadline: float) -> requests.Response:
+    """One request of a bounded session that ends at the deadline; redirects are the caller's."""
+    left = max(0.001, deadline - time.monotonic())
+    return session.send(request, timeout=left, allow_redirects=False)
 
 
 def wait_of(reply: requests.Response, otherwise: float) -> float:
@@ -300,7 +281,8 @@ class WebReader:
     def __init__(self, hosts: dict[str, str], web: "LiveWeb | None", timeout_s: float):
         self.hosts, self.web, self.timeout_s = hosts, web, timeout_s
         self.embedded = bounded_session(public=False)
-        self.pages, self.size, self.lock = collections.OrderedDict(), 0, threading.Lock()
+        self.pages, self.lock = collections.OrderedDict(), threading.Lock()
+        self.kept_chars = 0
 
     def read(self, url: str) -> Page:
         """A page, from memory if it was read before; raises as `fetch` does."""
@@ -310,9 +292,10 @@ class WebReader:
             kept = self.fetch(url)
             with self.lock:
                 if url not in self.pages:
-                    self.pages[url], self.size = kept, self.size + len(kept.html)
-                while len(self.pages) > 512 or self.size > 64 << 20:
-                    self.size -= len(self.pages.popitem(last=False)[1].html)
+                    self.pages[url] = kept
+                    self.kept_chars += len(kept.html)
+                while len(self.pages) > KEPT_PAGES or self.kept_chars > KEPT_CHARS:
+                    self.kept_chars -= len(self.pages.popitem(last=False)[1].html)
         return kept
 
     def fetch(self, url: str) -> Page:
@@ -325,7 +308,10 @@ class WebReader:
         deadline = time.monotonic() + self.timeout_s
         for attempt in range(3):
             try:
-                return self.follow(url, deadline)
+                reply, found_at = follow(self.get, url, deadline)
+                if reply.status_code >= 400:
+                    raise Refused(f"{reply.status_code} for {url}")
+                return Page(html_of(reply, url), found_at)
             except Refused:
                 raise
             except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
@@ -338,26 +324,8 @@ class WebReader:
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
-    def follow(self, url: str, deadline: float) -> Page:
-        """One try to read a page, over redirects that are each checked like the first address."""
-        target = url
-        for _ in range(MAX_REDIRECTS + 1):
-            reply = self.get(target, url, deadline)
-            location = reply.headers.get("Location")
-            if reply.status_code in REDIRECTS and location:
-                location = location.encode("latin-1", "replace").decode("utf-8", "replace")
-                target = urljoin(target, location)
-                continue
-            if reply.status_code >= 500 or reply.status_code == 429:
-                raise Unavailable(f"HTTP {reply.status_code}", wait_of(reply, 0.1))
-            if reply.status_code >= 400:
-                raise Refused(f"{reply.status_code} for {url}")
-            return Page(html_of(reply, url), target)
-        raise Refused(f"too many redirects for {url}")
-
-    def get(self, target: str, url: str, deadline: float) -> requests.Response:
+    def get(self, request, url: str, deadline: float) -> requests.Response:
         """One request for a page, to the embedded world or to the real web."""
-        request = checked_request(target, url)
         parts = urlsplit(request.url)
         if parts.hostname in self.hosts:
             where = ("http", self.hosts[parts.hostname], parts.path or "/", parts.query, "")
@@ -368,84 +336,70 @@ class WebReader:
         return self.web.get(request, url, deadline)
 
 
+def follow(get, url: str, deadline: float) -> tuple[requests.Response, str]:
+    """The answer for an address, and where it was found, over redirects that are each checked.
+
+    `get(request, url, deadline)` makes one request. HTTP 429 and 5xx raise Unavailable.
+    """
+    target = url
+    for _ in range(MAX_REDIRECTS + 1):
+        reply = get(checked_request(target, url), url, deadline)
+        location = requests.sessions.SessionRedirectMixin().get_redirect_target(reply)
+        if location is None:
+            if reply.status_code >= 500 or reply.status_code == 429:
+                problem = f"HTTP {reply.status_code} for {target}"[:100]
+                raise Unavailable(problem, wait_of(reply, 0.1))
+            return reply, target
+        target = urljoin(target, location)
+    raise Refused(f"too many redirects for {url}")
+
+
 class LiveWeb:
     """The real web: public addresses only, robots.txt obeyed.
 
     Args:
         cache: folder where pages are kept; "" keeps none.
         gap_s: seconds between two requests to one host.
-
-    Raises:
-        ValueError: a package that only the live web needs is missing.
     """
 
     def __init__(self, cache: Path | str = "", gap_s: float = 1.0):
-        try:
-            import protego
-        except ImportError:
-            raise ValueError(MISSING) from None
-        self.parse_robots = protego.Protego.parse
-        self.session, self.pace = bounded_session(True, cache), Pace(gap_s)
+        self.parse_robots = optional("protego").Protego.parse
+        self.session, self.gap_s = bounded_session(True, gap_s, cache), gap_s
         self.robots = {}  # site -> its rules
 
     def get(self, request, url: str, deadline: float) -> requests.Response:
-        """One request for a page.
-
-        Raises:
-            Refused: robots.txt forbids the address. OSError: it cannot be read now.
-        """
+        """One request for a page; Refused if robots.txt forbids it, OSError if it is not read."""
         parts = urlsplit(request.url)
         site = f"{parts.scheme}://{parts.netloc}"
         if site not in self.robots:
-            self.robots[site] = self.parse_robots(self.read_robots(f"{site}/robots.txt", deadline))
-        rules = self.robots[site]
-        if not rules.can_fetch(request.url, HEADERS["User-Agent"]):
+            self.robots[site] = self.read_robots(site, parts.netloc, deadline)
+        if not self.robots[site].can_fetch(request.url, HEADERS["User-Agent"]):
             raise Refused(f"robots.txt of this site forbids {url}")
-        return self.send(request, deadline, rules.crawl_delay(HEADERS["User-Agent"]) or 0.0)
-
-    def read_robots(self, robots_url: str, deadline: float) -> str:
-        """RFC 9309: what is absent forbids nothing, what cannot be reached means not now."""
-        for _ in range(MAX_REDIRECTS + 1):
-            reply = self.send(checked_request(robots_url, robots_url), deadline)
-            if reply.status_code not in REDIRECTS or not reply.headers.get("Location"):
-                break
-            robots_url = urljoin(robots_url, reply.headers["Location"])
-        if reply.status_code >= 500 or reply.status_code == 429:
-            raise Unavailable(f"robots.txt: HTTP {reply.status_code}", wait_of(reply, 0.1))
-        return decode_page(reply.content[:500_000]) if reply.status_code == 200 else ""
-
-    def send(self, request, deadline: float, gap_s: float = 0.0) -> requests.Response:
-        """One request, in its turn if it is not in the cache."""
-        cache = getattr(self.session, "cache", None)
-        if not cache or not cache.contains(request=request):
-            self.pace.wait(urlsplit(request.url).netloc, deadline, min(5.0, gap_s))
         return send_in_time(self.session, request, deadline)
+
+    def read_robots(self, site: str, host: str, deadline: float):
+        """RFC 9309: what is absent forbids nothing, what cannot be reached means not now."""
+        get = lambda request, _, deadline: send_in_time(self.session, request, deadline)
+        reply, _ = follow(get, f"{site}/robots.txt", deadline)
+        text = decode_page(reply.content[:500_000]) if reply.status_code == 200 else ""
+        rules = self.parse_robots(text)
+        gap_s = min(5.0, rules.crawl_delay(HEADERS["User-Agent"]) or 0.0)
+        self.session.get_adapter(site).longer_gaps[host] = max(self.gap_s, gap_s)
+        return rules
 
 
 def checked_request(target: str, url: str) -> requests.PreparedRequest:
-    """A request as requests understands the address, which is what the caller decides by.
-
-    Raises:
-        Refused: an address of another kind, or with a user name. ValueError: no address at all.
-    """
-    check_address(urlsplit(target), url)
+    """A request as requests understands the address, which is what the caller decides by."""
     request = requests.Request("GET", target, HEADERS).prepare()
-    check_address(urlsplit(request.url), url)
+    parts = urlsplit(request.url)
+    named = parts.hostname and not parts.username and not parts.password
+    if parts.scheme not in ("http", "https") or not named or len(request.url) > MAX_ADDRESS:
+        raise Refused(f"only http and https addresses without a user name can be opened: {url}")
     return request
 
 
-def check_address(parts: SplitResult, url: str) -> None:
-    named = parts.hostname and not parts.username and not parts.password
-    if parts.scheme not in ("http", "https") or not named or len(parts.geturl()) > MAX_ADDRESS:
-        raise Refused(f"only http and https addresses without a user name can be opened: {url}")
-
-
 def html_of(reply: requests.Response, url: str) -> str:
-    """The HTML of an answer; plain text is wrapped in <pre>.
-
-    Raises:
-        Refused: it is no text.
-    """
+    """The HTML of an answer; plain text is wrapped in <pre>, and what is no text is Refused."""
     content_type, body = reply.headers.get("Content-Type", "text/html").lower(), reply.content
     kind = content_type.split(";")[0].strip()
     if kind == "application/pdf" or body.startswith(b"%PDF-"):

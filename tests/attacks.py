@@ -1,13 +1,15 @@
-"""Attacks on the `python` tool, one piece of code each, run by tests/test_sandbox.py in a process of its own.
+"""Attacks on the `python` tool, one piece of code each, run by tests/test_sandbox.py.
 
-An attack prints BREACH if it got what it must not get; some are also seen from outside (files changed, processes left, requests
-that arrived). Prints a JSON object: name -> [breached, what the policy saw]. Each attack gets a fresh session: a worn-out one
-would make later attacks fail for the wrong reason.
+An attack prints BREACH if it got what it must not get; some are also seen from outside (files
+changed, processes left, requests that arrived). Prints a JSON object: name -> [breached, what the
+policy saw]. Each attack gets a fresh session: a worn-out one would make later attacks fail for the
+wrong reason.
 
     python tests/attacks.py [--uid 1500] [--only NAME] [--unsafe]
 
---unsafe is the positive control: without the sandbox the attacks on other processes, files, the kernel and the network must
-succeed, or the harness sees nothing. It refuses to run as root, where they would do harm.
+--unsafe is the positive control: without the sandbox the attacks on other processes, files, the
+kernel and the network must succeed, or the harness sees nothing. It refuses to run as root, where
+they would do harm.
 """
 
 import argparse
@@ -42,7 +44,9 @@ def syscall(number, *arguments):
     return result
 def denied(action):
     try: result = action()
-    except (OSError, ImportError, MemoryError, RuntimeError, ValueError) as error: print(type(error).__name__, error); return
+    except (OSError, ImportError, MemoryError, RuntimeError, ValueError) as error:
+        print(type(error).__name__, error)
+        return
     print("BREACH", str(result)[:60])
 """
 HELP_MONTY = """
@@ -61,26 +65,33 @@ ATTACKS = {
     "compute": ("sum(range(10))", "^45$"),
     "state": ("x = 5\nassert x == 5\nprint('said'); x", "^said\n5$"),
     "threads": (
-        "import threading\nt = [threading.Thread(target=print, args=('hi',)) for _ in range(4)]\n[a.start() for a in t]; [a.join() for a in t]; 'end'",
+        "import threading\n"
+        "t = [threading.Thread(target=print, args=('hi',)) for _ in range(4)]\n"
+        "[a.start() for a in t]; [a.join() for a in t]; 'end'",
         "(hi\n+){4}'end'",
     ),
     "own file": (
-        "open('a.txt', 'w').write('text'); os.mkdir('d'); os.rename('a.txt', 'd/b.txt'); open('d/b.txt').read()",
+        "open('a.txt', 'w').write('text'); os.mkdir('d'); os.rename('a.txt', 'd/b.txt'); "
+        "open('d/b.txt').read()",
         "^'text'$",
     ),
     "temporary file": (
-        "import tempfile\nf = tempfile.NamedTemporaryFile('w+'); f.write('ok'); f.seek(0); f.read()",
+        "import tempfile\n"
+        "f = tempfile.NamedTemporaryFile('w+'); f.write('ok'); f.seek(0); f.read()",
         "^'ok'$",
     ),
     "asyncio": (
-        "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    return 7\nasyncio.run(f())",
+        "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    return 7\n"
+        "asyncio.run(f())",
         "^7$",
     ),
     # ---- time, memory, output, descriptors
     "infinite loop": ("while True: pass", "^timeout"),
     "sleep": ("time.sleep(60)", "^timeout"),
     "signals ignored": (
-        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+        "import signal\nfor s in range(1, 65):\n"
+        "    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True: pass",
         "^timeout",
     ),
     "except everything": (
@@ -122,7 +133,8 @@ ATTACKS = {
         DENIED,
     ),
     "descriptor bomb": (
-        "n = 0\ntry:\n    while True: open('/dev/null'); f = os.dup(1); n += 1\nexcept OSError as e: print(e)\nprint('BREACH' if n >= 64 else 'stopped')",
+        "n = 0\ntry:\n    while True: open('/dev/null'); f = os.dup(1); n += 1\n"
+        "except OSError as e: print(e)\nprint('BREACH' if n >= 64 else 'stopped')",
         "stopped",
     ),
     "file of 400 MB": (
@@ -130,7 +142,8 @@ ATTACKS = {
         "File too large|died",
     ),
     "60 files of 10 MB": (
-        "for i in range(60): open(f'f{i}', 'wb').write(bytes(10 << 20))\ntime.sleep(0.6); print('BREACH')",
+        "for i in range(60): open(f'f{i}', 'wb').write(bytes(10 << 20))\n"
+        "time.sleep(0.6); print('BREACH')",
         "MiB in files",
     ),
     "5,000 files": ("for i in range(5_000): open(f'f{i}', 'w')", "MiB in files"),
@@ -141,30 +154,43 @@ ATTACKS = {
     # ---- processes
     "fork": ("denied(lambda: os.fork() or os._exit(0))", DENIED),
     "fork by ctypes": (
-        "pid = libc.fork()\nif pid == 0: os._exit(0)\nprint('BREACH' if pid > 0 else 'PermissionError')",
+        "pid = libc.fork()\nif pid == 0: os._exit(0)\n"
+        "print('BREACH' if pid > 0 else 'PermissionError')",
         DENIED,
     ),
     "vfork, clone, clone3": (
-        "for n, a in ((58, ()), (56, (17, 0, 0, 0, 0)), (435, (bytes(88), 88)), (57, ())):\n    try: pid = syscall(n, *a)\n    except OSError as e: print('OSError', e); continue\n    if pid == 0: os._exit(0)\n    print('BREACH')",
+        "for n, a in ((58, ()), (56, (17, 0, 0, 0, 0)), (435, (bytes(88), 88)), (57, "
+        "())):\n    try: pid = syscall(n, *a)\n"
+        "    except OSError as e: print('OSError', e); continue\n"
+        "    if pid == 0: os._exit(0)\n    print('BREACH')",
         DENIED,
     ),
     "subprocess": ("import subprocess\ndenied(lambda: subprocess.run(['/bin/true']))", DENIED),
     "os.system": ("print('BREACH' if os.system('true') == 0 else 'OSError')", DENIED),
     "exec": ("denied(lambda: os.execv('/bin/true', ['true']))", DENIED),
     "multiprocessing": (
-        "import multiprocessing\ndenied(lambda: multiprocessing.get_context('fork').Process(target=print).start())",
+        "import multiprocessing\n"
+        "denied(lambda: multiprocessing.get_context('fork').Process(target=print).start()"
+        ")",
         DENIED,
     ),
     "thread bomb": (
-        "import threading\nn = 0\ntry:\n    while n < 5000: threading.Thread(target=time.sleep, args=(9,), daemon=True).start(); n += 1\nexcept (RuntimeError, MemoryError): pass\nprint('BREACH' if n >= 2000 else f'stopped')",
+        "import threading\nn = 0\ntry:\n"
+        "    while n < 5000: threading.Thread(target=time.sleep, args=(9,), "
+        "daemon=True).start(); n += 1\nexcept (RuntimeError, MemoryError): pass\n"
+        "print('BREACH' if n >= 2000 else f'stopped')",
         "stopped|died",
     ),
     "daemon": (
-        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        open('/proc/self/comm', 'w').write('nanoattack'); time.sleep(20)\n    os._exit(0)\ntime.sleep(0.3)",
+        "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        open('/proc/self/comm', 'w').write('nanoattack'); time.sleep(20)\n"
+        "    os._exit(0)\ntime.sleep(0.3)",
         DENIED,
     ),
     "daemon by ctypes": (
-        "if libc.fork() == 0:\n    libc.setsid()\n    if libc.fork() == 0:\n        libc.prctl(15, b'nanoattack', 0, 0, 0); time.sleep(20)\n    os._exit(0)\ntime.sleep(0.3)",
+        "if libc.fork() == 0:\n    libc.setsid()\n    if libc.fork() == 0:\n"
+        "        libc.prctl(15, b'nanoattack', 0, 0, 0); time.sleep(20)\n"
+        "    os._exit(0)\ntime.sleep(0.3)",
         "",
     ),
     "setsid": ("denied(os.setsid)", DENIED),
@@ -182,7 +208,8 @@ ATTACKS = {
         DENIED,
     ),
     "raise own limits": (
-        "import resource\ndenied(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100000, 100000)))",
+        "import resource\n"
+        "denied(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100000, 100000)))",
         "ValueError",
     ),
     "ptrace": ("denied(lambda: syscall(101, 16, DECOY, 0, 0))", DENIED),
@@ -231,11 +258,13 @@ ATTACKS = {
         "HOME|LANG|LC_",
     ),
     "own environment by /proc": (
-        "denied(lambda: [x for x in open('/proc/self/environ').read().split('\\0') if 'NANO_API_KEY' in x][0])",
+        "denied(lambda: [x for x in open('/proc/self/environ').read().split('\\0') if "
+        "'NANO_API_KEY' in x][0])",
         DENIED + "|IndexError",
     ),
     "inherited descriptor": (
-        "denied(lambda: [os.pread(fd, 9, 0) for fd in range(3, 64) if not os.get_blocking(fd) or True and os.fstat(fd).st_ino == INODE][0])",
+        "denied(lambda: [os.pread(fd, 9, 0) for fd in range(3, 64) if not "
+        "os.get_blocking(fd) or True and os.fstat(fd).st_ino == INODE][0])",
         DENIED + "|IndexError|Bad file",
     ),
     "read a file": ("denied(lambda: open(SECRET).read())", DENIED),
@@ -247,7 +276,9 @@ ATTACKS = {
     "read by symlink": ("denied(lambda: os.symlink(SECRET, 'l') or open('l').read())", DENIED),
     "read by hard link": ("denied(lambda: os.link(SECRET, 'h') or open('h').read())", DENIED),
     "open by handle": (
-        "b = ctypes.create_string_buffer(struct_size := 136); b[0] = 128\nm = ctypes.c_int()\ndenied(lambda: syscall(303, -100, SECRET.encode(), b, ctypes.byref(m), 0))",
+        "b = ctypes.create_string_buffer(struct_size := 136); b[0] = 128\n"
+        "m = ctypes.c_int()\n"
+        "denied(lambda: syscall(303, -100, SECRET.encode(), b, ctypes.byref(m), 0))",
         DENIED,
     ),
     "open by openat2": (
@@ -255,14 +286,16 @@ ATTACKS = {
         DENIED,
     ),
     "core file": (
-        "import resource\nprint('BREACH' if resource.getrlimit(resource.RLIMIT_CORE)[1] else 'none')",
+        "import resource\n"
+        "print('BREACH' if resource.getrlimit(resource.RLIMIT_CORE)[1] else 'none')",
         "none",
     ),
     # ---- changes outside
     "write outside": ("denied(lambda: open(VICTIMS + '/new', 'w'))", DENIED),
     "write to the home folder": ("denied(lambda: open(HOME + '/nano-attack', 'w'))", DENIED),
     "write to site-packages": (
-        "import sysconfig\ndenied(lambda: open(sysconfig.get_path('purelib') + '/nano_attack.py', 'w'))",
+        "import sysconfig\n"
+        "denied(lambda: open(sysconfig.get_path('purelib') + '/nano_attack.py', 'w'))",
         DENIED,
     ),
     "write to /dev/shm": ("denied(lambda: open('/dev/shm/nano-attack', 'w'))", DENIED),
@@ -297,7 +330,9 @@ ATTACKS = {
     # ---- privileges and kernel surface
     "become root": ("denied(lambda: os.setuid(0) if os.getuid() else 1)", DENIED),
     "capabilities": (
-        "b = (ctypes.c_uint32 * 6)()\nlibc.capget(bytes([0x22, 5, 8, 0x20, 0, 0, 0, 0]), b)\nprint('BREACH' if b[1] & ~4 else 'few')",
+        "b = (ctypes.c_uint32 * 6)()\n"
+        "libc.capget(bytes([0x22, 5, 8, 0x20, 0, 0, 0, 0]), b)\n"
+        "print('BREACH' if b[1] & ~4 else 'few')",
         "few",
     ),
     "user namespace": ("denied(lambda: syscall(272, 0x10000000))", DENIED),
@@ -318,12 +353,14 @@ ATTACKS = {
     "x32 system call": ("denied(lambda: syscall(0x40000000 | 39))", DENIED),
     # ---- network
     "loopback": (
-        "denied(lambda: __import__('urllib.request').request.urlopen(f'http://127.0.0.1:{PORT}/search?q=answer').read())",
+        "denied(lambda: __import__('urllib.request').request.urlopen(f'http://127.0.0.1:{"
+        "PORT}/search?q=answer').read())",
         DENIED + "|URLError",
     ),
     "socket by ctypes": ("denied(lambda: syscall(41, 2, 1, 0))", DENIED),
     "UDP": (
-        "denied(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT)))",
+        "denied(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', "
+        "('127.0.0.1', PORT)))",
         DENIED,
     ),
     "listen": ("s = None\ndenied(lambda: socket.create_server(('127.0.0.1', 0)))", DENIED),
@@ -334,7 +371,8 @@ ATTACKS = {
     ),
     "netlink": ("denied(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))", DENIED),
     "datagram pair": (
-        "denied(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', DATAGRAM))",
+        "denied(lambda: socket.socketpair(socket.AF_UNIX, "
+        "socket.SOCK_DGRAM)[0].sendto(b'x', DATAGRAM))",
         DENIED,
     ),
     "stream pair that connects": (
@@ -382,7 +420,10 @@ ATTACKS = {
 
 
 def become(uid: int) -> None:
-    """Become an ordinary user, who can still read where the interpreter is (an ambient capability, in case that is root's home)."""
+    """Become an ordinary user, who can still read where the interpreter is.
+
+    An ambient capability sees to that, in case it is in root's home.
+    """
     libc = ctypes.CDLL(None)
     libc.prctl(8, 1, 0, 0, 0)
     os.setgroups([])

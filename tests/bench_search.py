@@ -1,9 +1,10 @@
-"""Builds the index of a large fictional world and queries it: build rate, size, memory, latency with 1 and with 16 clients.
+"""Builds the index of a large fictional world and queries it: build rate, size, memory, latency.
 
 python tests/bench_search.py --entities 100000 [--out DIR] [--json FILE]
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -27,6 +28,12 @@ from tools import Browse, Search
 
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def latency_ms(call, value) -> float:
+    started = time.perf_counter()
+    call(value)
+    return 1000 * (time.perf_counter() - started)
 
 
 def main():
@@ -91,17 +98,10 @@ def main():
         ("browse", lambda url: browse(url=url), urls),
     ):
         for clients in (1, 16):
-            latencies = []
-
-            def timed(value):
-                started = time.perf_counter()
-                call(value)
-                latencies.append(1000 * (time.perf_counter() - started))
-
             browse.reader.pages.clear()
             started = time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
-                list(pool.map(timed, inputs))
+                latencies = list(pool.map(functools.partial(latency_ms, call), inputs))
             rows[f"{name}, {clients} clients: p50, p99 ms; calls a second"] = [
                 round(percentile(latencies, 0.5), 2),
                 round(percentile(latencies, 0.99), 2),

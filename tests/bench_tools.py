@@ -38,7 +38,8 @@ def timed(call, *inputs) -> list[float]:
 
 
 def summary(times: list[float]) -> str:
-    return f"median {statistics.median(times):.2f} ms, p99 {sorted(times)[math.ceil(0.99 * len(times)) - 1]:.2f} ms of {len(times)}"
+    p99 = sorted(times)[math.ceil(0.99 * len(times)) - 1]
+    return f"median {statistics.median(times):.2f} ms, p99 {p99:.2f} ms of {len(times)}"
 
 
 def monty_rows(calls: int, rows: dict) -> None:
@@ -83,7 +84,8 @@ def main():
     session = CPythonSession(timeout_s=60, unsafe=unsafe)
     session.start()
     rows["machine"] = (
-        f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}"
+        f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}, "
+        f"Python {platform.python_version()}"
     )
     rows["sandbox"] = session.isolation
     monty_rows(args.calls, rows)
@@ -107,7 +109,8 @@ def main():
         f"median {first:.2f} and {last:.2f} ms ({last / first - 1:+.0%})"
     )
     rows[f"cpython: growth over {args.calls} calls"] = (
-        f"{(process.memory_info().rss - before[0]) >> 10} KiB of ours, {(child.memory_info().rss - before[2]) >> 10} KiB of the session, "
+        f"{(process.memory_info().rss - before[0]) >> 10} KiB of ours, "
+        f"{(child.memory_info().rss - before[2]) >> 10} KiB of the session, "
         f"{process.num_fds() - before[1]} descriptors"
     )
     rows["cpython: memory of a session"] = f"{child.memory_info().rss / 2**20:.1f} MiB"
@@ -124,10 +127,12 @@ def main():
             list(pool.map(CPythonSession.close, sessions))
         closed_s = time.perf_counter() - started - started_s
         rows[f"cpython: {args.sandboxes} sessions at once"] = (
-            f"{started_s:.2f} s to start all and call each, {closed_s:.2f} s to close; {memory:.0f} MiB resident, shared pages counted each time"
+            f"{started_s:.2f} s to start all and call each, {closed_s:.2f} s to close; "
+            f"{memory:.0f} MiB resident, shared pages counted each time"
         )
         rows["cpython: left behind"] = (
-            f"{len(process.children()) - children} processes, {len(os.listdir(folder))} folders, {process.num_fds() - fds} descriptors"
+            f"{len(process.children()) - children} processes, "
+            f"{len(os.listdir(folder))} folders, {process.num_fds() - fds} descriptors"
         )
         tempfile.tempdir = None
         world = World(7, 300, "train")

@@ -225,7 +225,7 @@ def test_names_that_lead_inside_are_refused(server, monkeypatch, answers):
 
 
 def test_the_checked_address_is_the_one_connected_to(server, monkeypatch):
-    """DNS rebinding: a connection asks once and uses the answer that was checked; the next asks anew."""
+    """DNS rebinding: a connection asks once and uses the checked answer; the next asks anew."""
     checked, answers = [], iter(["203.0.113.7", "127.0.0.1", "127.0.0.1", "127.0.0.1"])
     monkeypatch.setattr(
         "socket.getaddrinfo",
@@ -866,6 +866,24 @@ def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
     assert "good now" in make()(url="http://site.example/bad")  # errors are not kept
 
 
+def test_redirects_are_kept_on_disk_and_a_crawl_delay_is_for_requests_alone(server, web, tmp_path):
+    server.answers = {
+        "/robots.txt": (200, {"Content-Type": "text/plain"}, b"User-agent: *\nCrawl-delay: 0.3\n"),
+        "/old": (301, {"Location": "/new"}, b""),
+        "/new": (200, {}, b"moved here"),
+    }
+    times = []
+    for _ in range(2):
+        started = time.monotonic()
+        page = Browse(live=LiveWeb(tmp_path, gap_s=0), timeout_s=9).reader.read(
+            "http://site.example/old"
+        )
+        times.append(time.monotonic() - started)
+        assert page.url == "http://site.example/new" and "moved here" in page.html
+    assert server.asked == ["/robots.txt", "/old", "/new"]
+    assert times[0] > 0.25 > times[1]
+
+
 def test_four_processes_share_one_cache(server, web, tmp_path):
     """Rollout workers write the same folder at once."""
     code = """import socket, sys
@@ -1196,19 +1214,10 @@ def test_https_checks_the_name_on_the_pinned_address(web, monkeypatch, tmp_path)
             url="https://secure.example/"
         )  # signed by nobody known
         monkeypatch.setattr("requests.adapters.DEFAULT_CA_BUNDLE_PATH", str(tmp_path / "cert"))
-        if True:
-            assert "over TLS" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(
-                url="https://secure.example/"
-            )
-            assert "CERTIFICATE_VERIFY_FAILED" in Browse(live=LiveWeb(gap_s=0), timeout_s=3)(
-                url="https://other.example/"
-            )  # another name
-            started = time.monotonic()
-            assert (
-                "the page was cut"
-                in Browse(live=LiveWeb(gap_s=0), timeout_s=1)
-                .reader.fetch("https://secure.example/drip")
-                .html
-            )
-            assert time.monotonic() - started < 3
+        browse = Browse(live=LiveWeb(gap_s=0), timeout_s=3)
+        assert "over TLS" in browse(url="https://secure.example/")
+        assert "CERTIFICATE_VERIFY_FAILED" in browse(url="https://other.example/")  # another name
+        started, hurried = time.monotonic(), Browse(live=LiveWeb(gap_s=0), timeout_s=1)
+        assert "the page was cut" in hurried.reader.fetch("https://secure.example/drip").html
+        assert time.monotonic() - started < 3
         secure.shutdown()

@@ -343,7 +343,7 @@ def run_elsewhere(script: Path, *arguments: str) -> str:
 def test_the_default_needs_nothing_that_only_linux_has(tmp_path):
     script = tmp_path / "call.py"
     script.write_text(
-        "from tools import Python, Toolbox\n"
+        "from support.toolbox import Toolbox\nfrom tools import Python\n"
         "toolbox = Toolbox()\nprint(toolbox.isolation())\nprint(Python()(code='6 * 7'))"
     )
     assert run_elsewhere(script).split("\n")[:2] == [
