@@ -36,6 +36,7 @@ from typing import Literal
 
 # Before torch: threads that wait soon leave their core to others (docs/rollouts.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings about names of this host
 
 import torch
 from accelerate import Accelerator
