@@ -124,8 +124,8 @@ def run_mode(mode: str, args: BenchArgs, seed: int) -> dict:
 
     Returns:
         seconds; rollout_s and update_s of them; idle_share, of the engines' time while they were to
-        generate; steps, that is updates; trajectories; tokens and tokens_per_s, sampled; stale_share of tokens;
-        timeline, the moment when the clock started and the trajectories.
+        generate; steps, that is updates; trajectories; tokens and tokens_per_s, sampled;
+        stale_share of tokens; timeline, the moment when the clock started and the trajectories.
     """
     torch.set_num_threads(cores_of(1))
     tasks = scripted_tasks(args.steps * args.tasks_per_step, args.samples, seed)
