@@ -224,7 +224,7 @@ def test_the_loop_raises_what_is_rewarded(tmp_path, request):
         "    return float(len(trajectory.turns) <= 2 and trajectory.status == 'answered')\n"
     )
     flags = ["--tasks_per_step", 4 if full else 2, "--samples", 8, "--steps", 9 if full else 6]
-    flags += ["--max_turns", 4 if full else 3, "--learning_rate", "1e-3", "--warmup", 1]
+    flags += ["--max_turns", 4 if full else 3, "--learning_rate", "5e-4", "--warmup", 1]
     flags += ["--save_every", 99, "--reward", f"{tmp_path}/soon.py:soon", "--out", tmp_path / "run"]
     train(tmp_path, *SMALL, *flags)
     rewards = [row["reward"] for row in lines_of(tmp_path / "run")]
