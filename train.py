@@ -47,7 +47,7 @@ from data.task import Task, load_tasks
 from engine import load_policy
 from reward import advantages, control_negatives, load_reward, penalised, turn_rewards
 from rollout import AgentLoop, RolloutArgs, open_engine
-from support.batches import micro_batches, padded
+from support.batches import micro_batches, padded, share_rows
 from support.checks import check_args
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
@@ -198,7 +198,7 @@ def gradient(
     Raises:
         Stopped: the user asked for an end; no weight has changed.
     """
-    batches = micro_batches(rows, args.micro_tokens)
+    batches = micro_batches(share_rows(rows, accelerator), args.micro_tokens)
     # Every process runs as many backward passes as the one with most; missing ones add zero.
     counts = torch.tensor([len(batches)], device=accelerator.device)
     count = int(accelerator.gather(counts).max())

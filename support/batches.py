@@ -4,6 +4,7 @@ In: rows (`train.Row`). Out: micro-batches, tensors, and the check that trainer 
 """
 
 import torch
+from accelerate.utils import gather_object
 
 
 def micro_batches(rows: list, micro_tokens: int) -> list[list]:
@@ -21,6 +22,16 @@ def padded(lists: list[list], dtype: torch.dtype, device) -> torch.Tensor:
     """(B, L), filled with zeros on the right."""
     tensors = [torch.tensor(values, dtype=dtype) for values in lists]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+
+
+def share_rows(rows: list, accelerator) -> list:
+    """This rank's share of the rows of all ranks: as many as the others have, and as long ones.
+    Negative control and equal rewards leave some ranks with fewer rows than others.
+    """
+    if accelerator.num_processes == 1:
+        return rows
+    everything = sorted(gather_object(rows), key=lambda row: len(row.segment.ids))
+    return everything[accelerator.process_index :: accelerator.num_processes]
 
 
 @torch.no_grad()

@@ -72,44 +72,45 @@ def start_ranks(count: int) -> None:
     """
     if endings.is_child():  # we are one of the others
         threading.Thread(target=end_with_the_pipe, daemon=True).start()
-        port = int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
-    elif launched() or count == 1 or torch.cuda.is_available():
         return
-    else:
-        listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "OMP_NUM_THREADS": str(cores_of(count)),
-        }
-        for rank in range(1, count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NANO_PARENT": str(os.getpid())}
-            with endings.deaf():
-                child = subprocess.Popen(
-                    [sys.executable, *sys.argv],
-                    env=os.environ | own,
-                    stdin=subprocess.PIPE,
-                    start_new_session=True,  # Ctrl-C in the terminal is for us to pass on
-                )
-            endings.children.append(child)
-            threading.Thread(target=notice_the_end, args=(child, rank), daemon=True).start()
-        store = torch.distributed.TCPStore(
-            "127.0.0.1",
-            port,
-            is_master=True,
-            master_listen_fd=listener.detach(),
-            wait_for_workers=False,
-        )
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    if launched() or count == 1 or torch.cuda.is_available():
+        return
+    listener = socket.create_server(("127.0.0.1", 0))
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(listener.getsockname()[1]),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "OMP_NUM_THREADS": str(cores_of(count)),
+        "NANO_LISTENER": str(listener.detach()),
+    }
+    for rank in range(1, count):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NANO_PARENT": str(os.getpid())}
+        with endings.deaf():
+            child = subprocess.Popen(
+                [sys.executable, *sys.argv],
+                env=os.environ | own,
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C in the terminal is for us to pass on
+            )
+        endings.children.append(child)
+        threading.Thread(target=notice_the_end, args=(child, rank), daemon=True).start()
+
+
+def join_ranks() -> None:
+    """Wait for the ranks that `start_ranks` has started, and make their process group."""
+    if "NANO_LISTENER" not in os.environ:
+        return
+    port, is_master = int(os.environ["MASTER_PORT"]), not endings.is_child()
+    listener = int(os.environ["NANO_LISTENER"]) if is_master else None
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", port, is_master=is_master, master_listen_fd=listener, wait_for_workers=False
     )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
 def launched() -> bool:
@@ -137,11 +138,15 @@ def notice_the_end(child: subprocess.Popen, rank: int) -> None:
         endings.lose("train.py", f"since process {rank} {killed}")
 
 
-def end_ranks() -> None:
-    """Wait for the other ranks, which are ending too; kill those that do not."""
+def end_ranks(joined: bool) -> None:
+    """Wait for the other ranks, which are ending too; kill those that do not.
+
+    Args:
+        joined: whether they had joined us; one that had not waits for that, and is killed at once.
+    """
     for child in endings.children:
         try:
-            child.wait(timeout=5)
+            child.wait(timeout=5 if joined else 0)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

@@ -33,6 +33,7 @@ from support.processes import (
     cores_of,
     end_ranks,
     end_with_the_launcher,
+    join_ranks,
     start_ranks,
     wanted_ranks,
 )
@@ -71,12 +72,15 @@ class Run:
         self.learner = self.rollouts = self.accelerator = None
         self.done = self.saved = self.skipped = 0  # updates
         self.began = False  # the first update
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), 1
+        self.is_main = self.rank == 0
+        self.no_bars = None if self.is_main else True  # None: where no terminal is
 
     def __enter__(self):
         return self
 
     def begin(self) -> None:
-        """Start the ranks, listen to signals, and read what an earlier run has left.
+        """Start the ranks, and read what an earlier run has left.
 
         Raises:
             ValueError, OSError: one line says what is wrong with a flag or a file.
@@ -88,26 +92,29 @@ class Run:
         logging.disable_progress_bar()  # of loading and saving weights
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(args.threads or cores_of(self.local_ranks))
-        on_gpu = torch.cuda.is_available()
-        self.accelerator = Accelerator(
-            cpu=not on_gpu,
-            log_with=args.log_with or None,
-            mixed_precision="bf16" if on_gpu else "no",
-        )
-        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        self.no_bars = None if self.is_main else True  # None: where no terminal is
-        self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         if args.resume:
             self.state = run_folder.load_state(Path(args.resume))
             self.done = self.saved = self.state["step"]
         set_seed(args.seed)
 
     def open_tools(self, rollout_args, tasks: list) -> Toolbox:
-        """The tools, with the worlds of these tasks open; one process writes them on first use."""
+        """The tools, with the worlds of these tasks open, and all ranks together. Rank 0 writes the
+        worlds, on first use, while the others still import.
+        """
         toolbox = open_toolbox(rollout_args)
         if self.is_main:
             print(f"python tool: {toolbox.isolation()}")
-        with self.accelerator.main_process_first():
+            toolbox.prepare(tasks)
+        join_ranks()
+        on_gpu = torch.cuda.is_available()
+        self.accelerator = Accelerator(
+            cpu=not on_gpu,
+            log_with=self.args.log_with or None,
+            mixed_precision="bf16" if on_gpu else "no",
+        )
+        self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
+        self.accelerator.wait_for_everyone()
+        if not self.is_main:
             toolbox.prepare(tasks)
         return toolbox
 
@@ -331,11 +338,10 @@ class Run:
 
     def why(self, error) -> str | None:
         """The line for the user, "" where another rank says it, None where there is no line."""
-        is_main = self.accelerator is None or self.is_main
         if isinstance(error, UserCodeError):
             return str(error)
         if isinstance(error, (ValueError, OSError, sqlite3.Error)) and not self.began:
-            return str(error) if is_main else ""
+            return str(error) if self.is_main else ""
         if isinstance(error, (WorkerError, OSError)):
             reason = str(error)
             if isinstance(error, OSError) and error.strerror:
@@ -357,7 +363,7 @@ class Run:
         Args:
             broken: another rank has ended in the middle of what we did together.
         """
-        if self.accelerator and not self.is_main:
+        if not self.is_main:
             return ""
         since = ""
         if broken and not endings.received:
@@ -393,6 +399,7 @@ class Run:
             self.accelerator.free_memory()
             if self.args.log_with:
                 self.accelerator.end_training()
-        if torch.distributed.is_initialized():
+        joined = torch.distributed.is_initialized()
+        if joined:
             torch.distributed.destroy_process_group()
-        end_ranks()
+        end_ranks(joined)
