@@ -220,7 +220,7 @@ class Engine:
         self.stats |= dict.fromkeys(("sampled", "prefilled", "evicted"), 0)  # tokens, tokens, rows
 
     def new_weights(self, version: int) -> None:
-        """The weights have changed, so all cached keys and values are void. Call it between turns."""
+        """The weights have changed, so cached keys and values are void. Call it between turns."""
         self.version, self.prefix_ready = version, False
         for slot in filter(None, self.slots):
             slot.cached = []

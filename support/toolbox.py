@@ -1,7 +1,7 @@
 """Which tools a trajectory gets: those of tools.TOOLS, over the world or the corpus of its task.
 
-In: flags, tasks. Out: `Toolbox.tools_for(trajectory)`, name -> tool. Worlds are written and opened on
-first use; their pages are served on loopback.
+In: flags, tasks. Out: `Toolbox.tools_for(trajectory)`, name -> tool. Worlds are written and opened
+on first use; their pages are served on loopback.
 """
 
 from pathlib import Path
@@ -109,7 +109,7 @@ class Toolbox:
         return {tool.name: by_name[tool.name] for tool in tools.TOOLS}
 
     def python_for(self, trajectory):
-        """The trajectory's session; CPython's is begun anew where a trajectory goes on elsewhere."""
+        """The trajectory's session; CPython's begins anew where a trajectory goes on elsewhere."""
         if self.open_cpython is None:
             return Python(trajectory.memory)
         session = self.sessions.get(trajectory.key)
