@@ -7,13 +7,14 @@ import json
 import os
 import threading
 import time
-from concurrent.futures import Future, TimeoutError
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 
 import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
+
+from support.threads import in_thread
 
 MAX_REPLY_BYTES = 4 << 20
 
@@ -96,7 +97,12 @@ def ask(url: str, body: dict, deadline_s: float = 600.0) -> str:
 
 def side_by_side(function, items: list, threads: int, label: str) -> None:
     """function(item) for each item, in threads that no exit of the process waits for."""
-    with ThreadPool(threads) as pool:
-        results = pool.imap_unordered(function, items)
-        for _ in tqdm(results, label, len(items), mininterval=1, disable=None):
-            pass
+    waiting, running = list(reversed(items)), set()
+    with tqdm(total=len(items), desc=label, mininterval=1, disable=None) as bar:
+        while waiting or running:
+            while waiting and len(running) < threads:
+                running.add(in_thread(function, waiting.pop()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()  # raises what the function has raised
+                bar.update()

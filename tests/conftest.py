@@ -27,6 +27,17 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the long sweeps in full")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: a long test that runs with --full only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="runs with --full"))
+
+
 @pytest.fixture(scope="session")
 def full(request) -> bool:
     """Whether the long sweeps run in full; by default a sample of each runs."""

@@ -44,6 +44,7 @@ def figures(path):
     return {key: value for key, value in result.items() if key != "settings"}
 
 
+@pytest.mark.full
 def test_evaluation_is_unaffected(tmp_path):
     flags = ["evaluate.py", "--tasks", "data/dev.jsonl", "--limit", "3", "--samples", "1", "--json"]
     here = subprocess.run(

@@ -272,6 +272,7 @@ def test_a_fourth_manager_in_a_few_lines(tiny, chat, make_engine, monkeypatch):
     assert any(g.abs().max() > 0 for g in gradients.values())
 
 
+@pytest.mark.full
 def test_the_shipped_base_for_walks_goes_on_where_none_is_stopped(
     deep_dir, chat, make_engine, toolbox, full
 ):

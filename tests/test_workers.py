@@ -254,7 +254,10 @@ def through_a_checkpoint(state, model, tokenizer, folder) -> dict:
     return run_folder.share_of(run_folder.load_state(folder)["rollouts"], 0, 1, tasks=1)
 
 
-@pytest.mark.parametrize("more", [{}, dict(context="summarize", context_budget=160)])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param({}, marks=pytest.mark.full), dict(context="summarize", context_budget=160)],
+)
 def test_parked_work_goes_on_token_for_token_from_a_checkpoint(
     make_pool, make_loop, tiny, tokenizer, tmp_path, more
 ):
@@ -355,6 +358,7 @@ def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(
     assert attempts == handed_out_again > 0  # each loss changes the draws of what was lost
 
 
+@pytest.mark.full
 def test_a_silent_worker_is_replaced(make_pool, tiny):
     tasks = scripted_tasks(8, 2, seed=5, latency_s=0.05)
     pool = make_pool(tasks, enough=8)
