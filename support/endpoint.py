@@ -5,9 +5,8 @@ In: a URL and a request. Out: the text of the reply, or one line that says what 
 
 import json
 import os
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -25,16 +24,7 @@ def within(deadline_s: float, function):
     `requests` only bounds the wait for each read, and a server that drips bytes never ends. So the
     function runs in a thread that is left behind at the deadline and that no exit waits for.
     """
-    future = Future()
-
-    def work():
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future.result(timeout=deadline_s)
+    return in_thread(function).result(timeout=deadline_s)
 
 
 def probe(url: str) -> None:

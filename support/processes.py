@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from engine import NANO
 from support import endings
 
+RANK_NAMES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")  # where launchers write it
 RANK_BYTES = 1 << 30  # memory of a rank beside its model
 
 
@@ -115,7 +116,12 @@ def join_ranks() -> None:
 
 def launched() -> bool:
     """Whether torchrun, MPI or Accelerate's launcher for several GPUs has started ranks."""
-    return any(name in os.environ for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+    return any(name in os.environ for name in RANK_NAMES)
+
+
+def own_rank() -> int:
+    """The number of this process, 0 where nobody has numbered it."""
+    return next((int(os.environ[name]) for name in RANK_NAMES if name in os.environ), 0)
 
 
 def end_with_the_launcher() -> None:

@@ -34,6 +34,7 @@ from support.processes import (
     end_ranks,
     end_with_the_launcher,
     join_ranks,
+    own_rank,
     start_ranks,
     wanted_ranks,
 )
@@ -72,7 +73,7 @@ class Run:
         self.learner = self.rollouts = self.accelerator = None
         self.done = self.saved = self.skipped = 0  # updates
         self.began = False  # the first update
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), 1
+        self.rank, self.ranks = own_rank(), 1
         self.is_main = self.rank == 0
         self.no_bars = None if self.is_main else True  # None: where no terminal is
 
