@@ -4,7 +4,6 @@ In: queries. Out: hits (title, url, snippet), as the embedded search engine give
 another service, add a `Service` to SERVICES.
 """
 
-import concurrent.futures
 import html
 import json
 import os
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
+from support.threads import in_thread
 from support.web import ToolFault, bounded_session, send_in_time, wait_of
 
 RETRY_S = 0.5  # before a second request; then twice as long each time
@@ -134,8 +134,7 @@ class WebSearch:
         Raises:
             ToolFault: no usable answer; the text names service and reason, never the key.
         """
-        with concurrent.futures.ThreadPoolExecutor(len(queries)) as pool:
-            return list(pool.map(self.ask, queries))
+        return [future.result() for future in [in_thread(self.ask, query) for query in queries]]
 
     def ask(self, query: str) -> list[dict]:
         """The hits of one query, after up to four requests; raises as `find` does."""
