@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from context import Chat, Trajectory
 from data.task import Task, load_tasks
-from engine import keep_memory, load_policy
+from engine import Engine, keep_memory, load_policy
 from reward import correct
-from rollout import EVALUATION, AgentLoop, RolloutArgs, new_group, open_engine, play
+from rollout import EVALUATION, AgentLoop, RolloutArgs, new_group, play
 from support.api_policy import api_rollout
 from support.baselines import play_baseline
 from support.benchmarks import SUFFIXES, gaia_correct, load_benchmark
@@ -167,7 +167,7 @@ def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None 
     """(model, chat, engine) of a local policy."""
     model, tokenizer = load_policy(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chat = Chat(tokenizer, signatures())
-    return model, chat, open_engine(model, chat, args)
+    return model, chat, Engine(model, chat, args)
 
 
 def attempt(trajectories, args: EvaluateArgs, rollout_args: RolloutArgs, toolbox, policy) -> None:
