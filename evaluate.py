@@ -126,7 +126,7 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
     result["by_family"] = by(lambda task: task.family)
     result["by_hops"] = by(lambda task: f"{task.family} {task.hops}")
     result["by_template"] = by(lambda task: task.meta.get("template", "own"))
-    return result | {"settings": settings}
+    return result | {"scores": dict(zip(by_task, map(mean, scores))), "settings": settings}
 
 
 # ------------------------------------------------------------------------------------ policies

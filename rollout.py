@@ -170,9 +170,8 @@ class AgentLoop:
         engine, chat, toolbox, args: the policy, its chat template, the tools, the limits.
         lockstep: whether a result joins at a step that follows from the step of its call alone: the
             first join that is `tool_steps` steps later, or the next one if nothing is left to
-            decode. The engine waits for it there. Batches, and
-            with them every last bit of the log-probs, then do not depend on how fast a tool was
-            (sync mode). Otherwise a result joins when it has come.
+            decode. The engine waits for it there, so batches, and every last bit of the log-probs,
+            do not depend on how fast a tool was (sync mode). Else a result joins when it has come.
     """
 
     def __init__(self, engine: Engine, chat: Chat, toolbox: Toolbox, args, lockstep: bool = False):
@@ -275,6 +274,7 @@ class AgentLoop:
             calls, answer = parse_action(text, tools)
         except FormatError as error:
             trajectory.status, trajectory.error = "format_error", error.kind
+            trajectory.memory["why"] = str(error)
             return []
         if answer is not None:
             trajectory.status, trajectory.answer = "answered", answer

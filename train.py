@@ -99,6 +99,7 @@ class TrainArgs:
     save_every: int = HfArg(default=10, help="updates between checkpoints")
     processes: int = HfArg(default=0, help="on CPUs (0: one a core, as memory and tasks allow)")
     threads: int = HfArg(default=0, help="CPU threads of a process (0: its share of the cores)")
+    keep_trajectories: int = HfArg(default=60, help="updates, evenly spread, written whole")
     log_with: str = HfArg(default="", help="tracker of Accelerate: tensorboard, wandb, …")
 
 
@@ -276,19 +277,19 @@ def main():
             # 2. Rewards and advantages, group by group. Negatives that are discarded have informed
             # the baseline. Trajectories that the environment failed are left out.
             clock = time.perf_counter()
-            rows, outcomes, kept = [], [], []
+            rows, outcomes, kept, by_turns = [], [], [], []
             for group in groups:
                 sound = [t for t in group.trajectories if t.status != "tool_fault"]
                 rewards = [penalised(reward_of(t), args.format_penalty) for t in sound]
                 per_turn = [
                     turn_rewards(r, len(t.turns), args.gamma) for r, t in zip(rewards, sound)
                 ]
-                keep = control_negatives(rewards, args.negatives)
-                for trajectory, by_turn, is_kept in zip(sound, advantages(per_turn), keep):
+                outcomes.append(rewards)
+                kept.append(control_negatives(rewards, args.negatives))
+                by_turns.append(advantages(per_turn))
+                for trajectory, by_turn, is_kept in zip(sound, by_turns[-1], kept[-1]):
                     if is_kept:
                         rows += rows_of(trajectory, by_turn, update, args.stale)
-                outcomes.append(rewards)
-                kept.append(keep)
 
             # 3. The update.
             for parameters in learner.optimizer.param_groups:
@@ -307,7 +308,7 @@ def main():
                 "train_s": time.perf_counter() - clock,
                 "tokens_per_s": counts["tokens"] / rollout_s,
             }
-            run.log(metrics, groups, outcomes)
+            run.log(metrics, groups, outcomes, kept, by_turns)
             if args.eval_every and run.done % args.eval_every == 0 and run.done < args.steps:
                 run.evaluate("dev", dev_tasks)
             if run.done % args.save_every == 0 or run.done == args.steps:

@@ -47,12 +47,14 @@ def api_rollout(
         except ValueError as error:
             trajectory.status, trajectory.error = "tool_fault", f"server: {error}"[:200]
             break
+        trajectory.memory.setdefault("texts", []).append(text)
         turn = Turn([], [], version=-1)
         trajectory.turns.append(turn)
         try:
             calls, answer = parse_action(text, tools)
         except FormatError as error:
             trajectory.status, trajectory.error = "format_error", error.kind
+            trajectory.memory["why"] = str(error)
             break
         if answer is not None:
             trajectory.status, trajectory.answer = "answered", answer

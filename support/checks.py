@@ -47,6 +47,7 @@ def check_args(args, rollout_args, async_args) -> None:
     at_least(args, 1, "nominal_tokens")
     at_least(args, 0, "seed", "decay_steps", "eval_every", "eval_tasks", "threads", "processes")
     at_least(args, 0, "format_penalty", "negatives", "learning_rate", "max_grad_norm")
+    at_least(args, 0, "keep_trajectories")
     finite(args, "learning_rate", "max_grad_norm", "format_penalty")
     if not (args.learning_rate and args.max_grad_norm):
         raise ValueError("--learning_rate and --max_grad_norm must be above 0")

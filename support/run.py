@@ -6,6 +6,7 @@ can be, every process ends, and the user reads one line.
 In: flags and a learner. Out: runs/NAME/. Nothing here knows how the policy learns.
 """
 
+import math
 import os
 import sqlite3
 import sys
@@ -21,7 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
 from transformers.utils import logging
 
-from context import Chat, Trajectory
+from context import Chat
 from data.task import task_at
 from engine import keep_memory
 from evaluate import format_table, summarise
@@ -40,6 +41,7 @@ from support.processes import (
 )
 from support.run_folder import share_of
 from support.toolbox import Toolbox, open_toolbox
+from support.trajectory_log import to_lines, update_records
 from support.user_code import UserCodeError
 from workers import AsyncRollouts, Setup, WorkerError
 
@@ -229,21 +231,21 @@ class Run:
         if self.skipped == SKIPS:
             self.fail(f"{SKIPS} steps in a row without a finite gradient: lower --learning_rate")
 
-    def log(self, metrics: dict, groups: list[Group], outcomes: list[list]) -> None:
-        """Write an update's line, and a trajectory of each group with its reward.
+    def log(self, metrics: dict, groups: list[Group], *scores: list) -> None:
+        """Write an update's line, and the trajectories of all ranks.
 
         Args:
-            outcomes: the Reward of each trajectory of each group, without those that the
-                environment failed.
+            scores: for each group the Reward, whether it was kept, and the advantages of each
+                trajectory, without those that the environment failed.
         """
+        lines, kept = [], min(self.args.keep_trajectories, self.args.steps)
+        if kept and (self.args.steps - self.done) % math.ceil(self.args.steps / kept) == 0:
+            chat, stale = self.learner.chat, self.args.stale
+            lines = to_lines(update_records(self.done, groups, *scores, stale, chat))
+            lines = gather_object(lines)
         if self.is_main:
             run_folder.append_line(self.out / "metrics.jsonl", {"step": self.done} | metrics)
-            for group, rewards in zip(groups, outcomes):
-                sound = [t for t in group.trajectories if t.status != "tool_fault"]
-                for trajectory, reward in list(zip(sound, rewards))[:1]:
-                    run_folder.append_line(
-                        self.out / "trajectories.jsonl", self.record_of(trajectory, reward)
-                    )
+            run_folder.append(self.out / "trajectories.jsonl", lines)
             tqdm.write(
                 f"update {self.done}: Pass@1 {metrics['pass_rate']:.1%}, "
                 f"reward {metrics['reward']:.2f}, {metrics['turns']:.1f} turns, "
@@ -252,22 +254,6 @@ class Run:
             )
         numbers = {key: v for key, v in metrics.items() if isinstance(v, (int, float))}
         self.accelerator.log(numbers, step=self.done)
-
-    def record_of(self, t: Trajectory, reward) -> dict:
-        """A trajectory as a line that people can read."""
-        return {
-            "step": self.done,
-            "id": t.task.id,
-            "question": t.task.question,
-            "truth": t.task.answer,
-            "answer": t.answer,
-            "status": t.status,
-            "error": t.error,
-            "reward": reward.total,
-            "reward_parts": reward.parts,
-            "turns": len(t.turns),
-            "text": "\n\n".join(self.learner.chat.decode(segment.ids) for segment in t.segments),
-        }
 
     def evaluate(self, split: str, tasks: list) -> dict | None:
         """Pass@1 on held-out tasks, one sample each; None if there are no tasks."""

@@ -71,8 +71,12 @@ def save_config(out: Path, config: dict) -> None:
 
 
 def append_line(path: Path, record: dict) -> None:
+    append(path, [json.dumps(record) + "\n"])
+
+
+def append(path: Path, lines: list[str]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.writelines(lines)
 
 
 def cut_lines(path: Path, last_step: int) -> None:
