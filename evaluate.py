@@ -10,7 +10,6 @@ To try an idea (another statistic), change `summarise`.
 
 import functools
 import hashlib
-import json
 import math
 import os
 import sqlite3
@@ -41,7 +40,7 @@ from support.evaluation import (
     mean,
     open_tools,
     usage,
-    write_trajectories,
+    write_files,
 )
 from support.flags import parse_flags
 from support.judge import judge
@@ -180,11 +179,8 @@ def main():
     settings = asdict(args) | asdict(rollout_args) | about | {"tasks_sha256": digest}
     result = summarise(trajectories, settings, args.seed)
     try:
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1))
-        if args.trajectories:
-            scored = zip(trajectories, map(score, trajectories))
-            write_trajectories(args.trajectories, scored, policy[1], public)
+        scored = list(zip(trajectories, map(score, trajectories)))
+        write_files(args, result, scored, policy[1], public)
     except OSError as error:
         sys.exit(f"evaluate.py: {error}")
     finally:

@@ -3,8 +3,8 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,9 @@ from rollout import RolloutArgs
 from support.baselines import Baseline, weaken
 from support.checks import check_rollout_args
 from support.endpoint import probe
+from support.page import Pieces, pack, write_page
 from support.toolbox import Toolbox, open_toolbox
+from support.trajectory_log import record_of, to_lines, without_texts
 from tools import signatures
 
 
@@ -32,6 +34,7 @@ class EvaluateArgs:
     limit: int = HfArg(default=0, help="use only the first so many tasks (0: all)")
     json: str = HfArg(default="", help="file to write the figures to")
     trajectories: str = HfArg(default="", help="file for every trajectory, one JSON line each")
+    report: str = HfArg(default="", help="HTML page with the figures and every trajectory")
     seed: int = HfArg(default=0, help="decides the sampling and the bootstrap")
     api: str = HfArg(default="", help="evaluate a served model: base URL, http://127.0.0.1:8000/v1")
     api_model: str = HfArg(default="", help="name of the model behind --api")
@@ -61,7 +64,7 @@ def check_args(args: EvaluateArgs, rollout_args: RolloutArgs) -> None:
     """Raise a ValueError or OSError, one line, for flags that cannot work. Files are tried, and
     servers asked, before the evaluation rather than after it."""
     check_rollout_args(rollout_args)
-    for file in filter(None, (args.json, args.trajectories)):
+    for file in filter(None, (args.json, args.trajectories, args.report)):
         open(file, "a").close()
     if args.samples < 1 or args.limit < 0 or args.seed < 0:
         raise ValueError("--samples must be at least 1, --limit and --seed at least 0")
@@ -125,26 +128,48 @@ def usage(trajectories: list[Trajectory], hits: list[Trajectory]) -> dict:
     }
 
 
-def write_trajectories(
-    path: str, scored: Iterable[tuple[Trajectory, float]], chat: Chat | None, public: bool
-) -> None:
-    """Write one line of JSON a trajectory.
+def write_files(args: EvaluateArgs, result: dict, scored: list, chat: Chat | None, public: bool):
+    """Write the files that the flags name.
 
     Args:
-        scored: trajectories with their scores.
+        scored: (trajectory, score) of each.
         chat: turns token ids into text; None where there are no ids.
         public: the tasks are a public benchmark's. Its authors ask that nobody writes its questions
             down in plain text, so of each question only the canary is kept.
     """
-    with open(path, "w", encoding="utf-8") as file:
-        for t, score in scored:
-            text = "\n\n".join(chat.decode(segment.ids) for segment in t.segments) if chat else ""
-            texts = {"question": t.task.question, "truth": t.task.answer, "text": text}
-            line = {"id": t.task.id}
-            line |= {"canary": t.task.meta.get("canary"), "text": ""} if public else texts
-            line |= {"answer": t.answer, "score": score, "verdict": t.memory.get("verdict")}
-            line |= {"status": t.status, "error": t.error, "turns": len(t.turns)}
-            file.write(json.dumps(line) + "\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+    records = []
+    for t, score in scored if args.trajectories or args.report else []:
+        place = {"step": 0, "group": t.key[2], "index": t.key[3]}
+        record = place | record_of(t, chat) | {"score": score, "verdict": t.memory.get("verdict")}
+        records.append(without_texts(record, t.task.meta.get("canary")) if public else record)
+    if args.trajectories:
+        Path(args.trajectories).write_text("".join(to_lines(records)), encoding="utf-8")
+    if args.report:
+        write_evaluation(args, result, records, chat)
+
+
+def write_evaluation(
+    args: EvaluateArgs, result: dict, records: list[dict], chat: Chat | None
+) -> None:
+    """Write the page of an evaluation: its figures and its trajectories."""
+    name = args.api_model or (args.model if args.baseline == "none" else args.baseline)
+    figures = {"all": result} | result["by_family"] | result["by_hops"]
+    rows = [
+        [key, str(row["n"]), *(f"{100 * x:.1f}%" for x in (row["pass@1"], *row["pass@1_ci"]))]
+        for key, row in figures.items()
+    ]
+    table = {
+        "title": "Pass@1",
+        "head": ["", "tasks", "Pass@1", "95% interval from", "to"],
+        "rows": [{"cells": row} for row in rows],
+        "note": next(line for line in format_table(result).splitlines() if "pass@" in line),
+    }
+    pieces = Pieces(chat.tokenizer.backend_tokenizer if chat else None)
+    run = {"name": name, "packed": {0: pack(records, pieces)}, "pieces": pieces.texts}
+    title = f"{name} on {args.tasks}"
+    write_page(args.report, {"title": title, "runs": [run], "tables": [table], "panels": []})
 
 
 def format_table(result: dict) -> str:

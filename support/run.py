@@ -26,6 +26,7 @@ from context import Chat
 from data.task import task_at
 from engine import keep_memory
 from evaluate import format_table, summarise
+from report import write_report
 from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, play
 from support import endings, run_folder
 from support.batches import logprob_gap
@@ -290,11 +291,15 @@ class Run:
         self.saved = self.done
 
     def report(self, before: dict | None, after: dict | None) -> None:
-        """The last lines of a run."""
-        if not (self.is_main and after):
+        """The page of the run, and its last lines."""
+        if not self.is_main:
             return
         draw_curves(self.out)
-        print(format_table(after))
+        write_report([self.out], self.out / "report.html")
+        print(format_table(after) if after else "no held-out tasks")
+        print(f"curves and every trajectory: {self.out}/report.html")
+        if not after:
+            return
         start = f"{before['pass@1']:.1%} before, " if before else ""
         print(
             f"held-out Pass@1: {start}{after['pass@1']:.1%} after {self.done} steps "

@@ -50,10 +50,10 @@ def record_of(t: Trajectory, chat: Chat | None) -> dict:
     return asked | ended | why | {"turns": turns, "segments": segments}
 
 
-def without_texts(record: dict) -> dict:
-    """The record without anything that repeats its question or answer."""
+def without_texts(record: dict, canary: str | None) -> dict:
+    """The record of a public benchmark's task, without anything that repeats its question."""
     turns = [turn | {"text": "", "calls": [], "results": []} for turn in record["turns"]]
-    texts = dict.fromkeys(("question", "truth", "answer", "why"), "")
+    texts = {"canary": canary, "question": "", "truth": "", "why": ""}
     return record | texts | {"pages": [], "turns": turns, "segments": []}
 
 
