@@ -11,6 +11,7 @@ To count another behaviour, change support/behaviour.py.
 import argparse
 import itertools
 import json
+import math
 import sys
 import webbrowser
 from pathlib import Path
@@ -248,7 +249,8 @@ def metric(*keys: str):
             value = metrics
             for key in keys:
                 value = value.get(key, {})
-            points += [[metrics["step"], value]] if isinstance(value, (int, float)) else []
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            points += [[metrics["step"], value]] if is_number else []
         return points
 
     return points_of

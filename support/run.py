@@ -6,7 +6,6 @@ can be, every process ends, and the user reads one line.
 In: flags and a learner. Out: runs/NAME/. Nothing here knows how the policy learns.
 """
 
-import math
 import os
 import sqlite3
 import sys
@@ -42,7 +41,7 @@ from support.processes import (
 )
 from support.run_folder import share_of
 from support.toolbox import Toolbox, open_toolbox
-from support.trajectory_log import to_lines, update_records
+from support.trajectory_log import is_written, to_lines, update_records
 from support.user_code import UserCodeError
 from workers import AsyncRollouts, Setup, WorkerError
 
@@ -239,9 +238,8 @@ class Run:
             scores: for each group the Reward, whether it was kept, and the advantages of each
                 trajectory, without those that the environment failed.
         """
-        lines, kept = [], min(self.args.keep_trajectories, self.args.steps)
-        if kept and (self.args.steps - self.done) % math.ceil(self.args.steps / kept) == 0:
-            chat, stale = self.learner.chat, self.args.stale
+        lines, chat, stale = [], self.learner.chat, self.args.stale
+        if is_written(self.done, self.args.steps, self.args.keep_trajectories):
             lines = to_lines(update_records(self.done, groups, *scores, stale, chat))
             lines = gather_object(lines)
         if self.is_main:

@@ -6,6 +6,7 @@ says what each key means. In: finished trajectories. Out: dicts, and lines of JS
 
 import itertools
 import json
+import math
 
 from context import Chat, Trajectory
 
@@ -86,6 +87,13 @@ def update_records(
             record["reward_parts"] = reward.parts if reward else {}
             records.append(record)
     return records
+
+
+def is_written(step: int, steps: int, most: int) -> bool:
+    """Whether the trajectories of update `step` are written: those of every k-th update and of the
+    last one, so that at most `most` of `steps` updates are.
+    """
+    return most > 0 and (steps - step) % math.ceil(steps / most) == 0
 
 
 def to_lines(records: list[dict]) -> list[str]:
