@@ -12,9 +12,9 @@ tokens that the policy sampled are in the sum. There is no value network, no KL 
 of ratios: data are used once, by the weights that sampled them. (With --partial, in workers.py,
 older weights may have sampled some turns of a trajectory; --stale says what happens to those.)
 
-In: a model, a task file. Out: runs/NAME/ with config.json, metrics.jsonl, curves.png,
-trajectories.jsonl, checkpoint/ (a plain save_pretrained folder) and state/ (for --resume). To try
-an idea, look for HACK HERE, in here and in the other files.
+In: a model, a task file. Out: runs/NAME/ with config.json, metrics.jsonl, trajectories.jsonl,
+report.html, curves.png, checkpoint/ (a plain save_pretrained folder) and state/ (for --resume). To
+try an idea, look for HACK HERE, in here and in the other files.
 
 Letters in the comments on shapes: B rows of a batch, L tokens of a row, V tokens of the vocabulary.
 

@@ -1,16 +1,13 @@
-"""The pictures of the README and of docs/results.md, drawn from committed figures alone.
+"""The pictures of docs/results.md, drawn from committed figures alone.
 
 In: from docs/results/NAME/ the files metrics.jsonl and evaluations.jsonl (train.py wrote them) and
-test.json (evaluate.py wrote it), and docs/results/trajectory.json (one line of evaluate.py
---trajectories). Out: learning.png, gamma.png, trajectory.png, partial.png and deep.png in docs/.
+test.json (evaluate.py wrote it). Out: learning.png, gamma.png, partial.png and deep.png in docs/.
 To draw another figure, write a function `draw_...` and call it at the end.
 
     python docs/figures.py
 """
 
 import json
-import re
-import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 DOCS = Path(__file__).resolve().parent
-GAMMA = 0.95
 
 
 def lines_of(run: str, name: str) -> list[dict]:
@@ -104,58 +100,6 @@ def draw_gamma() -> None:
         axis.set_title(title)
         axis.grid(alpha=0.3, axis="y")
     figure.savefig(DOCS / "gamma.png", dpi=110)
-    plt.close(figure)
-
-
-def draw_trajectory() -> None:
-    """One trajectory as training sees it.
-
-    What the policy sampled is in the loss and has the reward of its turn; the rest it only read.
-    """
-    record = json.loads((DOCS / "results" / "trajectory.json").read_text())
-    pieces = re.split(
-        r"(?<=<\|im_start\|>assistant\n)|(?<=<\|im_end\|>)", record["text"]
-    )  # prompt, action, observation, action, …
-    pieces = [piece for piece in pieces if piece.strip()]
-    sampled = [
-        index > 0 and pieces[index - 1].endswith("assistant\n") for index in range(len(pieces))
-    ]
-    T, turn, rows = sum(sampled), 0, []
-    for piece, ours in zip(pieces, sampled):
-        turn += ours
-        note = f"step {turn}: {GAMMA ** (T - turn):.3f}" if ours else ""
-        for number, line in enumerate(
-            line for text in piece.strip().split("\n") for line in textwrap.wrap(text, 118) or [""]
-        ):
-            rows.append((line, ours, note if number == 0 else ""))
-    figure = plt.figure(figsize=(11, 0.19 * len(rows) + 0.5))
-    axis = figure.add_axes([0, 0, 1, 1])
-    axis.set_axis_off()
-    axis.set_xlim(0, 1)
-    axis.set_ylim(len(rows) + 0.4, -1.6)
-    axis.text(
-        0.01,
-        -0.7,
-        "blue: sampled by the policy, in the loss, with the reward of its step (gamma 0.95)   |   "
-        "grey: prompt and tool results, no loss",
-        fontsize=9,
-    )
-    for y, (line, ours, note) in enumerate(rows):
-        if ours:
-            axis.axhspan(
-                y - 0.5, y + 0.5, xmin=0.005, xmax=0.9, color="tab:blue", alpha=0.22, linewidth=0
-            )
-        axis.text(
-            0.01,
-            y,
-            line.replace("$", r"\$"),
-            family="monospace",
-            fontsize=7.5,
-            color="black" if ours else "dimgray",
-            va="center",
-        )
-        axis.text(0.91, y, note, fontsize=8, color="tab:blue", va="center")
-    figure.savefig(DOCS / "trajectory.png", dpi=110)
     plt.close(figure)
 
 
@@ -270,6 +214,5 @@ def draw_deep() -> None:
 if __name__ == "__main__":
     draw_learning()
     draw_gamma()
-    draw_trajectory()
     draw_partial()
     draw_deep()

@@ -152,7 +152,7 @@ def whole_run(tmp_path_factory, wordy):
 
 def test_a_run_leaves_what_the_readme_promises(whole_run):
     out, printed = whole_run
-    names = {"config.json", "metrics.jsonl", "curves.png", "trajectories.jsonl"}
+    names = {"config.json", "metrics.jsonl", "curves.png", "trajectories.jsonl", "report.html"}
     assert {path.name for path in out.iterdir()} >= names | {"checkpoint", "state"}
     rows = lines_of(out)
     assert [row["step"] for row in rows] == [1, 2]
@@ -163,6 +163,11 @@ def test_a_run_leaves_what_the_readme_promises(whole_run):
     assert all(key in row for key in keys.split() for row in rows)
     gaps = [float(line.split()[-1]) for line in printed.splitlines() if "trainer - sampler" in line]
     assert len(gaps) == 2 and max(gaps) < 1e-4
+    assert f"{out}/report.html" in printed
+    lines = lines_of(out, "trajectories")  # two attempts at two tasks an update
+    places = [(line["step"], line["group"], line["index"]) for line in lines]
+    assert len(places) == len(set(places)) == 8
+    assert all(turn["version"] == line["step"] - 1 for line in lines for turn in line["turns"])
     assert not same_weights(ROOT / "data/nano", out / "checkpoint")
 
 
@@ -206,6 +211,15 @@ def test_two_ranks_equal_one(whole_run, wordy, tmp_path):
     flags = [*SMALL, *wordy, "--processes", 2, "--steps", 1, "--out", tmp_path / "run"]
     train(tmp_path, *flags)
     assert_like_the_first_update(tmp_path / "run", whole_run[0])
+    said = [
+        {
+            (line["group"], line["index"]): [turn["text"] for turn in line["turns"]]
+            for line in lines_of(out, "trajectories")
+            if line["step"] == 1
+        }
+        for out in (tmp_path / "run", whole_run[0])
+    ]
+    assert said[0] == said[1] and len(said[0]) == 4
 
 
 def test_torchrun_starts_the_ranks_too(whole_run, wordy, tmp_path, request):

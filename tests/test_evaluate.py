@@ -337,7 +337,7 @@ def test_an_api_whose_replies_have_a_wrong_shape_is_at_fault(tmp_path):
     with chat_server(lambda messages: next(answered)) as url:
         done = run(
             "--api", url, "--api_model", "m", *flags, "--json", tmp_path / "o.json",
-            "--trajectories", tmp_path / "t.jsonl",
+            "--trajectories", tmp_path / "t.jsonl", "--report", tmp_path / "t.html",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         result = json.loads((tmp_path / "o.json").read_text())
@@ -345,6 +345,10 @@ def test_an_api_whose_replies_have_a_wrong_shape_is_at_fault(tmp_path):
         assert result["n_error"] == len(ODD_REPLIES) and "Traceback" not in done.stderr
         errors = {json.loads(line)["error"] for line in open(tmp_path / "t.jsonl")} - {""}
         assert errors == {f"server: {url} sent no chat completion"}
+        lines = [json.loads(line) for line in open(tmp_path / "t.jsonl")]
+        said = [turn["text"] for line in lines for turn in line["turns"]]
+        assert said == ["<answer>x</answer>"] * 2 and "</html>" in (tmp_path / "t.html").read_text()
+        assert len(result["scores"]) == 5
     with chat_server(lambda messages: 7) as url:  # a server that fails each time is an error, but
         done = run("--api", url, "--api_model", "m", *flags, "--json", tmp_path / "o.json")
         assert done.returncode == 1 and "failed each time" in done.stderr
