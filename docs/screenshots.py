@@ -46,8 +46,8 @@ SIDE_BY_SIDE = """() => {
 def take(page: Page, name: str, selector: str, height: float = 1e9) -> None:
     """A picture of an element with a margin, cut at so many pixels from its top."""
     box = page.locator(selector).first.bounding_box()
-    left, top = max(0, box["x"] - 16), max(0, box["y"] - 12)
-    size = {"width": box["width"] + 32, "height": min(box["height"], height) + 24}
+    left, top = max(0, box["x"] - 16), max(0, box["y"] - 6)
+    size = {"width": box["width"] + 32, "height": min(box["height"], height) + 12}
     clip = {"x": left, "y": top} | size
     page.screenshot(path=DOCS / f"report-{name}.png", clip=clip, full_page=True)
 
@@ -66,7 +66,7 @@ def main():
         take(page, "behaviour", "#tables", 640)
         page.evaluate(SIDE_BY_SIDE)
         page.wait_for_timeout(500)
-        take(page, "trajectory", ".place", 720)
+        take(page, "trajectory", ".place", 600)
         page.evaluate(ONLY_CURVES, CURVES)
         take(page, "curves", "body", 480)
         browser.close()
