@@ -24,10 +24,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
 from context import Trajectory
+from support.flags import did_you_mean
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
 PREFILL_TOKENS = 2048  # of prompts in one pass, padding included
 PADDING_TOKENS = 64  # of padding in one pass of prompts; more padding costs more than another pass
+
+
+def local_models(folder: Path) -> dict[str, str]:
+    """The names that `load_policy` takes for nano and for the models of a folder, each as itself."""
+    found = [path for path in folder.glob("*") if (path / "config.json").is_file()]
+    return {name: name for name in ["nano", *map(str, found)]}
 
 
 def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
@@ -41,6 +48,7 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
         ValueError: the model cannot be loaded; one line says why.
     """
     path, extra = NANO if name == "nano" else Path(name), {}
+    near = "" if path.exists() else did_you_mean(name, local_models(path.parent), cutoff=0.7)
     if (path / "checkpoint").is_dir():
         path = path / "checkpoint"
     try:
@@ -52,7 +60,9 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
         elif path.exists() and not (path / "config.json").is_file():
             raise OSError("the folder has no config.json; give the folder of a checkpoint")
         elif not path.exists() and (
-            name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+            name.startswith((".", "/", "~", "runs/"))
+            or name.count("/") > 1
+            or (near and "/" not in name)
         ):
             raise OSError("there is no such folder")  # and a hub name does not look like this
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
@@ -60,7 +70,7 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
             source, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, **extra
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".") + near
         raise ValueError(f"cannot load the model {name!r}: {reason}") from None
     if getattr(model, "hf_quantizer", None):
         # The weights of a .gguf file are plain numbers once they are loaded, and can be saved as

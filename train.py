@@ -53,7 +53,7 @@ from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
 from support.processes import sum_over_ranks
 from support.run import Run
-from support.run_folder import take_config
+from support.run_folder import RESUME_HELP, take_config
 from tools import signatures
 from workers import AsyncArgs
 
@@ -75,7 +75,7 @@ class TrainArgs:
     dev_tasks: str = HfArg(default=str(DATA / "dev.jsonl"), help="held out, for the curve")
     test_tasks: str = HfArg(default=str(DATA / "test.jsonl"), help="held out, before and after")
     out: str = HfArg(default="", help="folder of the run (default: runs/run-1, run-2, …)")
-    resume: str = HfArg(default="", help="run to go on with, by its flags but for those given now")
+    resume: str = HfArg(default="", help=RESUME_HELP)
     seed: int = HfArg(default=0, help="decides every random choice")
     steps: int = HfArg(default=60, help="updates of the optimizer")
     tasks_per_step: int = HfArg(default=16, help="tasks in one update, over all processes")

@@ -61,12 +61,21 @@ def check_world(world) -> None:
         raise ValueError(f"a {kind} world needs at least {least} entities, not {entities}")
 
 
+def too_deep(value, levels: int = 50) -> bool:
+    """Whether JSON is nested deeper than this. Copying a much deeper task would fail later."""
+    inside = value.values() if isinstance(value, dict) else value
+    inside = inside if isinstance(value, (dict, list)) else ()
+    return levels == 0 or any(too_deep(each, levels - 1) for each in inside)
+
+
 def check_task(record: dict) -> None:
     """Whether these are fields of a Task.
 
     Raises:
         ValueError: what is wrong with them.
     """
+    if too_deep(record):
+        raise ValueError("not valid JSON (nested too deeply)")
     for key in ("question", "answer"):
         if not record.get(key):
             raise ValueError(f"the task has no {key!r}")

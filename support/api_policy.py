@@ -13,8 +13,8 @@ from support.endpoint import ask
 from support.toolbox import Toolbox
 from tools import FormatError, parse_action, run_calls, signatures
 
-# The start of a tag: <tool_call>, </think>, <|im_end|>, <｜User｜>, <<SYS>>, [INST], [/INST].
-TAG_START = re.compile(r"<(?=/?[A-Za-z_]|[|｜])|\[(?=/?[A-Z_]+\])")
+# The start of a tag: <tool_call>, </think>, <|im_end|>, <｜User｜>, <<SYS>>, [/INST], [|user|].
+TAG_START = re.compile(r"<(?=/?[A-Za-z_]|[|｜])|\[(?=\||/?[a-z]?[A-Z_]+\])")
 
 
 def defuse(text: str) -> str:

@@ -22,6 +22,12 @@ def where_it_failed(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}{place}"
 
 
+def file_and_name(spec: str) -> tuple[str, str]:
+    """The two parts of "file.py:function"; the name is "" where only the file is given."""
+    file, _, name = (spec, "", "") if Path(spec).is_file() else spec.rpartition(":")
+    return file, name
+
+
 def load_function(spec: str, flag: str) -> tuple[str, Callable]:
     """The function that `spec` names, and its name.
 
@@ -36,7 +42,7 @@ def load_function(spec: str, flag: str) -> tuple[str, Callable]:
     Raises:
         ValueError: there is no such file or function, or the file does not run; one line.
     """
-    path, _, name = (spec, "", "") if Path(spec).is_file() else spec.rpartition(":")
+    path, name = file_and_name(spec)
     if not Path(path).is_file():
         raise ValueError(f"{flag} {spec}: give file.py:function; there is no file {path or spec!r}")
     folder = str(Path(path).resolve().parent)
