@@ -139,8 +139,8 @@ def take_config(resume: str, parts: list) -> None:
 
 
 def save_config(out: Path, parts: list) -> None:
-    """Write what it takes to repeat a run: config.json with the flags and the commit, packages.txt,
-    and a copy of the file that --reward names.
+    """Write what it takes to repeat a run: config.json with the flags, the commit and the versions
+    of all packages, and a copy of the file that --reward names.
     """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -148,15 +148,14 @@ def save_config(out: Path, parts: list) -> None:
     except (OSError, subprocess.TimeoutExpired):
         commit = ""  # no git, or no repository
     installed = importlib.metadata.distributions()
-    packages = {f"{package.metadata['Name']}=={package.version}\n" for package in installed}
-    python = f"# Python {sys.version.split()[0]}\n"
-    (out / "packages.txt").write_text(python + "".join(sorted(packages, key=str.casefold)))
+    versions = {str(package.metadata["Name"]): package.version for package in installed}
+    packages = {"python": sys.version.split()[0]} | dict(sorted(versions.items()))
     config = flags_of(parts)
     if config["reward"]:
         file = Path(file_and_name(config["reward"])[0])
         (out / file.name).write_bytes(file.read_bytes())
     temporary = out / "config.json.new"
-    temporary.write_text(json.dumps(config | {"commit": commit}, indent=1))
+    temporary.write_text(json.dumps(config | {"commit": commit, "packages": packages}, indent=1))
     os.replace(temporary, out / "config.json")
 
 

@@ -8,6 +8,8 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,11 +29,15 @@ from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
 from support.run import Run
 from support.run_folder import (
+    MAY_CHANGE,
     choose_folder,
     cut_lines,
+    flags_of,
     load_state,
+    lock,
     save,
     save_atomically,
+    save_config,
     sha256,
     share_of,
     take_config,
@@ -474,6 +480,173 @@ def test_a_resumed_run_has_its_flags_but_for_those_given_now(tmp_path, monkeypat
     assert args.resume == str(tmp_path) and rollout_args.slots == 3
     with pytest.raises(ValueError, match="no run there"):
         take_config(str(tmp_path / "absent"), [args])
+
+
+def resumed(folder: Path, monkeypatch, config, *words: str) -> list:
+    """The flags of a run that goes on with this config.json and these words."""
+    text = config if isinstance(config, str) else json.dumps(config)
+    (folder / "config.json").write_text(text)
+    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(folder), *words])
+    flags = parse_flags((TrainArgs, RolloutArgs, AsyncArgs), "Doc.")
+    take_config(str(folder), flags)
+    return flags
+
+
+GUARDED = {
+    "reward": "evil.py:f",
+    "unsafe_python": True,
+    "python": "cpython",
+    "live": True,
+    "search": "searxng",
+    "search_url": "http://evil.test/",
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_what_runs_code_or_lowers_a_guard_is_never_taken_from_a_runs_folder(
+    tmp_path, monkeypatch, name
+):
+    config = {"steps": 5, name: GUARDED[name]}
+    with pytest.raises(ValueError, match="from the command line only") as error:
+        resumed(tmp_path, monkeypatch, config)
+    word = f"--{name}={GUARDED[name]}"
+    assert word in str(error.value) and "\n" not in str(error.value)
+    for given in (word, f"--{name}={GUARDED[name]}".replace("evil", "mine")):
+        flags = resumed(tmp_path, monkeypatch, config, given)
+        assert f"--{name}={flags_of(flags)[name]}" == given
+    # What stands there in another type, or with a line break, is no way in either.
+    for odd in (["x"], {"a": 1}, "x\n\x1b[2J"):
+        with pytest.raises(ValueError, match=f"--{name}") as error:
+            resumed(tmp_path, monkeypatch, {name: odd})
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("word", ["--learning_rate=1e-5", "--seed=1", "--out=other", "--model=x"])
+def test_resume_refuses_flags_that_would_make_another_run_of_it(tmp_path, monkeypatch, word):
+    config = asdict(TrainArgs()) | asdict(RolloutArgs()) | asdict(AsyncArgs())
+    with pytest.raises(ValueError, match="only these may be changed: steps, ") as error:
+        resumed(tmp_path, monkeypatch, config, word)
+    assert word.split("=")[0] in str(error.value) and "\n" not in str(error.value)
+    as_before = [f"--{name}={value}" for name, value in config.items() if name != "resume"]
+    assert flags_of(resumed(tmp_path, monkeypatch, config, *as_before))["learning_rate"] == 5e-4
+    args, _, async_args = resumed(
+        tmp_path, monkeypatch, config, "--steps=9", "--save-every=2", "--workers", "3"
+    )
+    assert (args.steps, args.save_every, async_args.workers) == (9, 2, 3)
+
+
+def test_help_says_what_resume_may_be_given(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit):
+        parse_flags((TrainArgs, RolloutArgs, AsyncArgs), "Doc.")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if " --resume RESUME" in line]
+    for name in (*MAY_CHANGE, *GUARDED):
+        assert name in line and name in flags_of([TrainArgs(), RolloutArgs(), AsyncArgs()])
+    assert "learning_rate" not in line
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["", "[1, 2]", "7", "{", "[" * 100_000, '{"steps": "many"}', '{"steps": [1]}']
+    + ['{"rollout": "maybe"}', '{"partial": "perhaps"}', '{"gamma": null}', '{"seed": 1.5}'],
+    ids=lambda config: config[:16],
+)
+def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, config):
+    with pytest.raises((ValueError, SystemExit), match="config.json") as error:
+        resumed(tmp_path, monkeypatch, config)
+    assert "\n" not in str(error.value)
+
+
+def test_one_run_writes_into_a_folder(tmp_path):
+    first = lock(tmp_path)
+    with pytest.raises(ValueError, match="another run is writing into"):
+        lock(tmp_path)
+    os.close(first)
+    os.close(lock(tmp_path))
+
+
+def test_a_run_can_be_repeated_from_its_folder(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(t): return 0\n")
+    (tmp_path / "run").mkdir()
+    for spec in (f"{tmp_path}/mine.py:f", f"{tmp_path}/run/mine.py"):  # resumed from the copy, too
+        save_config(tmp_path / "run", [TrainArgs(reward=spec)])
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert config["reward"] == spec and len(config["commit"].split("-")[0]) in (0, 40)
+        assert (tmp_path / "run" / "mine.py").read_text() == "def f(t): return 0\n"
+    assert config["packages"]["torch"] == version("torch") and config["packages"]["python"]
+
+
+def logged(tmp_path, monkeypatch, capsys, **metrics) -> list[str]:
+    """The warnings of a run whose first three updates have these metrics."""
+    drawn = []
+    monkeypatch.setattr("support.run.draw_curves", drawn.append)
+    run = Run(TrainArgs(), [])
+    run.out, run.accelerator = tmp_path, Accelerator(cpu=True)
+    usual = dict(pass_rate=0.5, reward=0.5, turns=2.0, entropy=0.3, rollout_s=1.0, train_s=1.0)
+    for run.done in (1, 2, 3):
+        run.log(usual | {"grad_norm": 0.1} | metrics, [], [])
+    printed, errors = capsys.readouterr()
+    assert drawn == [tmp_path]  # curves.png is there after the first update
+    assert [line.split(":")[0] for line in printed.splitlines()] == [
+        f"update {n}" for n in (1, 2, 3)
+    ]
+    assert "rollout 1.0 s, update 1.0 s" in printed
+    return errors.splitlines()
+
+
+def test_what_gives_no_signal_is_said_once(tmp_path, monkeypatch, capsys):
+    assert logged(tmp_path, monkeypatch, capsys) == []
+    assert logged(tmp_path, monkeypatch, capsys, grad_norm=None) == []  # said at the step
+    [line] = logged(tmp_path, monkeypatch, capsys, grad_norm=0.0)
+    assert line.startswith("warning: ") and "no gradient" in line
+    [line] = logged(tmp_path, monkeypatch, capsys, grad_norm=0.0, turns=0.0)
+    assert line.startswith("warning: ") and "--max_context" in line
+
+
+def test_warnings_before_the_first_update(capsys):
+    tasks = [Task(str(n), "q", "a") for n in range(10)]
+    run = Run(TrainArgs(samples=1), [])
+    run.learner = SimpleNamespace(loop=None)
+    run.open_rollouts(tasks, AsyncArgs())
+    alone, few = capsys.readouterr().err.splitlines()
+    assert alone.startswith("warning: --samples 1")
+    assert few.startswith("warning: 10 training tasks are fewer than --tasks_per_step 16")
+
+
+def test_the_last_lines_of_a_run_without_held_out_tasks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("support.run.draw_curves", lambda out: None)
+    run = Run(TrainArgs(), [])
+    run.out, run.done = tmp_path, 7
+    run.report(None, None)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("7 steps are done") and f"--model {tmp_path}/checkpoint" in line
+
+
+def test_a_tracker_that_is_missing_is_refused_before_the_start(monkeypatch):
+    monkeypatch.setattr("support.checks.get_available_trackers", lambda: ["wandb"])
+    for name in ("tensorboard", "tensorbord"):
+        with pytest.raises(ValueError, match=f"--log_with {name}: there is wandb on this") as error:
+            check_args(TrainArgs(log_with=name), RolloutArgs(), AsyncArgs())
+        assert "\n" not in str(error.value)
+    check_args(TrainArgs(log_with="wandb"), RolloutArgs(), AsyncArgs())
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("no yaml"), RuntimeError("api_key\nnot set"), KeyError()]
+)
+def test_a_tracker_that_does_not_start_is_one_line(tmp_path, error):
+    def init(*arguments):
+        raise error
+
+    run = Run(TrainArgs(log_with="wandb"), [])
+    run.accelerator = SimpleNamespace(
+        init_trackers=init, project_configuration=SimpleNamespace(logging_dir=".")
+    )
+    with pytest.raises(ValueError, match="--log_with wandb does not start: ") as raised:
+        run.open_tracker(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert run.accelerator.project_configuration.logging_dir == str(tmp_path)
 
 
 def test_a_failed_save_keeps_the_old_folder(tmp_path):
