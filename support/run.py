@@ -289,7 +289,7 @@ class Run:
                 f"update {metrics['train_s']:.1f} s"
             )
             sys.stdout.flush()  # into a log, too
-            if self.done == 1:
+            if self.done == 1 and self.args.rollout == "sync":  # workers would have to wait
                 draw_curves(self.out)
         self.warn(not metrics["turns"], NO_TURN)
         self.warn(metrics["turns"] and metrics["grad_norm"] == 0, NO_GRADIENT)
