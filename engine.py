@@ -32,7 +32,7 @@ PADDING_TOKENS = 64  # of padding in one pass of prompts; more padding costs mor
 
 
 def local_models(folder: Path) -> dict[str, str]:
-    """The names that `load_policy` takes for nano and for the models of a folder, each as itself."""
+    """The names of nano and of a folder's models, each as it is written for `load_policy`."""
     found = [path for path in folder.glob("*") if (path / "config.json").is_file()]
     return {name: name for name in ["nano", *map(str, found)]}
 
