@@ -59,6 +59,7 @@ from tools import signatures
 from workers import AsyncArgs
 
 DATA = Path(__file__).resolve().parent / "data"
+Switch = Literal["on", "off"]
 Mode = Literal["sync", "async"]
 # What happens to tokens that older weights sampled: "mask" leaves them out of the loss, "keep"
 # trains on them unchanged, "is" multiplies each by the importance ratio min(IS_CAP, p_now /
@@ -85,6 +86,7 @@ class TrainArgs:
     warmup: int = HfArg(default=3, help="updates of linear warm-up")
     decay_steps: int = HfArg(default=60, help="updates until a tenth of the rate (0: constant)")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
+    curriculum: Switch = HfArg(default="off", help="on: tasks that fail come more often")
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
     negatives: float = HfArg(default=2.0, help="kept for each positive of a group; inf: all")
@@ -301,6 +303,7 @@ def main():
             trained = sum(sum(map(bool, row.advantages)) for row in rows)  # tokens
             counts = sum_over_ranks(counts_of(groups, outcomes, kept, trained, rollouts))
             metrics = metrics_of(counts, update) | {
+                "curriculum": run.curriculum.learn(counts["tries"], counts["hits"]),
                 "learning_rate": learning_rate_at(update, args),
                 "grad_norm": norm,
                 "rollout_s": rollout_s,
