@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
-from context import Trajectory
+from context import Chat, Trajectory
 from support.flags import did_you_mean
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
@@ -205,18 +205,17 @@ class Engine:
 
     Args:
         model: its weights may change between turns, see `new_weights`.
-        end_id: the token that ends a turn.
+        chat: its template. `chat.end_id` ends a turn; `chat.before_question` begins all prompts, and
+            runs once for each version of the weights.
         args: `RolloutArgs`; slots, kv_tokens, max_context, max_new_tokens and temperature are read.
-        shared_prefix: ids that all prompts begin with (the system prompt); they run once for
-            each version of the weights.
 
     Raises:
         ValueError: the model's layers are not plain full attention over the cache.
     """
 
-    def __init__(self, model, end_id: int, args, shared_prefix: list[int]):
+    def __init__(self, model, chat: Chat, args):
         check_full_attention(model, args.max_context)
-        self.model, self.end_id, self.device = model, end_id, model.device
+        self.model, self.end_id, self.device = model, chat.end_id, model.device
         self.temperature, self.max_new_tokens = args.temperature, args.max_new_tokens
         self.slots: list[Slot | None] = [None] * args.slots
         rows = args.slots
@@ -225,7 +224,7 @@ class Engine:
         self.cache = SlotCache(rows + 1, args.max_context)  # the last row holds the shared prefix
         self.users: list[Slot | None] = [None] * rows  # who used each row last; it may have left
         self.queue: list[Slot] = []  # turns that have no row yet
-        self.shared_prefix, self.prefix_ready, self.version = shared_prefix, False, 0
+        self.shared_prefix, self.prefix_ready, self.version = chat.before_question, False, 0
         self.stats = dict.fromkeys(("decode_s", "prefill_s", "idle_s"), 0.0)
         self.stats |= dict.fromkeys(("sampled", "prefilled", "evicted"), 0)  # tokens, tokens, rows
 

@@ -16,7 +16,6 @@ import os
 import sqlite3
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,10 +26,10 @@ import torch
 from tqdm import tqdm
 
 from context import Chat, Trajectory
-from data.task import Task, load_tasks
-from engine import keep_memory, load_policy
+from data.task import load_tasks
+from engine import Engine, keep_memory, load_policy
 from reward import correct
-from rollout import EVALUATION, AgentLoop, RolloutArgs, new_group, open_engine, play
+from rollout import EVALUATION, AgentLoop, RolloutArgs, new_group, play
 from support.api_policy import api_rollout
 from support.baselines import play_baseline
 from support.benchmarks import SUFFIXES, gaia_correct, load_benchmark
@@ -39,7 +38,9 @@ from support.evaluation import (
     EvaluateArgs,
     check_args,
     format_table,
+    mean,
     open_tools,
+    usage,
     write_trajectories,
 )
 from support.flags import parse_flags
@@ -94,36 +95,10 @@ def score(trajectory: Trajectory) -> float:
     return max(correct(answer, task.answer, task.answer_type), float(judged))
 
 
-def mean(values) -> float:
-    return float(np.mean(list(values)))
-
-
 def figures(groups: list[list[float]], seed: int) -> dict:
     """Pass@1 with its interval, from the scores of each task's samples."""
     shares = [mean(scores) for scores in groups]
     return {"pass@1": mean(shares), "pass@1_ci": bootstrap_interval(shares, seed), "n": len(shares)}
-
-
-def usage(trajectories: list[Trajectory]) -> dict:
-    """How the policy worked: turns, addresses seen, calls, and how its trajectories ended."""
-    hits = [t for t in trajectories if score(t)]
-    verdicts = Counter(t.memory.get("verdict") for t in trajectories)
-    calls = Counter(call["name"] for t in trajectories for turn in t.turns for call in turn.calls)
-    notes = [[n for n in t.memory.get("notes_turns", []) if n < len(t.turns)] for t in trajectories]
-    status = Counter(t.status for t in trajectories)
-    return {
-        "n_error": status["tool_fault"],  # the environment or the server failed; counts as wrong
-        "n_judged": verdicts["yes"] + verdicts["no"],
-        "n_judge_error": verdicts["unparsed"],
-        "steps_mean": mean(len(t.turns) for t in trajectories),
-        "steps_mean_correct": mean(len(t.turns) for t in hits) if hits else None,
-        "notes_mean": mean(map(len, notes)),
-        "urls_mean": mean(len(t.urls) for t in trajectories),
-        "format_error_rate": status["format_error"] / len(trajectories),
-        "status": dict(status),
-        "format_errors": dict(Counter(t.error for t in trajectories if t.status == "format_error")),
-        "tool_calls": {name: count / len(trajectories) for name, count in sorted(calls.items())},
-    }
 
 
 def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> dict:
@@ -147,7 +122,7 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
     result = figures(scores, seed)
     result["pass@k"] = {str(k): at(k) for k in sorted({1, 2, 4, 8, 16, most}) if k <= most}
     result["avg@k"] = {str(most): mean(mean(group[:most]) for group in scores)}
-    result |= {"samples": most} | usage(trajectories)
+    result |= {"samples": most} | usage(trajectories, [t for t in trajectories if score(t)])
     result["by_family"] = by(lambda task: task.family)
     result["by_hops"] = by(lambda task: f"{task.family} {task.hops}")
     result["by_template"] = by(lambda task: task.meta.get("template", "own"))
@@ -157,17 +132,11 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
 # ------------------------------------------------------------------------------------ policies
 
 
-def make_trajectories(tasks: list[Task], samples: int, seed: int) -> list[Trajectory]:
-    """Fresh attempts at all tasks, task by task."""
-    groups = [new_group(task, n, samples, seed, stream=EVALUATION) for n, task in enumerate(tasks)]
-    return [trajectory for group in groups for trajectory in group.trajectories]
-
-
 def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None = None):
     """(model, chat, engine) of a local policy."""
     model, tokenizer = load_policy(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chat = Chat(tokenizer, signatures())
-    return model, chat, open_engine(model, chat, args)
+    return model, chat, Engine(model, chat, args)
 
 
 def attempt(trajectories, args: EvaluateArgs, rollout_args: RolloutArgs, toolbox, policy) -> None:
@@ -200,7 +169,8 @@ def main():
         sys.exit(f"evaluate.py: {error}")
 
     started, samples = time.time(), args.samples if args.baseline == "none" else 1
-    trajectories = make_trajectories(tasks, samples, args.seed)
+    groups = [new_group(t, n, samples, args.seed, stream=EVALUATION) for n, t in enumerate(tasks)]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     attempt(trajectories, args, rollout_args, toolbox, policy)
     if args.judge:
         ask_judge = functools.partial(judge, url=args.judge, model=args.judge_model)

@@ -12,12 +12,10 @@ In: finished trajectories. Out: plain floats. All functions are pure. To try an 
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from context import Trajectory
 from support.answers import correct
-from support.user_code import UserCodeError, finite, load_function, where_it_failed
 
 # The policy's own mistakes. `tool_fault` is not one of them: there the environment failed, and the
 # trainer leaves the trajectory out.
@@ -59,46 +57,6 @@ def penalised(outcome: Reward, format_penalty: float) -> Reward:
     if outcome.format_ok:
         return outcome
     return Reward(-format_penalty, 0.0, False, outcome.parts | {"format": -format_penalty})
-
-
-def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
-    """The reward function that `--reward` names; "" gives `reward` itself.
-
-    A user's function returns a Reward or any finite real number. It is called only for trajectories
-    whose format is fine: of the others `reward` says that the format failed.
-
-    Args:
-        spec: "file.py:function", or "file.py" if the file defines one function only.
-
-    Raises:
-        ValueError: the function cannot be loaded; one line.
-        UserCodeError: from the function that is returned: it failed, or gave no finite number.
-    """
-    if not spec:
-        return reward
-    name, function = load_function(spec, "--reward")
-
-    def user_reward(trajectory: Trajectory) -> Reward:
-        plain = reward(trajectory)
-        if not plain.format_ok:
-            return plain
-        try:
-            value = function(trajectory)
-        except (Exception, SystemExit) as error:  # never a silent 0
-            task, words = trajectory.task.id, where_it_failed(error)
-            raise UserCodeError(f"the reward failed on task {task!r}: {words}") from None
-        if not isinstance(value, Reward):
-            value = Reward(value, plain.correct, parts={name: value})
-        try:
-            parts = {str(part): finite(number) for part, number in value.parts.items()}
-            return Reward(finite(value.total), finite(value.correct), value.format_ok, parts)
-        except ValueError as error:
-            raise UserCodeError(
-                f"--reward {spec} gave {error} for task {trajectory.task.id}: "
-                "a finite number or a Reward of finite numbers is needed"
-            ) from None
-
-    return user_reward
 
 
 # --------------------------------------------------------------------------- credit to turns

@@ -73,11 +73,6 @@ def budget_of(args: RolloutArgs) -> int:
     return args.context_budget or args.max_context * 3 // 4
 
 
-def open_engine(model, chat: Chat, args: RolloutArgs) -> Engine:
-    """The engine that plays with this model, chat template and these limits."""
-    return Engine(model, chat.end_id, args, chat.before_question)
-
-
 # ------------------------------------------------------------------------------------------ groups
 
 
@@ -140,23 +135,6 @@ def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[i
         extend_segments(trajectory.segments, prompt)
         return prompt
     return None
-
-
-def read_turn(trajectory: Trajectory, chat: Chat, tools: dict) -> list[ToolCall]:
-    """Read the last turn: an answer or a format error sets the status, calls are returned."""
-    ids, number = trajectory.turns[-1].action_ids, len(trajectory.turns) - 1
-    try:
-        if ids[-1] != chat.end_id:
-            raise FormatError("unfinished", "the turn was cut at its token limit")
-        if number in trajectory.memory.get("notes_turns", []):
-            return []  # notes are free text, see context.summarize
-        calls, answer = parse_action(chat.decode(ids[:-1]), tools)
-    except FormatError as error:
-        trajectory.status, trajectory.error = "format_error", error.kind
-        return []
-    if answer is not None:
-        trajectory.status, trajectory.answer = "answered", answer
-    return calls
 
 
 def take_results(trajectory: Trajectory, results: list[tuple[str, bool]]) -> None:
@@ -286,8 +264,21 @@ class AgentLoop:
             self.ready.append(slot)
 
     def read_turn(self, trajectory: Trajectory) -> list[ToolCall]:
-        """A method, so that a scripted loop can read turns in its own way."""
-        return read_turn(trajectory, self.chat, self.toolbox.tools_for(trajectory))
+        """Read the last turn: an answer or a format error sets the status, calls are returned."""
+        ids, number = trajectory.turns[-1].action_ids, len(trajectory.turns) - 1
+        try:
+            if ids[-1] != self.chat.end_id:
+                raise FormatError("unfinished", "the turn was cut at its token limit")
+            if number in trajectory.memory.get("notes_turns", []):
+                return []  # notes are free text, see context.summarize
+            text, tools = self.chat.decode(ids[:-1]), self.toolbox.tools_for(trajectory)
+            calls, answer = parse_action(text, tools)
+        except FormatError as error:
+            trajectory.status, trajectory.error = "format_error", error.kind
+            return []
+        if answer is not None:
+            trajectory.status, trajectory.answer = "answered", answer
+        return calls
 
     def run_tools(self, slot: Slot, calls: list[ToolCall]) -> None:
         """Let the calls run in a thread beside the engine."""

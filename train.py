@@ -44,9 +44,9 @@ from transformers.hf_argparser import HfArg
 
 from context import Chat, Segment, Trajectory
 from data.task import Task, load_tasks
-from engine import load_policy
-from reward import advantages, control_negatives, load_reward, penalised, turn_rewards
-from rollout import AgentLoop, RolloutArgs, open_engine
+from engine import Engine, load_policy
+from reward import advantages, control_negatives, penalised, turn_rewards
+from rollout import AgentLoop, RolloutArgs
 from support.batches import micro_batches, padded, share_rows
 from support.checks import check_args
 from support.flags import parse_flags
@@ -54,10 +54,12 @@ from support.metrics import counts_of, metrics_of
 from support.processes import sum_over_ranks
 from support.run import Run
 from support.run_folder import RESUME_HELP, take_config
+from support.user_code import load_reward
 from tools import signatures
 from workers import AsyncArgs
 
 DATA = Path(__file__).resolve().parent / "data"
+Switch = Literal["on", "off"]
 Mode = Literal["sync", "async"]
 # What happens to tokens that older weights sampled: "mask" leaves them out of the loss, "keep"
 # trains on them unchanged, "is" multiplies each by the importance ratio min(IS_CAP, p_now /
@@ -84,6 +86,7 @@ class TrainArgs:
     warmup: int = HfArg(default=3, help="updates of linear warm-up")
     decay_steps: int = HfArg(default=60, help="updates until a tenth of the rate (0: constant)")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
+    curriculum: Switch = HfArg(default="off", help="on: tasks that fail come more often")
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
     negatives: float = HfArg(default=2.0, help="kept for each positive of a group; inf: all")
@@ -252,18 +255,16 @@ def main():
         model, tokenizer = load_policy(args.model, run.device)
         chat = Chat(tokenizer, signatures())
         # The sampler is the learner's own model, so rollouts in this process are on-policy.
-        loop = AgentLoop(
-            open_engine(model, chat, rollout_args), chat, toolbox, rollout_args, lockstep=True
-        )
+        engine = Engine(model, chat, rollout_args)
+        loop = AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True)
         policy = Policy(model, rollout_args.temperature)
         learner = run.prepare(policy, args.learning_rate, chat, loop)
         run.open_folder()
         rollouts = run.open_rollouts(train_tasks, async_args)
         before = run.evaluate("test", test_tasks) if run.done == 0 else None
 
-        for (
-            update
-        ) in run.updates():  # update u trains weights of version u, and makes version u + 1
+        # Update u trains weights of version u, and makes version u + 1.
+        for update in run.updates():
             # 1. Rollouts: each task several times, by the current weights.
             clock = time.perf_counter()
             with run.bar(rollouts.enough * args.samples, "rollout") as progress:
@@ -271,10 +272,8 @@ def main():
             trajectories = [t for group in groups for t in group.trajectories]
             rollout_s = time.perf_counter() - clock
             if args.check_logprobs:
-                fresh = [
-                    row for t in trajectories for row in rows_of(t, [1.0] * len(t.turns), update)
-                ]
-                run.check_logprobs(fresh)
+                fresh = [rows_of(t, [1.0] * len(t.turns), update) for t in trajectories]
+                run.check_logprobs(sum(fresh, []))
 
             # 2. Rewards and advantages, group by group. Negatives that are discarded have informed
             # the baseline. Trajectories that the environment failed are left out.
@@ -304,6 +303,7 @@ def main():
             trained = sum(sum(map(bool, row.advantages)) for row in rows)  # tokens
             counts = sum_over_ranks(counts_of(groups, outcomes, kept, trained, rollouts))
             metrics = metrics_of(counts, update) | {
+                "curriculum": run.curriculum.learn(counts["tries"], counts["hits"]),
                 "learning_rate": learning_rate_at(update, args),
                 "grad_norm": norm,
                 "rollout_s": rollout_s,

@@ -45,8 +45,8 @@ from transformers.hf_argparser import HfArg
 
 from context import Chat, Segment, Trajectory, Turn
 from data.task import Task
-from engine import keep_memory, load_policy
-from rollout import AgentLoop, Group, RolloutArgs, open_engine
+from engine import Engine, keep_memory, load_policy
+from rollout import AgentLoop, Group, RolloutArgs
 from support import endings
 from support.toolbox import open_toolbox
 from support.user_code import where_it_failed
@@ -220,7 +220,7 @@ class Worker:
         self.channel, self.weights = channel, weights
         self.model, tokenizer = load_policy(setup.policy, setup.device)
         chat = Chat(tokenizer, signatures())
-        self.engine = open_engine(self.model, chat, setup.args)
+        self.engine = Engine(self.model, chat, setup.args)
         self.engine.new_weights(weights.read(self.model))
         self.loop = setup.loop(self.engine, chat, open_toolbox(setup.args), setup.args)
         self.hold = False

@@ -20,8 +20,8 @@ from transformers.hf_argparser import HfArg
 
 from data.deep.funnel import STAGES, Funnel
 from data.task import Task, save_lines, save_tasks
-from evaluate import make_trajectories, open_policy
-from rollout import AgentLoop, RolloutArgs, play
+from evaluate import open_policy
+from rollout import EVALUATION, AgentLoop, RolloutArgs, new_group, play
 from support.answers import correct
 from support.flags import parse_flags
 from support.toolbox import Toolbox
@@ -47,9 +47,10 @@ def pass_window(tasks: list[Task], funnel: Funnel, args: Args) -> list[Task]:
     rollout_args = RolloutArgs(max_turns=args.max_turns, corpus=corpus)
     _, chat, engine = open_policy(args.model, rollout_args)
     loop = AgentLoop(engine, chat, Toolbox(corpus), rollout_args, lockstep=True)
+    groups = [new_group(t, n, args.pass_n, 0, stream=EVALUATION) for n, t in enumerate(tasks)]
     solved = Counter(
         t.task.id
-        for t in play(loop, make_trajectories(tasks, args.pass_n, seed=0))
+        for t in play(loop, [t for group in groups for t in group.trajectories])
         if t.status == "answered" and correct(t.answer, t.task.answer, t.task.answer_type)
     )
     funnel.looked["pass@n"] = len(tasks)

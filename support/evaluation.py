@@ -2,10 +2,12 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 from transformers.hf_argparser import HfArg
 
 from context import Chat, Trajectory
@@ -94,6 +96,35 @@ def open_tools(args: EvaluateArgs, rollout_args: RolloutArgs, tasks: list[Task])
         print(f"python tool: {toolbox.isolation()}", file=sys.stderr)
     toolbox.prepare(tasks)
     return toolbox
+
+
+def mean(values) -> float:
+    return float(np.mean(list(values)))
+
+
+def usage(trajectories: list[Trajectory], hits: list[Trajectory]) -> dict:
+    """How the policy worked: turns, addresses seen, calls, and how its trajectories ended.
+
+    Args:
+        hits: those of the trajectories that were right.
+    """
+    verdicts = Counter(t.memory.get("verdict") for t in trajectories)
+    calls = Counter(call["name"] for t in trajectories for turn in t.turns for call in turn.calls)
+    notes = [[n for n in t.memory.get("notes_turns", []) if n < len(t.turns)] for t in trajectories]
+    status = Counter(t.status for t in trajectories)
+    return {
+        "n_error": status["tool_fault"],  # the environment or the server failed; counts as wrong
+        "n_judged": verdicts["yes"] + verdicts["no"],
+        "n_judge_error": verdicts["unparsed"],
+        "steps_mean": mean(len(t.turns) for t in trajectories),
+        "steps_mean_correct": mean(len(t.turns) for t in hits) if hits else None,
+        "notes_mean": mean(map(len, notes)),
+        "urls_mean": mean(len(t.urls) for t in trajectories),
+        "format_error_rate": status["format_error"] / len(trajectories),
+        "status": dict(status),
+        "format_errors": dict(Counter(t.error for t in trajectories if t.status == "format_error")),
+        "tool_calls": {name: count / len(trajectories) for name, count in sorted(calls.items())},
+    }
 
 
 def write_trajectories(

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from context import Chat, Trajectory
-from data.task import task_at
 from engine import keep_memory
 from evaluate import format_table, summarise
 from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, play
 from support import endings, run_folder
 from support.batches import logprob_gap
+from support.curriculum import Curriculum
 from support.curves import draw_curves
 from support.evaluation import NO_TURN
 from support.processes import (
@@ -156,11 +156,13 @@ class Run:
             "an update plays some of them more than once",
         )
         enough = len(range(self.rank, args.tasks_per_step, self.ranks))  # of this rank, an update
+        known = (self.state or {}).get("curriculum")
+        self.curriculum = Curriculum(tasks, args.seed, args.curriculum == "on", known)
 
         def next_group(number: int, version: int) -> Group:
             update, k = divmod(number, enough)
             position = update * args.tasks_per_step + self.rank + k * self.ranks
-            task = task_at(tasks, position, args.seed)
+            task = self.curriculum.task_at(position)
             return new_group(task, position, args.samples, args.seed, version)
 
         first = self.done * enough
@@ -342,7 +344,8 @@ class Run:
         if self.is_main:
             learner = self.learner
             model, tokenizer = learner.model, learner.chat.tokenizer
-            run_folder.save(self.out, self.done, model, learner.optimizer, tokenizer, under_way)
+            more = {"rollouts": under_way, "curriculum": self.curriculum.state()}
+            run_folder.save(self.out, self.done, model, learner.optimizer, tokenizer, more)
             draw_curves(self.out)
         self.saved = self.done
 

@@ -210,7 +210,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def save(out: Path, step: int, model, optimizer, tokenizer, rollouts: list) -> None:
+def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
     """Write state/ (for --resume) and checkpoint/ (for users). The last two states are kept, in
     case one is damaged.
 
@@ -219,7 +219,8 @@ def save(out: Path, step: int, model, optimizer, tokenizer, rollouts: list) -> N
 
     Args:
         step: updates that were done.
-        rollouts: `state()` of each rank's rollouts, None in sync mode.
+        more: "rollouts", the `state()` of each rank's rollouts (None in sync mode), and
+            "curriculum", that of the stream of tasks.
 
     Raises:
         OSError: the disk is full, say; what was there before stays whole.
@@ -233,7 +234,7 @@ def save(out: Path, step: int, model, optimizer, tokenizer, rollouts: list) -> N
     states.mkdir(exist_ok=True)
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     try:
-        torch.save(state | {"rollouts": rollouts}, temporary)
+        torch.save(state | more, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, states / f"step-{step:06d}-{sha256(temporary)}.pt")

@@ -9,6 +9,9 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+from context import Trajectory
+from reward import Reward, reward
+
 
 class UserCodeError(ValueError):
     """The user's function failed in the middle of a run; the message is one line."""
@@ -84,3 +87,43 @@ def finite(value) -> float:
     if not math.isfinite(number):
         raise ValueError(str(value) if isinstance(value, float) else type(value).__name__)
     return number
+
+
+def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
+    """The reward function that `--reward` names; "" gives `reward` itself.
+
+    A user's function returns a Reward or any finite real number. It is called only for trajectories
+    whose format is fine: of the others `reward` says that the format failed.
+
+    Args:
+        spec: "file.py:function", or "file.py" if the file defines one function only.
+
+    Raises:
+        ValueError: the function cannot be loaded; one line.
+        UserCodeError: from the function that is returned: it failed, or gave no finite number.
+    """
+    if not spec:
+        return reward
+    name, function = load_function(spec, "--reward")
+
+    def user_reward(trajectory: Trajectory) -> Reward:
+        plain = reward(trajectory)
+        if not plain.format_ok:
+            return plain
+        try:
+            value = function(trajectory)
+        except (Exception, SystemExit) as error:  # never a silent 0
+            task, words = trajectory.task.id, where_it_failed(error)
+            raise UserCodeError(f"the reward failed on task {task!r}: {words}") from None
+        if not isinstance(value, Reward):
+            value = Reward(value, plain.correct, parts={name: value})
+        try:
+            parts = {str(part): finite(number) for part, number in value.parts.items()}
+            return Reward(finite(value.total), finite(value.correct), value.format_ok, parts)
+        except ValueError as error:
+            raise UserCodeError(
+                f"--reward {spec} gave {error} for task {trajectory.task.id}: "
+                "a finite number or a Reward of finite numbers is needed"
+            ) from None
+
+    return user_reward

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,8 @@ def make_engine(model, slots: int, max_context: int, new_tokens: int) -> Engine:
     args = RolloutArgs(
         slots=slots, max_context=max_context, max_new_tokens=new_tokens, temperature=0.0
     )
-    engine = Engine(model, -1, args, [])
+    chat = SimpleNamespace(end_id=-1, before_question=[])
+    engine = Engine(model, chat, args)
     engine.slots = [Slot(Trajectory(Task("t", "q", "a"), (0, number))) for number in range(slots)]
     return engine
 

@@ -43,8 +43,8 @@ from transformers.hf_argparser import HfArg
 
 from context import SYSTEM_PROMPT, Chat, Trajectory
 from data.task import Task, load_tasks
-from engine import keep_memory, load_policy
-from rollout import AgentLoop, RolloutArgs, new_group, open_engine, play
+from engine import Engine, keep_memory, load_policy
+from rollout import AgentLoop, RolloutArgs, new_group, play
 from support.answers import correct
 from support.flags import parse_flags
 from support.processes import cores_of
@@ -121,7 +121,7 @@ class Ours:
         self.chat = Chat(tokenizer, signatures())
         self.accelerator = Accelerator(cpu=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
-        engine = open_engine(self.model, self.chat, rollout_args)
+        engine = Engine(self.model, self.chat, rollout_args)
         self.loop = DelayedLoop(tool_s, engine, self.chat, toolbox, rollout_args, True)
         self.coming: list[Task] = []  # of the next asynchronous step
         self.pool = AsyncRollouts(

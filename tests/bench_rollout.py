@@ -43,8 +43,8 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from context import Chat, Trajectory
-from engine import keep_memory, load_policy
-from rollout import Group, RolloutArgs, SyncRollouts, new_group, open_engine
+from engine import Engine, keep_memory, load_policy
+from rollout import Group, RolloutArgs, SyncRollouts, new_group
 from support.flags import parse_flags
 from support.processes import cores_of
 from tools import signatures
@@ -107,7 +107,7 @@ def open_rollouts(mode: str, args: BenchArgs, model, chat: Chat, next_group):
         observation_tokens=16,
     )
     if mode == "sync":
-        engine = open_engine(model, chat, rollout_args)
+        engine = Engine(model, chat, rollout_args)
         loop = ScriptedLoop(engine, chat, None, rollout_args, lockstep=True)
         return SyncRollouts(loop, next_group, args.tasks_per_step, 0)
     setup = Setup(args.model, rollout_args, threads=max(1, cores // workers), loop=ScriptedLoop)

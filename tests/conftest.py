@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from context import Chat
 from data.task import load_tasks
 from data.world import World, write_world
-from engine import load_policy
-from rollout import RolloutArgs, open_engine
+from engine import Engine, load_policy
+from rollout import RolloutArgs
 from support.toolbox import Toolbox
 from tools import signatures
 
@@ -103,6 +103,6 @@ def tiny(tokenizer):
 @pytest.fixture
 def make_engine(chat):
     def make(model, args: RolloutArgs):
-        return open_engine(model, chat, args)
+        return Engine(model, chat, args)
 
     return make

@@ -16,6 +16,7 @@ import reward
 import tools
 from context import Trajectory, Turn
 from data.task import Task
+from support.user_code import load_reward
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +50,7 @@ def played(status: str = "answered", answer: str = "Belin", pages: int = 0) -> T
 
 def test_reward_recipe_counts_the_pages_that_were_opened(tmp_path):
     (tmp_path / "my_reward.py").write_text(recipe("reward"))
-    brief = reward.load_reward(f"{tmp_path / 'my_reward.py'}:brief")
+    brief = load_reward(f"{tmp_path / 'my_reward.py'}:brief")
     few, many, very_many = brief(played()), brief(played(pages=5)), brief(played(pages=99))
     assert few.total == 1.0 and few.correct == 1.0
     assert many.total == pytest.approx(0.9) and many.correct == 1.0
@@ -62,7 +63,7 @@ def test_reward_recipe_counts_the_pages_that_were_opened(tmp_path):
 @pytest.mark.parametrize("status", ["format_error", "over_context", "over_turns"])
 def test_reward_recipe_leaves_the_format_penalty_to_the_trainer(tmp_path, status):
     (tmp_path / "my_reward.py").write_text(recipe("reward"))
-    brief = reward.load_reward(f"{tmp_path / 'my_reward.py'}:brief")
+    brief = load_reward(f"{tmp_path / 'my_reward.py'}:brief")
     for pages in (0, 5):
         outcome = reward.penalised(brief(played(status, pages=pages)), 0.3)
         assert outcome.total == -0.3 and not outcome.format_ok

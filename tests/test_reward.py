@@ -13,12 +13,11 @@ from reward import (
     correct,
     gamma_decay,
     is_negative,
-    load_reward,
     penalised,
     reward,
     turn_rewards,
 )
-from support.user_code import UserCodeError
+from support.user_code import UserCodeError, load_reward
 
 
 def finished(status="answered", answer="Belin", truth="Belin", answer_type="name", turns=3):

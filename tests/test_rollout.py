@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from context import Segment, Trajectory, Turn
 from data.task import Task
-from engine import Slot, load_policy
-from rollout import AgentLoop, RolloutArgs, SyncRollouts, new_group, open_engine, take_results
+from engine import Engine, Slot, load_policy
+from rollout import AgentLoop, RolloutArgs, SyncRollouts, new_group, take_results
 from rollout import play as play_all
 from train import Policy
 
@@ -38,7 +38,7 @@ def play(engine, chat, tasks, toolbox, args, samples=2, seed=0, lockstep=True):
 def played(nano, chat, toolbox, dev_tasks):
     """Trajectories of the shipped model, in lockstep. Tests read them only."""
     args = RolloutArgs(slots=8)
-    return play(open_engine(nano, chat, args), chat, dev_tasks[:4], toolbox, args)
+    return play(Engine(nano, chat, args), chat, dev_tasks[:4], toolbox, args)
 
 
 def actions(trajectories) -> list[list[list[int]]]:

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -25,6 +27,7 @@ from rollout import EVALUATION, Group, RolloutArgs, SyncRollouts, new_group
 from support import processes
 from support.batches import micro_batches, padded
 from support.checks import check_args
+from support.curriculum import Curriculum
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
 from support.run import Run
@@ -221,6 +224,30 @@ def test_task_order_is_a_function_of_seed_and_position():
     assert [task_at(tasks, position, 1).id for position in range(20)] != drawn
 
 
+def test_the_curriculum_draws_what_fails():
+    kinds = [("lookup", 1)] * 30 + [("compute", 2)] * 10
+    tasks = [Task(str(i), "q", "a", family=f, hops=h) for i, (f, h) in enumerate(kinds)]
+    stream = Curriculum(tasks, seed=3, on=True)
+    fresh = [stream.task_at(position).id for position in range(400)]
+    assert set(fresh) == {task.id for task in tasks}  # before anything is known all are alike
+    share = stream.learn({"0": 8, "1": 8, "30": 8}, {"0": 8, "1": 7, "30": 0})
+    assert share["compute 2"] > 0.5 and sum(share.values()) == pytest.approx(1)
+    drawn = Counter(stream.task_at(position).id for position in range(20_000))
+    assert len(drawn) == 40  # none is never drawn
+    assert drawn["30"] > drawn["31"] > drawn["2"] > drawn["0"]  # own attempts, kind, kind, own
+    for number, task in enumerate(tasks):  # in proportion to the expected rate of failure
+        expected = stream.rates[number] / stream.rates.sum() * 20_000
+        assert abs(drawn[task.id] - expected) < 5 * expected**0.5
+
+    resumed = Curriculum(tasks, 3, True, json.loads(json.dumps(stream.state())))
+    assert all(resumed.task_at(p) == stream.task_at(p) for p in range(50))
+    off = Curriculum(tasks, 3, False, stream.state())
+    assert [off.task_at(p) for p in range(60)] == [task_at(tasks, p, 3) for p in range(60)]
+    for _ in range(100):  # what is long past is forgotten
+        stream.learn({}, {})
+    assert np.ptp(stream.rates) < 0.01
+
+
 def source_of(monkeypatch, mode, tasks, update, rank=0, ranks=1, per_update=4, state=None):
     """What train.py's rollouts of a rank play from this update on: (next_group, groups of an
     update, number of the first one). No worker is started: only what one would get is looked at."""
@@ -322,6 +349,8 @@ def test_metrics_by_hand():
         "tokens": 40 / 8,
         "entropy": 0.5,
         "zero_variance_groups": 2 / 3,
+        "all_right_groups": 1 / 3,
+        "all_wrong_groups": 1 / 3,
         "kept_negatives": 2 / 3,
         "stale_share": 22 / 40,
         "staleness": {"0": 18 / 40, "1": 22 / 40},
@@ -667,7 +696,7 @@ def test_a_failed_save_keeps_the_old_folder(tmp_path):
 )
 def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, monkeypatch, error):
     optimizer = torch.optim.AdamW(tiny.parameters())
-    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, [None])
+    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
 
     def full(what, path):
         path.write_bytes(b"half")
@@ -675,7 +704,7 @@ def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, mon
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, [None])
+        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
     assert load_state(tmp_path)["step"] == 1
     assert [path.name[:11] for path in (tmp_path / "state").iterdir()] == ["step-000001"]
     assert {path.name for path in tmp_path.iterdir()} == {"state", "checkpoint"}
@@ -684,7 +713,7 @@ def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, mon
 
 def test_a_disk_that_is_full_for_the_checkpoint_is_one_line(tmp_path, tiny, chat, monkeypatch):
     optimizer = torch.optim.AdamW(tiny.parameters())
-    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, [None])
+    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
 
     def full(folder):
         (folder / "model.safetensors").write_bytes(b"half")
@@ -692,7 +721,7 @@ def test_a_disk_that_is_full_for_the_checkpoint_is_one_line(tmp_path, tiny, chat
 
     monkeypatch.setattr(tiny, "save_pretrained", full)
     with pytest.raises(OSError, match="cannot write a checkpoint") as error:
-        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, [None])
+        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
     assert "\n" not in str(error.value)
     assert (tmp_path / "checkpoint/model.safetensors").stat().st_size > 1000
     assert load_state(tmp_path)["step"] in (1, 2)
@@ -704,7 +733,7 @@ def test_a_state_holds_everything_and_two_are_kept(tmp_path, tiny, chat):
     optimizer.step()
     under_way = {"next_number": 3, "groups": [asdict(new_group(Task("t", "q", "a"), 2, 2, 0))]}
     for step in (1, 2, 3):
-        save(tmp_path, step, tiny, optimizer, chat.tokenizer, [under_way])
+        save(tmp_path, step, tiny, optimizer, chat.tokenizer, {"rollouts": [under_way]})
     names = sorted(path.name[:11] for path in (tmp_path / "state").iterdir())
     assert names == ["step-000002", "step-000003"]
     state = load_state(tmp_path)

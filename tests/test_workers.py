@@ -17,7 +17,8 @@ import torch
 from scripted import ScriptedLoop, ScriptedToolbox, scripted_tasks, turns_of
 
 from context import Turn
-from rollout import AgentLoop, RolloutArgs, new_group, open_engine, play
+from engine import Engine
+from rollout import AgentLoop, RolloutArgs, new_group, play
 from support import run_folder
 from support.toolbox import open_toolbox
 from tools import Python, ToolCall
@@ -76,7 +77,7 @@ def make_loop(tiny, chat):
     """A scripted loop in this process."""
 
     def make(args: RolloutArgs, loop=ScriptedLoop, lockstep: bool = True) -> AgentLoop:
-        return loop(open_engine(tiny, chat, args), chat, None, args, lockstep)
+        return loop(Engine(tiny, chat, args), chat, None, args, lockstep)
 
     return make
 
@@ -250,7 +251,9 @@ def test_async_without_partial_is_strictly_on_policy(make_pool, tiny):
 
 def through_a_checkpoint(state, model, tokenizer, folder) -> dict:
     """The state of a rank's rollouts, written and read as a run does."""
-    run_folder.save(folder, 1, model, torch.optim.SGD(model.parameters()), tokenizer, [state])
+    run_folder.save(
+        folder, 1, model, torch.optim.SGD(model.parameters()), tokenizer, {"rollouts": [state]}
+    )
     return run_folder.share_of(run_folder.load_state(folder)["rollouts"], 0, 1, tasks=1)
 
 
@@ -309,12 +312,7 @@ def kill_workers(pool, times, seed=0):
     in the middle of trajectories, every fifth may still be starting.
     """
     rng = random.Random(seed)
-
-    def lives(pid):  # one that was killed and not yet replaced does not count as killed again
-        try:
-            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+    killed = set()  # one that was killed and is not yet replaced must not be killed again
 
     def kill():
         for number in range(times):
@@ -323,9 +321,10 @@ def kill_workers(pool, times, seed=0):
             while not pids:
                 time.sleep(0.01)
                 workers = [worker for worker in pool.workers if worker.keys or number % 5 == 4]
-                pids = [w.process.pid for w in workers if lives(w.process.pid)]
+                pids = [w.process.pid for w in workers if w.process.pid not in killed]
             time.sleep(rng.uniform(0.0, 0.05))
-            os.kill(rng.choice(pids), signal.SIGKILL)
+            killed.add(pid := rng.choice(pids))
+            os.kill(pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
