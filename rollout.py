@@ -150,7 +150,7 @@ def read_turn(trajectory: Trajectory, chat: Chat, tools: dict) -> list[ToolCall]
             raise FormatError("unfinished", "the turn was cut at its token limit")
         if number in trajectory.memory.get("notes_turns", []):
             return []  # notes are free text, see context.summarize
-        calls, answer = parse_action(chat.decode(ids[:-1]), tools)
+        calls, answer = parse_action(chat.opened + chat.decode(ids[:-1]), tools)
     except FormatError as error:
         trajectory.status, trajectory.error = "format_error", error.kind
         return []
