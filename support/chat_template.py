@@ -1,5 +1,6 @@
 """A model's chat template as constant texts, and texts as ids in which only ours hold control tokens."""
 
+import functools
 import json
 import re
 
@@ -117,6 +118,7 @@ class Encoder:
 
     def __init__(self, tokenizer, pieces: list[str]):
         self.tokenizer, vocabulary = tokenizer, tokenizer.get_added_vocab()
+        self.cut = functools.lru_cache(self.cut)
         self.control_ids = set(vocabulary.values()) - {tokenizer.unk_token_id}
         self.at_start = plain_tokenizer(tokenizer, [])
         self.of_section = plain_tokenizer(tokenizer, AT_START)
@@ -134,17 +136,23 @@ class Encoder:
         """
         ids, section, reader = [], "", self.at_start if start else self.plain
         for number, text in enumerate(texts):
-            if number % 2:
-                section += self.defused(text)
-                continue
-            whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            at = 0
-            for id, (begin, end) in zip(whole["input_ids"], whole["offset_mapping"]):
-                if id in self.control_ids:
-                    ids += [*self.ids_of(section + text[at:begin], reader), id]
-                    section, reader, at = "", self.of_section, end
-            section += text[at:]
+            before, control, text = ("", [], self.defused(text)) if number % 2 else self.cut(text)
+            if control:
+                ids += self.ids_of(section + before, reader) + control
+                section, reader = "", self.of_section
+            section += text
         return ids + self.ids_of(section, reader)
+
+    def cut(self, text: str) -> tuple[str, list[int], str]:
+        """A text of ours up to its first control token, the ids from there to its last one, and the
+        text behind that.
+        """
+        whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = whole["input_ids"], whole["offset_mapping"]
+        at = [n for n, id in enumerate(ids) if id in self.control_ids]
+        if not at:
+            return "", [], text
+        return text[: spans[at[0]][0]], ids[at[0] : at[-1] + 1], text[spans[at[-1]][1] :]
 
     def ids_of(self, section: str, reader: Tokenizer) -> list[int]:
         ids = reader.encode(section, add_special_tokens=False).ids if section else []
