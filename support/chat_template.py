@@ -117,6 +117,10 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, pieces: list[str]):
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "this tokenizer runs in Python only: take a model with a fast one (tokenizer.json)"
+            )
         self.tokenizer, vocabulary = tokenizer, tokenizer.get_added_vocab()
         self.cut = functools.lru_cache(self.cut)
         self.control_ids = set(vocabulary.values()) - {tokenizer.unk_token_id}
