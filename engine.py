@@ -5,10 +5,10 @@ tokens, since its row still holds everything before it. A slot whose tools are r
 nothing, and its place in the next decoding pass is taken by whoever is ready (continuous batching).
 
 In: a policy (any `AutoModelForCausalLM` with full attention) and prompts. Out: token ids as they
-were sampled, and their
-log-probs. Nothing steers decoding: there is no grammar and no retry, only plain sampling from
-softmax(logits / T). To try an idea (another sampler, say), change `Engine.sample`; the trainer's
-`Policy.forward` must then give the log-probs of the same distribution.
+were sampled, and their log-probs. Nothing steers decoding: there is no grammar and no retry, only
+plain sampling from softmax(logits / T). To try an idea (another sampler, say), change
+`Engine.sample`; the trainer's `Policy.forward` must then give the log-probs of the same
+distribution.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ PIECES_GAP = 1e-3  # between log-probs of one context, read at once or in pieces
 PADDING_TOKENS = 64  # of padding in one pass of prompts; more padding costs more than another pass
 
 
-def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+def load_policy(name: str, device: torch.device | str = "cpu"):
     """A causal language model and its tokenizer.
 
     Args:
@@ -57,7 +57,11 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
             raise OSError("there is no such folder")  # and a hub name does not look like this
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, **extra
+            source,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            **extra,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200]

@@ -90,9 +90,9 @@ def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
         if not isinstance(value, Reward):
             value = Reward(value, plain.correct, parts={name: value})
         try:
-            parts = {str(part): finite(number) for part, number in value.parts.items()}
+            parts = {str(part): finite(number) for part, number in dict(value.parts or {}).items()}
             return Reward(finite(value.total), finite(value.correct), value.format_ok, parts)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserCodeError(
                 f"--reward {spec} gave {error} for task {trajectory.task.id}: "
                 "a finite number or a Reward of finite numbers is needed"

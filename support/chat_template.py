@@ -117,7 +117,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, pieces: list[str]):
-        if not tokenizer.is_fast:
+        if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 "this tokenizer runs in Python only: take a model with a fast one (tokenizer.json)"
             )

@@ -73,7 +73,7 @@ def finite(value) -> float:
     """
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # of a kind whose conversion fails in its own way
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(str(value) if isinstance(value, float) else type(value).__name__)

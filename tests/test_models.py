@@ -70,7 +70,7 @@ FAMILIES = {
     "exaone4": (HEADS, "layers without positions"),
     "glm4": (HEADS, "partial rotary"),
     "hunyuan_v1_dense": (HEADS, "norms of queries and keys"),
-    "seed_oss": (HEADS, ""),
+    "seed_oss": (HEADS, "biases in attention"),
     "apertus": (SIZES, "xIELU"),
     "granite": (SIZES | dict(logits_scaling=8.0), "logits divided by 8"),
     "cohere": (SIZES | dict(logit_scale=0.0625), "logits times 1/16"),
