@@ -93,6 +93,9 @@ class Chat:
     Args:
         tokenizer: a fast `transformers` tokenizer.
         signatures: one text a tool, shown in the system prompt.
+
+    Raises:
+        ValueError: one line says what the template or the tokenizer lacks.
     """
 
     def __init__(self, tokenizer, signatures: list[str]):

@@ -208,11 +208,15 @@ class Engine:
             each version of the weights.
 
     Raises:
-        ValueError: the model cannot be played from keys and values of its context alone.
+        ValueError: the model lacks tokens or positions, or cannot be played from keys and values of
+            its context alone.
     """
 
     def __init__(self, model, end_id: int, args, shared_prefix: list[int]):
         check_full_attention(model, args.max_context)
+        known, used = model.get_input_embeddings().num_embeddings, max([end_id, *shared_prefix])
+        if used >= known:
+            raise ValueError(f"the model knows {known} tokens, its tokenizer more: token {used}")
         self.model, self.end_id, self.device = model, end_id, model.device
         self.temperature, self.max_new_tokens = args.temperature, args.max_new_tokens
         self.slots: list[Slot | None] = [None] * args.slots

@@ -146,6 +146,7 @@ def test_a_padded_vocabulary_changes_nothing(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "name, more, words",
     [
+        ("llama", dict(vocab_size=2500), "knows 2500 tokens, its tokenizer more"),
         ("gpt2", dict(n_positions=128), "128 positions; --max_context 128 or less"),
         ("llama", dict(max_position_embeddings=399), "399 positions"),
         ("mistral", dict(sliding_window=399), "sliding window of 399 tokens"),
