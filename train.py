@@ -125,10 +125,10 @@ class Policy(torch.nn.Module):
             (chosen tokens,): log-probs under softmax(logits / temperature), the distribution that
             they were sampled from.
         """
-        hidden = self.model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        chosen = in_loss[:, 1:]  # (B, L-1): the hidden state before a token predicts it
-        logits = self.model.get_output_embeddings()(hidden[chosen])  # (chosen tokens, V)
-        logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
+        chosen = in_loss[:, 1:]  # (B, L-1): the logits after a token predict the next one
+        output = self.model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=chosen)
+        logits = output.logits.float()  # (chosen tokens, V), by the same head as the sampler's
+        logprobs = torch.log_softmax(logits / self.temperature, dim=-1)
         return logprobs.gather(-1, ids[:, 1:][chosen][:, None])[:, 0]
 
 

@@ -50,7 +50,9 @@ def api_rollout(
         turn = Turn([], [], version=-1)
         trajectory.turns.append(turn)
         try:
-            calls, answer = parse_action(text, tools)
+            # Where the server's template opens a thought, its answer begins in the middle of it.
+            opened = "<think>" if "</think>" in text.partition("<think>")[0] else ""
+            calls, answer = parse_action(opened + text, tools)
         except FormatError as error:
             trajectory.status, trajectory.error = "format_error", error.kind
             break

@@ -82,7 +82,7 @@ def finite(value) -> float:
     """
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # of a kind whose conversion fails in its own way
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(str(value) if isinstance(value, float) else type(value).__name__)
@@ -118,9 +118,9 @@ def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
         if not isinstance(value, Reward):
             value = Reward(value, plain.correct, parts={name: value})
         try:
-            parts = {str(part): finite(number) for part, number in value.parts.items()}
+            parts = {str(part): finite(number) for part, number in dict(value.parts or {}).items()}
             return Reward(finite(value.total), finite(value.correct), value.format_ok, parts)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserCodeError(
                 f"--reward {spec} gave {error} for task {trajectory.task.id}: "
                 "a finite number or a Reward of finite numbers is needed"

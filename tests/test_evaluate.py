@@ -525,6 +525,13 @@ def test_a_served_model_gets_no_tags_from_pages_and_a_quoted_call_is_not_run():
     assert observation.replace("\u200b", "") == f"<tool_response>{HOSTILE}</tool_response>"
 
 
+def test_a_thought_that_the_server_has_opened_counts_as_said():
+    trajectory = Trajectory(Task("t", "Who?", "a"), (0,))
+    with chat_server(lambda messages: "so it is a</think><answer>a</answer>") as url:
+        api_rollout(trajectory, url, "m", PageToolbox(), RolloutArgs())
+    assert (trajectory.status, trajectory.answer) == ("answered", "a")
+
+
 @pytest.mark.parametrize(
     "tag",
     ["<|im_end|>", "</s>", "<<SYS>>", "[/INST]", "[gMASK]", "[|endofturn|]", "<｜User｜>", "<eos>"],

@@ -268,10 +268,16 @@ def test_any_real_number_is_a_reward(tmp_path, value, total):
     assert all(type(x) is float for x in (outcome.total, outcome.correct, *outcome.parts.values()))
 
 
+class Odd:
+    def __float__(self):
+        return 1 / 0
+
+
 @pytest.mark.parametrize(
     "value",
     [float("nan"), float("inf"), np.float32("nan"), 10**400, 10**5000, None, "1", b"1", 1j, [1.0]]
-    + [Reward(float("nan"), 0), Reward(0, None), Reward(0, 0, True, {"a": 10**400})],
+    + [Reward(float("nan"), 0), Reward(0, None), Reward(0, 0, True, {"a": 10**400})]
+    + [Reward(0, 0, True, [1]), Reward(0, 0, True, 5), np.zeros(2), Odd()],
     ids=lambda value: type(value).__name__,
 )
 def test_anything_else_is_refused_in_one_line(tmp_path, value):
