@@ -16,6 +16,8 @@ from urllib.parse import urljoin
 import html2text
 from lxml import etree
 
+from support.words import fold
+
 DROPPED = ("title", "script", "style", "template", "iframe", "noembed", "noframes")
 # Elements that stand on lines of their own, of which html2text knows nothing.
 LAYOUT = set(
@@ -27,8 +29,6 @@ LINE_OF_PRE = "\ue000"  # stands before each line of <pre>, so that its indentat
 MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page
 EXPONENT = re.compile(r"[-+−–]?(?:\d+|[a-z])(?:[-+/]\w+)?")
 FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
-# What `find` takes for the same: quotation marks and the keys that people have, kinds of space.
-SAME = str.maketrans("‘’‚“”„\n\t\xa0İ", "'''\"\"\"   i")
 SENTENCE_END = re.compile(r"\n|\. ")
 CHARSET = r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})"
 MARKS = {  # byte order marks
@@ -214,9 +214,10 @@ def split_pages(text: str, page_chars: int) -> list[str]:
     return pieces + [text[starts[-1] :]]
 
 
-def fold(text: str) -> str:
-    """Text as `find` compares it, character by character: no case, one kind of quotes and space."""
-    return text.translate(SAME).lower()
+def across(at: int, here: list[int], there: list[int]) -> int:
+    """The place in one text of a place in another one, of which the words begin here and there."""
+    word = bisect.bisect_right(here, at) - 1
+    return min(there[word] + at - here[word], there[word + 1] - 1)
 
 
 def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
@@ -224,18 +225,23 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
 
     The whole text is searched, so what is wanted may lie on the end of a line, sentence or piece.
     """
+    words, wanted = [fold(word) for word in text.split()], " ".join(map(fold, wanted.split()))
+    folded, start = " ".join(words), 0
+    if (at := folded.find(wanted)) < 0:
+        return
+    # A fold may change the length of a word: ß becomes ss.
+    in_folded = list(itertools.accumulate((len(word) + 1 for word in words), initial=0))
+    in_text = [word.start() for word in re.finditer(r"\S+", text)] + [len(text) + 1]
     starts = piece_starts(text, page_chars) + [len(text)]
-    folded, wanted = fold(text), " ".join(fold(wanted).split())
-    start, at = 0, folded.find(wanted)
     while at >= 0:
-        last = at + len(wanted) - 1
-        number, of_last = (bisect.bisect_right(starts, i, hi=len(starts) - 1) for i in (at, last))
-        lines, sentences = text.rfind("\n", start, at), text.rfind(". ", start, at)
+        first, last = (across(i, in_folded, in_text) for i in (at, at + len(wanted) - 1))
+        number, of_last = (bisect.bisect_right(starts, i, hi=len(starts) - 1) for i in (first, last))
+        lines, sentences = text.rfind("\n", start, first), text.rfind(". ", start, first)
         start = max(start, starts[number - 1], lines + 1, sentences + 2 if sentences >= 0 else 0)
         boundary = SENTENCE_END.search(text, last, starts[of_last])
         end = boundary.end() if boundary else starts[of_last]
         yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
-        at = folded.find(wanted, max(last + 1, end - len(wanted) + 1))
+        at = folded.find(wanted, max(at + 1, across(end, in_text, in_folded) - len(wanted) + 1))
 
 
 def view_page(
