@@ -25,10 +25,14 @@ LAYOUT = set(
     " summary caption option textarea center".split()
 )
 LISTS, MAX_LISTS = {"ol", "ul", "blockquote"}, 10  # deeper ones are not indented further
+MAX_ELEMENTS = 100_000  # a page of more gets its text a line each, without any layout
 LINE_OF_PRE = "\ue000"  # stands before each line of <pre>, so that its indentation is not stripped
-MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page
+MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page,
+LINK_CHARS = 80  # where each link counts for so many more
 EXPONENT = re.compile(r"[-+−–]?(?:\d+|[a-z])(?:[-+/]\w+)?")
 FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
+RULE = re.compile(r"[-| :>]+")  # a line of a table, or an empty quotation
+NESTED_ITEM = re.compile(r"  ( +)(?:\* |\d+\. )")  # of a list inside a list
 SENTENCE_END = re.compile(r"\n|\. ")
 CHARSET = r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})"
 MARKS = {  # byte order marks
@@ -64,7 +68,7 @@ def decode_page(body: bytes, content_type: str = "") -> str:
 
 
 def parse(page: str) -> etree._Element:
-    """The tree of a page without its scripts; an empty <html> if there is nothing in it.
+    """The tree of a page; an empty <html> if there is nothing in it.
 
     What is nested deeper than 2,048 elements is no page: lxml does not read the rest.
     """
@@ -72,8 +76,12 @@ def parse(page: str) -> etree._Element:
         encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True
     )
     tree = etree.fromstring(page.encode("utf-8", "replace"), parser)
-    if tree is None:
-        return etree.Element("html")
+    return etree.Element("html") if tree is None else tree
+
+
+def parse_text(page: str) -> etree._Element:
+    """The tree of a page without what is not its text: title, scripts, marks of headings."""
+    tree = parse(page)
     for element in [*tree.iter(*DROPPED), *tree.xpath("//*[contains(@class, 'headerlink')]")]:
         element.clear(keep_tail=True)
         element.tag, element.text = "dropped", " "
@@ -86,6 +94,8 @@ def main_parts(tree: etree._Element) -> list[etree._Element]:
 
     It is doubted if it holds nothing, or less than the paragraphs outside of it.
     """
+    if not tree.xpath("boolean(//main | //*[@role='main'])"):
+        return [tree]
     parts, held, outside = [], 0, 0
     walk = etree.iterwalk(tree, events=("start",))
     for _, element in walk:
@@ -110,10 +120,17 @@ def start_of(element: etree._Element, pieces: int, length: int) -> str:
     return " ".join("".join(itertools.islice(element.itertext(), pieces))[:length].split())
 
 
+def title_and_description(page: str) -> tuple[str, str]:
+    """What a page says of itself in its head, each on one line; "" if it does not."""
+    tree = parse(page)
+    title, told = tree.find(".//title"), tree.xpath("//meta[@name='description']/@content")
+    return "" if title is None else start_of(title, 200, 2000), " ".join("".join(told[:1]).split())
+
+
 def links_of(page: str, url: str) -> list[tuple[str, str]]:
     """The links of a page at `url` in order, each once: (address, label)."""
-    found, room, tree = {}, MAX_LINKS, parse(page)
-    for element in tree.iter("base", "meta", "a"):
+    found, room = {}, MAX_LINKS
+    for element in parse_text(page).iter("base", "meta", "a"):
         href, label = element.get("href"), start_of(element, 200, 2000)
         if element.tag == "meta":
             href, label = refresh_target(element), "this page leads to"
@@ -125,9 +142,9 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
             continue
         if element.tag == "base":
             url = address
-        elif (address, label) not in found:
+        else:
             found[address, label] = None
-            room -= len(address) + len(label)
+            room -= len(address) + len(label) + LINK_CHARS
     return list(found)
 
 
@@ -136,15 +153,19 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: a line a paragraph, `a | b` a table row, no links, no scripts."""
-    tree, converter = parse(page), html2text.HTML2Text(bodywidth=0)
+    tree, converter = parse_text(page), html2text.HTML2Text(bodywidth=0)
     converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
-    for part in main_parts(tree):
+    parts = main_parts(tree)
+    if tree.xpath("count(//*)") > MAX_ELEMENTS:  # html2text would take seconds
+        texts = "\n".join(text for part in parts for text in part.itertext())
+        return "\n".join(filter(None, map(str.strip, texts.splitlines())))
+    for part in parts:
         write_tree(part, converter)
     lines = []
     for line in converter.finish().splitlines():
         text = line.strip().replace(LINE_OF_PRE, "").rstrip()
-        if text and not re.fullmatch(r"[-| :>]+", text):
-            nested = re.match(r"  ( +)(?:\* |\d+\. )", line)  # an item of a list inside a list
+        if text and not RULE.fullmatch(text):
+            nested = NESTED_ITEM.match(line)
             lines.append(nested.group(1) + text if nested else text)
     if not lines:
         leads_to = next(filter(None, map(refresh_target, tree.iter("meta"))), "")
@@ -216,8 +237,9 @@ def split_pages(text: str, page_chars: int) -> list[str]:
 
 def across(at: int, here: list[int], there: list[int]) -> int:
     """The place in one text of a place in another one, of which the words begin here and there."""
-    word = bisect.bisect_right(here, at) - 1
-    return min(there[word] + at - here[word], there[word + 1] - 1)
+    word = bisect.bisect_right(here, at, hi=len(here) - 1) - 1
+    length, length_there = (places[word + 1] - places[word] for places in (here, there))
+    return there[word] + (at - here[word]) * length_there // length
 
 
 def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
@@ -225,9 +247,10 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
 
     The whole text is searched, so what is wanted may lie on the end of a line, sentence or piece.
     """
-    words, wanted = [fold(word) for word in text.split()], " ".join(map(fold, wanted.split()))
-    folded, start = " ".join(words), 0
-    if (at := folded.find(wanted)) < 0:
+    forms = {word: fold(word) for word in {*text.split(), *wanted.split()}}
+    words, wanted = [forms[word] for word in text.split()], " ".join(map(forms.get, wanted.split()))
+    folded, start, end = " ".join(words), 0, 0
+    if not wanted or (at := folded.find(wanted)) < 0:
         return
     # A fold may change the length of a word: ß becomes ss.
     in_folded = list(itertools.accumulate((len(word) + 1 for word in words), initial=0))
@@ -235,12 +258,15 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
     starts = piece_starts(text, page_chars) + [len(text)]
     while at >= 0:
         first, last = (across(i, in_folded, in_text) for i in (at, at + len(wanted) - 1))
-        number, of_last = (bisect.bisect_right(starts, i, hi=len(starts) - 1) for i in (first, last))
-        lines, sentences = text.rfind("\n", start, first), text.rfind(". ", start, first)
-        start = max(start, starts[number - 1], lines + 1, sentences + 2 if sentences >= 0 else 0)
-        boundary = SENTENCE_END.search(text, last, starts[of_last])
-        end = boundary.end() if boundary else starts[of_last]
-        yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
+        if last >= end:
+            number, of_last = (
+                bisect.bisect_right(starts, i, hi=len(starts) - 1) for i in (first, last)
+            )
+            lines, sentences = text.rfind("\n", start, first), text.rfind(". ", start, first)
+            start = max(start, starts[number - 1], lines + 1, sentences + 2 * (sentences >= 0))
+            boundary = SENTENCE_END.search(text, last, starts[of_last])
+            end = boundary.end() if boundary else starts[of_last]
+            yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
         at = folded.find(wanted, max(at + 1, across(end, in_text, in_folded) - len(wanted) + 1))
 
 
