@@ -28,7 +28,7 @@ LISTS, MAX_LISTS = {"ol", "ul", "blockquote"}, 10  # deeper ones are not indente
 MAX_ELEMENTS = 100_000  # a page of more gets its text a line each, without any layout
 LINE_OF_PRE = "\ue000"  # stands before each line of <pre>, so that its indentation is not stripped
 MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page,
-LINK_CHARS = 80  # where each link counts for so many more
+LINK_CHARS = 200  # where each link counts for so many more
 EXPONENT = re.compile(r"[-+−–]?(?:\d+|[a-z])(?:[-+/]\w+)?")
 FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
 RULE = re.compile(r"[-| :>]+")  # a line of a table, or an empty quotation
@@ -115,26 +115,27 @@ def refresh_target(meta: etree._Element) -> str:
     return found.group(1) if refresh and found else ""
 
 
-def start_of(element: etree._Element, pieces: int, length: int) -> str:
-    """The text an element begins with, on one line; all of it for each would be too much."""
-    return " ".join("".join(itertools.islice(element.itertext(), pieces))[:length].split())
+def start_of(element: etree._Element, steps: int) -> str:
+    """The text an element begins with; all of it for each of many would be too much."""
+    walk = itertools.islice(etree.iterwalk(element, events=("start", "end")), steps)
+    text = lambda event, e: e.text if event == "start" else e.tail if e is not element else ""
+    return "".join(text(*step) or "" for step in walk)
 
 
 def title_and_description(page: str) -> tuple[str, str]:
     """What a page says of itself in its head, each on one line; "" if it does not."""
     tree = parse(page)
     title, told = tree.find(".//title"), tree.xpath("//meta[@name='description']/@content")
-    return "" if title is None else start_of(title, 200, 2000), " ".join("".join(told[:1]).split())
+    texts = ("" if title is None else start_of(title, 9), "".join(told[:1]))
+    return tuple(" ".join(text[:2000].split()) for text in texts)
 
 
 def links_of(page: str, url: str) -> list[tuple[str, str]]:
     """The links of a page at `url` in order, each once: (address, label)."""
     found, room = {}, MAX_LINKS
     for element in parse_text(page).iter("base", "meta", "a"):
-        href, label = element.get("href"), start_of(element, 200, 2000)
-        if element.tag == "meta":
-            href, label = refresh_target(element), "this page leads to"
-        if not href or len(href) > MAX_ADDRESS or room < 0:
+        href = refresh_target(element) if element.tag == "meta" else element.get("href")
+        if not href or len(href) > MAX_ADDRESS:
             continue
         try:
             address = urljoin(url, href.strip())
@@ -142,9 +143,12 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
             continue
         if element.tag == "base":
             url = address
-        else:
-            found[address, label] = None
-            room -= len(address) + len(label) + LINK_CHARS
+            continue
+        label = "this page leads to" if element.tag == "meta" else start_of(element, 400)
+        found[address, " ".join(label[:2000].split())] = None
+        room -= len(address) + len(label) + LINK_CHARS
+        if room < 0:
+            break
     return list(found)
 
 
@@ -203,7 +207,7 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
 
 def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
     """What stands around a <sup>: 10^6 for a power, Oslo [3] for a footnote, 2nd as it is."""
-    mark = start_of(sup, 8, 40)
+    mark = " ".join(start_of(sup, 16)[:40].split())
     linked = len(sup) > 0 and sup[0].tag == "a"
     if EXPONENT.fullmatch(mark) and not linked and re.search(r"(?<!\w)\w{1,3}$|\)$", before[-9:]):
         return "^", ""
