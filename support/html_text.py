@@ -16,7 +16,7 @@ from urllib.parse import urljoin
 import html2text
 from lxml import etree
 
-from support.words import fold
+from support.words import across, fold_words
 
 DROPPED = ("title", "script", "style", "template", "iframe", "noembed", "noframes")
 # Elements that stand on lines of their own, of which html2text knows nothing.
@@ -239,26 +239,15 @@ def split_pages(text: str, page_chars: int) -> list[str]:
     return pieces + [text[starts[-1] :]]
 
 
-def across(at: int, here: list[int], there: list[int]) -> int:
-    """The place in one text of a place in another one, of which the words begin here and there."""
-    word = bisect.bisect_right(here, at, hi=len(here) - 1) - 1
-    length, length_there = (places[word + 1] - places[word] for places in (here, there))
-    return there[word] + (at - here[word]) * length_there // length
-
-
 def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
     """The lines and sentences of a text that contain `wanted`, each with the number of its piece.
 
     The whole text is searched, so what is wanted may lie on the end of a line, sentence or piece.
     """
-    forms = {word: fold(word) for word in {*text.split(), *wanted.split()}}
-    words, wanted = [forms[word] for word in text.split()], " ".join(map(forms.get, wanted.split()))
-    folded, start, end = " ".join(words), 0, 0
+    folded, in_folded, in_text = fold_words(text)
+    wanted, start, end = fold_words(wanted)[0], 0, 0
     if not wanted or (at := folded.find(wanted)) < 0:
         return
-    # A fold may change the length of a word: ß becomes ss.
-    in_folded = list(itertools.accumulate((len(word) + 1 for word in words), initial=0))
-    in_text = [word.start() for word in re.finditer(r"\S+", text)] + [len(text) + 1]
     starts = piece_starts(text, page_chars) + [len(text)]
     while at >= 0:
         first, last = (across(i, in_folded, in_text) for i in (at, at + len(wanted) - 1))

@@ -4,6 +4,7 @@ In: text. Out: its form, or the words of it for a search index or a query. Answe
 search compare words in this form only. To cut the words of another script, change UNSPACED.
 """
 
+import bisect
 import itertools
 import unicodedata
 
@@ -46,6 +47,24 @@ def without_accents(text: str) -> str:
     if folded.isascii():
         return folded
     return unicodedata.normalize("NFC", ACCENTS.sub("", unicodedata.normalize("NFD", folded)))
+
+
+def fold_words(text: str, form=fold) -> tuple[str, list[int], list[int]]:
+    """A text whose words are folded and have one space between them, where its words begin, and
+    where they begin in the text. A fold may change the length of a word: ß becomes ss."""
+    words = text.split()
+    forms = {word: form(word) for word in set(words)}
+    words = [forms[word] for word in words]
+    in_folded = list(itertools.accumulate((len(word) + 1 for word in words), initial=0))
+    in_text = [word.start() for word in regex.finditer(r"\S+", text)] + [len(text) + 1]
+    return " ".join(words), in_folded, in_text
+
+
+def across(at: int, here: list[int], there: list[int]) -> int:
+    """The place in one text of a place in another one, of which the words begin here and there."""
+    word = max(0, bisect.bisect_right(here, at, hi=len(here) - 1) - 1)
+    length, length_there = (places[word + 1] - places[word] for places in (here, there))
+    return there[word] + (at - here[word]) * length_there // length
 
 
 def index_words(text: str) -> str:
