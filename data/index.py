@@ -276,8 +276,10 @@ def best_passage(text: str, words: list[str]) -> str:
     found = [(match.start(), match.group()) for match in matches] or [(0, "")]
     near = lambda at: {word for place, word in found if at <= place < at + SNIPPET_CHARS}
     start = across(max((at for at, _ in found), key=lambda at: len(near(at))), in_folded, in_text)
-    cut = max(text.rfind(mark, 0, start) + len(mark) for mark in ("\n", ". ", "。"))
-    start = cut if start - cut < SNIPPET_CHARS // 2 else start
+    before = text[max(0, start - SNIPPET_CHARS // 2) : start]
+    *earlier, sentence = re.split(r"\n|\. |。", before)
+    if earlier or len(before) == start:
+        start -= len(sentence)
     return "… " * (start > 0) + text[start : start + SNIPPET_CHARS]
 
 

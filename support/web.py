@@ -28,6 +28,7 @@ import requests.adapters
 import urllib3
 
 from support.html_text import MAX_ADDRESS, decode_page
+from support.threads import in_thread
 
 MAX_PAGE_BYTES = 2_000_000  # after decompression
 MAX_REDIRECTS = 5
@@ -45,7 +46,6 @@ NOT_PUBLIC = [
     for network in ("192.0.0.0/24", "192.88.99.0/24", "2002::/16", "3fff::/20", "fec0::/10")
 ]
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses in disguise
-RESOLVER = concurrent.futures.ThreadPoolExecutor(8, "resolver")
 
 
 class ToolFault(Exception):
@@ -123,7 +123,7 @@ def addresses_of(host: str, port: int, timeout_s: float) -> list[tuple]:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
         return [(family, socket.SOCK_STREAM, 0, "", (host, port))]
     except ValueError:
-        lookup = RESOLVER.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        lookup = in_thread(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
     try:
         return lookup.result(timeout=timeout_s)
     except concurrent.futures.TimeoutError:
