@@ -91,7 +91,7 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def list_of_pages(self) -> str:
         links = "".join(
-            f'<li><a href="/{html.escape(url)}">{html.escape(title)}</a></li>'
+            f'<li><a href="/{html.escape(str(url))}">{html.escape(str(title))}</a></li>'
             for url, title in self.index.execute("select url, title from pages limit 100")
         )
         return f"<html><body><h1>{html.escape(self.server.host)}</h1><ul>{links}</ul></body></html>"

@@ -21,7 +21,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urldefrag, urljoin, urlsplit, urlunsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import requests
 import requests.adapters
@@ -75,8 +75,10 @@ def plain_address(url: str) -> str:
         raise ValueError(f"{url!r} is no address: it begins with http://, say")
     request = requests.PreparedRequest()  # which knows http only
     request.prepare_url("http://" + ("localhost" if rest.startswith("/") else "") + rest, None)
-    address = scheme.lower() + urldefrag(request.url)[0].removeprefix("http")
-    return re.sub("^(http(?=.*:80/)|https(?=.*:443/))(://[^/?]*):[0-9]+(?=/)", r"\1\2", address)
+    scheme, parts = scheme.lower(), urlsplit(request.url)
+    site = parts.netloc.removesuffix({"http": ":80", "https": ":443"}.get(scheme, "@"))
+    path = "/" + parts.path.lstrip("/")  # requests sends one stroke only
+    return urlunsplit((scheme, site, path, parts.query, ""))
 
 
 def is_public(address: str) -> bool:

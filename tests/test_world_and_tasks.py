@@ -496,6 +496,10 @@ URLS = [
     "http://[::1]:8000/x",
     "http://127.0.0.1/x",
     "http://alpha.test/a b(c)'d'/<e>",
+    "http://alpha.test//two//strokes",
+    "http://alpha.test/a/../b?",
+    "http://alpha.test/100%",
+    "s3://bucket/a key/é",
 ]
 
 
