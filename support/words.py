@@ -1,7 +1,7 @@
 """One form of words: what is the same word to a reader is the same text after `fold`.
 
 In: text. Out: its form, or the words of it for a search index or a query. Answers, `find` and
-search compare words in this form only. To cut the words of another script, change UNSPACED.
+search compare words in this form only. To cut the words of another script, change SCRIPTS.
 """
 
 import bisect
@@ -12,12 +12,11 @@ import regex
 
 # Scripts that put no spaces between words, or hang endings on them: each letter is a word to the
 # index, and a query asks for two of them side by side.
-UNSPACED = (
-    r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*+"
-)
-SPACED = rf"(?:(?!{UNSPACED})\w)++"  # \w of this module takes marks for a part of their word
-WORDS = regex.compile(rf"{UNSPACED}|{SPACED}")
-RUNS = regex.compile(rf"(?:{UNSPACED})++|{SPACED}")
+SCRIPTS = r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+UNSPACED = rf"{SCRIPTS}\p{{M}}*+"
+SPACED = rf"[\w--{SCRIPTS}]++"  # \w of this module takes marks for a part of their word
+WORDS = regex.compile(rf"{UNSPACED}|{SPACED}", regex.V1)
+RUNS = regex.compile(rf"(?:{UNSPACED})++|{SPACED}", regex.V1)
 # Vowel points of Hebrew and Arabic, which are optional, and the stroke that stretches a word.
 POINTS = (
     r"[[\u0591-\u05c7\u0610-\u061a\u064b-\u0652\u0656-\u065f\u0670\u06d6-\u06ed]&&\p{M}]|\u0640"
