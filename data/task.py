@@ -100,20 +100,33 @@ def check_task(record: dict) -> None:
         check_world(meta["world"])
 
 
+def parse_object(line: bytes, errors: str = "strict") -> dict:
+    """The JSON object of one line, in UTF-8 with or without a byte order mark.
+
+    Args:
+        errors: what becomes of bytes that are no UTF-8, as bytes.decode takes it.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        record = json.loads(line.decode("utf-8-sig", errors))
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
+    return record
+
+
 def parse_task(line: bytes) -> Task:
     """One line of a task file.
 
     Raises:
         ValueError: what is wrong with it.
     """
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    except RecursionError:
-        raise ValueError("not valid JSON (nested too deeply)") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a task is a JSON object, not {type(record).__name__}")
+    record = parse_object(line)
     check_task(record)
     question_hash = hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()
     record.setdefault("id", question_hash[:12])
