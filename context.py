@@ -15,13 +15,10 @@ everything else speaks of: Turn, Segment, Trajectory.
 To try an idea, write a function like `elide` and add it to MANAGERS.
 """
 
-import json
 from dataclasses import dataclass, field
 
-from tokenizers import Tokenizer
-
 from data.task import Task
-from support.chat_template import template_pieces
+from support.chat_template import Encoder, template_pieces
 
 SYSTEM_PROMPT = (
     "Answer the question. Think inside <think></think>, then call tools or give the answer.\n"
@@ -96,48 +93,48 @@ class Chat:
     Args:
         tokenizer: a fast `transformers` tokenizer.
         signatures: one text a tool, shown in the system prompt.
+
+    Raises:
+        ValueError: one line says what the template or the tokenizer lacks.
     """
 
     def __init__(self, tokenizer, signatures: list[str]):
         self.tokenizer = tokenizer
-        # The second tokenizer has the same vocabulary without added tokens. With
-        # `split_special_tokens=True` a tag such as <tool_call> would still become a control token,
-        # since it is an added token but not a special one (transformers#29279).
-        stripped = json.loads(tokenizer.backend_tokenizer.to_str())
-        stripped["added_tokens"], stripped["post_processor"] = [], None
-        self.plain = Tokenizer.from_str(json.dumps(stripped))
-        self.tags = list(tokenizer.get_added_vocab().items())
-        self.control_ids = {id for _, id in self.tags}
-
         pieces, end_of_turn = template_pieces(tokenizer)
         before_system, before_question, before_action, before_result, before_next_action = pieces
+        encoder = Encoder(tokenizer, pieces)
+        self.encode, self.plain = encoder.encode, encoder.plain
+        self.tags, self.control_ids = list(tokenizer.get_added_vocab().items()), encoder.control_ids
+
         self.end_id = tokenizer.convert_tokens_to_ids(end_of_turn)
         system = SYSTEM_PROMPT.format(signatures="; ".join(signatures))
-        self.before_question = self.trusted(before_system + system + before_question)
+        self.around_question = before_system + system + before_question, before_action
+        self.before_question = self.encode(self.around_question[0], start=True)
         self.before_action = self.trusted(before_action)
-        self.before_result = self.trusted(before_result)
+        # A thought that the generation prompt has opened counts as said by the policy.
+        self.opened = "".join(before_action.partition("<think>")[1:])
+        self.before_result = self.encode(end_of_turn + before_result)[1:]
         self.before_next_action = self.trusted(before_next_action)
         self.open_response = self.trusted("<tool_response>")
         self.close_response = self.trusted("</tool_response>")
-        request = self.trusted(NOTES_REQUEST)
-        self.request_notes = self.before_result + request + self.before_next_action
+        request = end_of_turn + before_result + NOTES_REQUEST + before_next_action
+        self.request_notes = self.encode(request)[1:]
         self.before_notes = self.trusted("\nNotes: ")
 
     def trusted(self, text: str) -> list[int]:
         """Encode text of our own, in which tags are control tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.encode(text)
 
     def untrusted(self, text: str) -> list[int]:
         """Encode text from outside: no id is a control token, whatever the text says."""
-        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
-        ids = self.plain.encode(text, add_special_tokens=False).ids
-        return [i for i in ids if i not in self.control_ids]
+        return self.encode("", text)
 
     def head(self, question: str) -> list[int]:
         """The first prompt: system prompt with tool declarations, question, and the tag that opens
         the policy's turn.
         """
-        return self.before_question + self.untrusted(question) + self.before_action
+        before, after = self.around_question
+        return self.encode(before, question, after, start=True)
 
     def observation(self, results: list[str], limit_tokens: int) -> list[int]:
         """Ids that follow an action: each tool result in its own tags, then the tag that opens the
@@ -151,7 +148,8 @@ class Chat:
         ids = list(self.before_result)
         share = max(1, limit_tokens // max(1, len(results)))
         for result in results:
-            ids += self.open_response + self.untrusted(result)[:share] + self.close_response
+            opened = self.encode("<tool_response>", result)[: len(self.open_response) + share]
+            ids += opened + self.close_response
         return ids + self.before_next_action
 
     def decode(self, ids: list[int]) -> str:

@@ -5,14 +5,13 @@ tokens, since its row still holds everything before it. A slot whose tools are r
 nothing, and its place in the next decoding pass is taken by whoever is ready (continuous batching).
 
 In: a policy (any `AutoModelForCausalLM` with full attention) and prompts. Out: token ids as they
-were sampled, and their
-log-probs. Nothing steers decoding: there is no grammar and no retry, only plain sampling from
-softmax(logits / T). To try an idea (another sampler, say), change `Engine.sample`; the trainer's
-`Policy.forward` must then give the log-probs of the same distribution.
+were sampled, and their log-probs. Nothing steers decoding: there is no grammar and no retry, only
+plain sampling from softmax(logits / T). To try an idea (another sampler, say), change
+`Engine.sample`; the trainer's `Policy.forward` must then give the log-probs of the same
+distribution.
 """
 
 import ctypes
-import inspect
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,13 +23,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
 from context import Chat, Trajectory
+from support.flags import did_you_mean
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
 PREFILL_TOKENS = 2048  # of prompts in one pass, padding included
+PIECES_GAP = 1e-3  # between log-probs of one context, read at once or in pieces; float32
 PADDING_TOKENS = 64  # of padding in one pass of prompts; more padding costs more than another pass
 
 
-def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+def local_models(folder: Path) -> dict[str, str]:
+    """The names of nano and of a folder's models, each as it is written for `load_policy`."""
+    found = [path for path in folder.glob("*") if (path / "config.json").is_file()]
+    return {name: name for name in ["nano", *map(str, found)]}
+
+
+def load_policy(name: str, device: torch.device | str = "cpu"):
     """A causal language model and its tokenizer.
 
     Args:
@@ -41,6 +48,7 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
         ValueError: the model cannot be loaded; one line says why.
     """
     path, extra = NANO if name == "nano" else Path(name), {}
+    near = "" if path.exists() else did_you_mean(name, local_models(path.parent), cutoff=0.7)
     if (path / "checkpoint").is_dir():
         path = path / "checkpoint"
     try:
@@ -52,15 +60,21 @@ def load_policy(name: str, device: torch.device | str = "cpu", dtype: torch.dtyp
         elif path.exists() and not (path / "config.json").is_file():
             raise OSError("the folder has no config.json; give the folder of a checkpoint")
         elif not path.exists() and (
-            name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+            name.startswith((".", "/", "~", "runs/"))
+            or name.count("/") > 1
+            or (near and "/" not in name)
         ):
             raise OSError("there is no such folder")  # and a hub name does not look like this
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, **extra
+            source,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            **extra,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".") + near
         raise ValueError(f"cannot load the model {name!r}: {reason}") from None
     if getattr(model, "hf_quantizer", None):
         # The weights of a .gguf file are plain numbers once they are loaded, and can be saved as
@@ -75,7 +89,7 @@ def check_full_attention(model, max_context: int) -> None:
     be wrong.
 
     Raises:
-        ValueError: one line says which layer is in the way.
+        ValueError: one line says what is in the way.
     """
     config = model.config.get_text_config()
     uses_window = getattr(config, "use_sliding_window", True)
@@ -83,20 +97,23 @@ def check_full_attention(model, max_context: int) -> None:
     default = ["sliding_attention" if window else "full_attention"]
     kinds = set(getattr(config, "layer_types", None) or default)
     others = sorted(kinds - {"full_attention", "sliding_attention"})
-    why = ""
-    if "sliding_attention" in kinds and window and window < max_context:
-        why = f"it has a sliding window of {window} tokens; --max_context {window} or less would do"
-    elif others:
-        why = f"it has layers of {', '.join(others)}"
-    elif getattr(config, "attn_logit_softcapping", None):
-        why = "it caps attention scores"
-    elif "position_ids" not in inspect.signature(model.forward).parameters:
-        why = "its positions cannot be given"
+    limits = [("{} positions", getattr(config, "max_position_embeddings", None))]
+    if "sliding_attention" in kinds:
+        limits.append(("a sliding window of {} tokens", window))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # behind them the cached keys would have to change
+        short = rope["original_max_position_embeddings"]
+        limits.append(("{} positions before its rotary angles change", short))
+    why = [f"it has layers of {', '.join(others)}"] if others else []
+    why += [
+        f"it has {words.format(limit)}; --max_context {limit} or less would do"
+        for words, limit in limits
+        if limit and limit < max_context
+    ]
+    if getattr(config, "attn_logit_softcapping", None):
+        why.append("it caps attention scores")
     if why:
-        kind = model.config.model_type
-        raise ValueError(
-            f"the engine needs full attention in every layer, and {kind} differs: {why}"
-        )
+        raise ValueError(f"the engine cannot play a {model.config.model_type} model: {why[0]}")
 
 
 def keep_memory() -> None:
@@ -200,23 +217,57 @@ class Engine:
         args: `RolloutArgs`; slots, kv_tokens, max_context, max_new_tokens and temperature are read.
 
     Raises:
-        ValueError: the model's layers are not plain full attention over the cache.
+        ValueError: the model lacks tokens or positions, or cannot be played from keys and values of
+            its context alone.
     """
 
     def __init__(self, model, chat: Chat, args):
         check_full_attention(model, args.max_context)
+        known = model.get_input_embeddings().num_embeddings
+        if (used := max([chat.end_id, *chat.before_question])) >= known:
+            raise ValueError(f"the model knows {known} tokens, its tokenizer more: token {used}")
         self.model, self.end_id, self.device = model, chat.end_id, model.device
         self.temperature, self.max_new_tokens = args.temperature, args.max_new_tokens
         self.slots: list[Slot | None] = [None] * args.slots
         rows = args.slots
         if args.kv_tokens:
             rows = min(rows, max(1, args.kv_tokens // args.max_context))
+        self.check_agreement()
         self.cache = SlotCache(rows + 1, args.max_context)  # the last row holds the shared prefix
         self.users: list[Slot | None] = [None] * rows  # who used each row last; it may have left
         self.queue: list[Slot] = []  # turns that have no row yet
         self.shared_prefix, self.prefix_ready, self.version = chat.before_question, False, 0
         self.stats = dict.fromkeys(("decode_s", "prefill_s", "idle_s"), 0.0)
         self.stats |= dict.fromkeys(("sampled", "prefilled", "evicted"), 0)  # tokens, tokens, rows
+
+    @torch.no_grad()
+    def check_agreement(self) -> None:
+        """Read a few ids in pieces, as the engine does, and at once, as the trainer does.
+
+        Raises:
+            ValueError: the model cannot do that, or its log-probs differ.
+        """
+        self.cache, self.autocast = SlotCache(2, 16), False
+        why = "its log-probs depend on whether it reads a context at once or in pieces"
+        rows, cuts = [range(2, 14), range(5, 12)], [(0, 0), (6, 2), (11, 6), (12, 7)]
+        try:
+            for starts, ends in zip(cuts, cuts[1:]):
+                chunks = [list(row[a:b]) for row, a, b in zip(rows, starts, ends)]
+                logits = self.forward(chunks, list(starts), slice(0, 2))  # (2, V)
+            gap = 0.0
+            for row, logprobs in zip(rows, logits.log_softmax(-1)):
+                ids = torch.tensor([row], device=self.device)
+                last = ids == row[-1]
+                output = self.model(input_ids=ids, use_cache=False, logits_to_keep=last)
+                gaps = output.logits.float().log_softmax(-1) - logprobs  # (1, V)
+                gap = max(gap, float(gaps.abs().max()))
+        except Exception as error:  # models fail in many ways, and these ids are harmless
+            why, gap = " ".join(str(error).split())[:200], torch.inf
+        if not gap < PIECES_GAP:
+            raise ValueError(
+                f"the engine cannot play a {self.model.config.model_type} model: {why}"
+            )
+        self.autocast = self.device.type == "cuda"
 
     def new_weights(self, version: int) -> None:
         """The weights have changed, so cached keys and values are void. Call it between turns."""
@@ -378,7 +429,7 @@ class Engine:
         # in each layer.
         unseen = torch.arange(length, device=self.device) > positions[:, None, :, None]
         mask = torch.zeros(unseen.shape, device=self.device).masked_fill_(unseen, -torch.inf)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.model(
                 input_ids=ids,
                 position_ids=positions,

@@ -271,7 +271,7 @@ class AgentLoop:
             if number in trajectory.memory.get("notes_turns", []):
                 return []  # notes are free text, see context.summarize
             text, tools = self.chat.decode(ids[:-1]), self.toolbox.tools_for(trajectory)
-            calls, answer = parse_action(text, tools)
+            calls, answer = parse_action(self.chat.opened + text, tools)
         except FormatError as error:
             trajectory.status, trajectory.error = "format_error", error.kind
             trajectory.memory["why"] = str(error)

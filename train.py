@@ -53,12 +53,13 @@ from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
 from support.processes import sum_over_ranks
 from support.run import Run
-from support.run_folder import take_config
+from support.run_folder import RESUME_HELP, take_config
 from support.user_code import load_reward
 from tools import signatures
 from workers import AsyncArgs
 
 DATA = Path(__file__).resolve().parent / "data"
+Switch = Literal["on", "off"]
 Mode = Literal["sync", "async"]
 # What happens to tokens that older weights sampled: "mask" leaves them out of the loss, "keep"
 # trains on them unchanged, "is" multiplies each by the importance ratio min(IS_CAP, p_now /
@@ -76,7 +77,7 @@ class TrainArgs:
     dev_tasks: str = HfArg(default=str(DATA / "dev.jsonl"), help="held out, for the curve")
     test_tasks: str = HfArg(default=str(DATA / "test.jsonl"), help="held out, before and after")
     out: str = HfArg(default="", help="folder of the run (default: runs/run-1, run-2, …)")
-    resume: str = HfArg(default="", help="run to go on with, by its flags but for those given now")
+    resume: str = HfArg(default="", help=RESUME_HELP)
     seed: int = HfArg(default=0, help="decides every random choice")
     steps: int = HfArg(default=60, help="updates of the optimizer")
     tasks_per_step: int = HfArg(default=16, help="tasks in one update, over all processes")
@@ -85,6 +86,7 @@ class TrainArgs:
     warmup: int = HfArg(default=3, help="updates of linear warm-up")
     decay_steps: int = HfArg(default=60, help="updates until a tenth of the rate (0: constant)")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
+    curriculum: Switch = HfArg(default="off", help="on: tasks that fail come more often")
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
     negatives: float = HfArg(default=2.0, help="kept for each positive of a group; inf: all")
@@ -124,10 +126,10 @@ class Policy(torch.nn.Module):
             (chosen tokens,): log-probs under softmax(logits / temperature), the distribution that
             they were sampled from.
         """
-        hidden = self.model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        chosen = in_loss[:, 1:]  # (B, L-1): the hidden state before a token predicts it
-        logits = self.model.get_output_embeddings()(hidden[chosen])  # (chosen tokens, V)
-        logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
+        chosen = in_loss[:, 1:]  # (B, L-1): the logits after a token predict the next one
+        output = self.model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=chosen)
+        logits = output.logits.float()  # (chosen tokens, V), by the same head as the sampler's
+        logprobs = torch.log_softmax(logits / self.temperature, dim=-1)
         return logprobs.gather(-1, ids[:, 1:][chosen][:, None])[:, 0]
 
 
@@ -302,6 +304,7 @@ def main():
             trained = sum(sum(map(bool, row.advantages)) for row in rows)  # tokens
             counts = sum_over_ranks(counts_of(groups, outcomes, kept, trained, rollouts))
             metrics = metrics_of(counts, update) | {
+                "curriculum": run.curriculum.learn(counts["tries"], counts["hits"]),
                 "learning_rate": learning_rate_at(update, args),
                 "grad_norm": norm,
                 "rollout_s": rollout_s,

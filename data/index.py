@@ -1,16 +1,17 @@
 """A search index over any corpus: SQLite FTS5, ranked by BM25, in one file.
 
 In: documents {url, title, text, description?, html?} from a fictional world, a folder of HTML
-files or a JSON-lines file. Out: a database with the full-text table `pages`, the pages' HTML where
-there is any, and `meta`. Nothing is held in memory, so a corpus may be larger than RAM. To try an
-idea (another ranking, another snippet), change `search_index`.
+files or a JSON-lines file. Out: a database with the `pages`, their `words` in the one form of
+support/words.py, their HTML where there is any, and `meta`. Nothing is held in memory, so a corpus
+may be larger than RAM. To try an idea (another ranking), change `search_index`.
 
     python data/index.py --html DIR | --jsonl FILE --out corpus.db
 """
 
+import contextlib
 import functools
 import html as html_module
-import json
+import itertools
 import multiprocessing
 import os
 import random
@@ -32,8 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from data.task import parse_object
 from support.flags import parse_flags
-from support.html_text import html_to_text
+from support.html_text import decode_page, html_to_text, title_and_description
+from support.web import plain_address
+from support.words import across, fold_words, index_words, query_words, without_accents
 
 
 @dataclass
@@ -46,20 +50,24 @@ class Args:
     strict: bool = HfArg(default=False, help="stop at the first malformed line, skip none")
 
 
-SNIPPET_TOKENS = 24
+SNIPPET_CHARS = 150
 LARGE_INDEX = 20_000  # pages from which on COMMON words are left out of a query
 COMMON = 20  # a word is common if it stands in more than one page in this many
 # The index is rebuilt from its source if the machine dies, so it needs no journal and no fsync.
 # The cache is 64 MiB, whatever the size of the corpus.
-SCHEMA = """
-pragma journal_mode=off; pragma synchronous=off; pragma cache_size=-65536;
-create virtual table pages using fts5(title, text, url unindexed, description unindexed);
-create table html(url text primary key, html text);
+# `address` is the url in its plain form; several passages may have one.
+TABLES = """
+create table pages(id integer primary key, address text, url text, title text, text text,
+    description text);
+create index pages_address on pages(address);
+create virtual table words using fts5(title, text, content='', tokenize='ascii');
+create table html(id integer primary key, url text, html text);
 create table meta(key text primary key, value text);
 """
+SCHEMA = "pragma journal_mode=off; pragma synchronous=off; pragma cache_size=-65536;" + TABLES
+COMMON_TABLE = "create table common(word text primary key, pages integer) without rowid;"
 COMMON_WORDS = """
-create table common(word text primary key, pages integer) without rowid;
-create virtual table temp.vocabulary using fts5vocab(main, pages, row);
+create virtual table temp.vocabulary using fts5vocab(main, words, row);
 insert into common select term, doc from vocabulary where doc > {};
 """
 
@@ -118,21 +126,21 @@ def in_processes(jobs: list[Callable], processes: int) -> Iterator:
 
 def insert_documents(connection: sqlite3.Connection, documents: Iterable[dict]) -> int:
     """Fill a new index; returns the number of documents."""
-    count, host = 0, ""
-    for document in documents:
-        url = document["url"]
-        if "://" not in url:
-            raise ValueError(f"{url!r} is no address: urls and --base_url begin with http://")
-        connection.execute(
-            "insert into pages(title, text, url, description) values (?, ?, ?, ?)",
-            (document["title"], document["text"], url, document.get("description") or ""),
-        )
+    count, sites = 0, {}
+    for count, document in enumerate(documents, start=1):
+        url, title, text = document["url"], document["title"], document["text"]
+        address = plain_address(url)
+        description = document.get("description") or ""
+        row = (count, address, url, title, text, description)
+        connection.execute("insert into pages values (?, ?, ?, ?, ?, ?)", row)
+        row = (count, index_words(title), index_words(text))
+        connection.execute("insert into words(rowid, title, text) values (?, ?, ?)", row)
         if document.get("html"):
-            page = (url, document["html"])
-            connection.execute("insert or replace into html values (?, ?)", page)
-        host = host or urlsplit(url).hostname or ""
-        count += 1
-    connection.execute("insert into meta values ('host', ?), ('count', ?)", (host, str(count)))
+            row = (count, url, document["html"])
+            connection.execute("insert into html values (?, ?, ?)", row)
+        sites["://".join(urlsplit(address)[:2])] = None
+    rows = [("sites", "\n".join(sites)), ("count", str(count))]
+    connection.executemany("insert into meta values (?, ?)", rows)
     return count
 
 
@@ -167,7 +175,7 @@ def build_index(
         if require_some and count == 0:
             raise ValueError("no page found")
         if count >= LARGE_INDEX:
-            connection.executescript(COMMON_WORDS.format(count // COMMON))
+            connection.executescript(COMMON_TABLE + COMMON_WORDS.format(count // COMMON))
         connection.commit()
         connection.close()
         os.replace(partial, out)
@@ -177,18 +185,45 @@ def build_index(
     return count
 
 
+def shape_of(connection: sqlite3.Connection) -> set[tuple]:
+    return set(connection.execute("select type, name, sql from sqlite_master"))
+
+
+@functools.cache
+def known_shapes() -> list[set[tuple]]:
+    """The tables of a small and of a large index."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as own:
+        return [own.executescript(tables) and shape_of(own) for tables in (TABLES, COMMON_TABLE)]
+
+
 def open_index(path: Path | str) -> sqlite3.Connection:
     """A read-only connection to an index.
 
     Raises:
         FileNotFoundError: no index there; the message says how to make one.
+        ValueError: the file has other tables. An earlier version may have made it; or it is hostile
+            and has a view, which could compute without end.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"no search index {path}: make one with data/world.py or data/index.py"
         )
     address = f"file:{quote(str(Path(path).resolve()))}?mode=ro&immutable=1"
-    return sqlite3.connect(address, uri=True, check_same_thread=False)
+    connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+    try:
+        if shape_of(connection) in known_shapes():
+            return connection
+    except sqlite3.DatabaseError:
+        pass
+    connection.close()
+    again = "make it anew with data/world.py or data/index.py"
+    raise ValueError(f"{path} is no search index of this version: {again}")
+
+
+def sites_of(connection: sqlite3.Connection) -> list[str]:
+    """Scheme and host of the pages of an index, such as http://w7.test, in the order of pages."""
+    found = connection.execute("select value from meta where key = 'sites'").fetchone()
+    return str(found[0] if found else "").split() or ["http://corpus.test"]
 
 
 def rarer_words(connection: sqlite3.Connection, words: list[str]) -> list[str]:
@@ -205,29 +240,47 @@ def search_index(connection: sqlite3.Connection, query: str, k: int) -> list[dic
     """The k best pages for a free-text query, by BM25 with the title counted five times.
 
     The snippet is the page's own description where it has one, as web search engines show it, else
-    the passage that matches best. Odd text (quotes, operators, NUL) is harmless: only its words are
-    searched, joined by OR. In a large index a word that stands in every twentieth page ("the") is
-    left out if the query has a rarer one: BM25 gives it little weight, and each such word costs a
-    walk over all its pages.
+    the passage with most of the words. Odd text (quotes, operators, NUL) is harmless: only its
+    words are searched, joined by OR. In a large index a word that stands in every twentieth page
+    ("the") is left out if the query has a rarer one: BM25 gives it little weight, and each such
+    word costs a walk over all its pages.
 
     Returns:
         dicts with title, url, snippet; best first, ties in the order of indexing.
     """
-    words = list(dict.fromkeys(re.findall(r"\w+", query.casefold())))[:32]
+    words = query_words(query)[:32]
     if len(words) > 1:
         words = rarer_words(connection, words)
     if not words:
         return []
-    rows = connection.execute(
-        f"select title, url, description, snippet(pages, 1, '', '', ' … ', {SNIPPET_TOKENS})"
-        " from pages where pages match ? order by bm25(pages, 5.0, 1.0), rowid limit ?",
+    found = connection.execute(
+        "select rowid from words where words match ? order by bm25(words, 5.0, 1.0), rowid limit ?",
         (" OR ".join(f'"{word}"' for word in words), k),
     )
-    return [hit(*row) for row in rows]
+    return [hit(connection, rowid, words) for (rowid,) in found.fetchall()]
 
 
-def hit(title: str, url: str, description: str, passage: str) -> dict:
-    return {"title": title, "url": url, "snippet": " ".join((description or passage).split())}
+def hit(connection: sqlite3.Connection, rowid: int, words: list[str]) -> dict:
+    """A page as search shows it, with its description or else the passage with most of the words"""
+    page = "select title, url, description, text from pages where id = ?"
+    title, url, description, text = connection.execute(page, (rowid,)).fetchone()
+    snippet = description or best_passage(text, words)
+    return {"title": title, "url": url, "snippet": " ".join(snippet.split())}
+
+
+def best_passage(text: str, words: list[str]) -> str:
+    """SNIPPET_CHARS characters of a text, from the place on where most of the words follow."""
+    folded, in_folded, in_text = fold_words(text, without_accents)
+    wanted = "|".join(re.escape(word.replace(" ", "")) for word in words)
+    matches = itertools.islice(re.finditer(rf"(?<![a-z\d])(?:{wanted})", folded), 200)
+    found = [(match.start(), match.group()) for match in matches] or [(0, "")]
+    near = lambda at: {word for place, word in found if at <= place < at + SNIPPET_CHARS}
+    start = across(max((at for at, _ in found), key=lambda at: len(near(at))), in_folded, in_text)
+    before = text[max(0, start - SNIPPET_CHARS // 2) : start]
+    *earlier, sentence = re.split(r"\n|\. |。", before)
+    if earlier or len(before) == start:
+        start -= len(sentence)
+    return "… " * (start > 0) + text[start : start + SNIPPET_CHARS]
 
 
 def random_pages(connection: sqlite3.Connection, query: str, k: int, seed: int) -> list[dict]:
@@ -237,24 +290,27 @@ def random_pages(connection: sqlite3.Connection, query: str, k: int, seed: int) 
         dicts as of `search_index`.
     """
     rng = random.Random(f"{seed} {query}")
-    most = connection.execute("select max(rowid) from pages").fetchone()[0] or 0
-    page = "select title, url, description, substr(text, 1, 150) from pages where rowid = ?"
+    most = connection.execute("select max(id) from pages").fetchone()[0] or 0
     chosen = rng.sample(range(1, most + 1), min(k, most))
-    return [hit(*connection.execute(page, (rowid,)).fetchone()) for rowid in chosen]
+    return [hit(connection, rowid, []) for rowid in chosen]
 
 
 def page_html_of(connection: sqlite3.Connection, url: str) -> str | None:
-    """The stored HTML of a page, or its text as a plain page if the corpus had no HTML.
+    """The HTML of a page, in which a passage without HTML is plain text. Passages of one address
+    stand together, and sub/ means sub/index.html too.
 
     Returns:
         None if there is no such page.
     """
-    if row := connection.execute("select html from html where url = ?", (url,)).fetchone():
-        return row[0]
-    if row := connection.execute("select text from pages where url = ?", (url,)).fetchone():
-        text = html_module.escape(row[0])
-        return f"<!doctype html><html><body><pre>{text}</pre></body></html>"
-    return None
+    page = "select distinct html, text from pages left join html using (id) where address = ?"
+    address = plain_address(url)
+    names = ("", "index.html", "index.htm") if address.endswith("/") else ("",)
+    found = (connection.execute(f"{page} order by id", (address + name,)) for name in names)
+    rows = next(filter(None, (rows.fetchall() for rows in found)), [])
+    parts = [html or f"<pre>{html_module.escape(text)}</pre>" for html, text in rows]
+    if len(rows) == 1 and rows[0][0]:
+        return parts[0]
+    return f"<!doctype html><html><body>{'<hr>'.join(parts)}</body></html>" if parts else None
 
 
 # ------------------------------------------------------------------------------------------ corpora
@@ -267,17 +323,16 @@ def html_document(path: Path, folder: Path, base_url: str) -> dict | None:
             raise ValueError("no regular file")
         relative = path.relative_to(folder).as_posix()
         url = base_url + quote(relative)  # it raises an error if the name is not UTF-8
-        page = path.read_bytes().decode("utf-8", "replace")
-        title = re.search(r"<title[^>]*>(.*?)</title>", page, re.IGNORECASE | re.DOTALL)
-        title = " ".join(html_module.unescape(title.group(1)).split()) if title else relative
-        pattern = r'<meta\s+name="description"\s+content="([^"]*)"'
-        description = re.search(pattern, page, re.IGNORECASE)
+        page = decode_page(path.read_bytes())
+        if re.search("&#[0-9]{9}", page):  # an attack on parsers, which do not agree about it
+            raise ValueError("a reference to a character that does not exist")
+        title, description = title_and_description(page)
         return {
             "url": url,
             "html": page,
             "text": html_to_text(page),
-            "title": title,
-            "description": html_module.unescape(description.group(1)) if description else "",
+            "title": title or relative,
+            "description": description,
         }
     except Exception as error:  # one hostile page must not end the index of the others
         reason = str(error) or type(error).__name__
@@ -303,21 +358,14 @@ def jsonl_document(line: bytes, own_url: str) -> dict:
     Raises:
         ValueError: what is wrong with it.
     """
-    try:
-        record = json.loads(line.decode("utf-8-sig", "replace"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+    record = parse_object(line, errors="replace")
     text = record.get("text") or record.get("contents")
     if not isinstance(text, str):
         raise ValueError("no 'text' or 'contents' in it that is a string")
     url, page = str(record.get("url") or own_url), record.get("html") or ""
     if not isinstance(page, str):
         raise ValueError("'html' is not a string")
-    urlsplit(url)  # it raises an error at a malformed host
-    if "://" not in url:
-        raise ValueError(f"'url' {url!r} is no address")
+    plain_address(url)  # it raises an error if this is none
     title = str(record.get("title") or text[:60])
     (url + title + text + page).encode()  # half of a surrogate pair cannot be stored
     return {"url": url, "title": title, "text": text, "description": "", "html": page}

@@ -61,12 +61,21 @@ def check_world(world) -> None:
         raise ValueError(f"a {kind} world needs at least {least} entities, not {entities}")
 
 
+def too_deep(value, levels: int = 50) -> bool:
+    """Whether JSON is nested deeper than this. Copying a much deeper task would fail later."""
+    inside = value.values() if isinstance(value, dict) else value
+    inside = inside if isinstance(value, (dict, list)) else ()
+    return levels == 0 or any(too_deep(each, levels - 1) for each in inside)
+
+
 def check_task(record: dict) -> None:
     """Whether these are fields of a Task.
 
     Raises:
         ValueError: what is wrong with them.
     """
+    if too_deep(record):
+        raise ValueError("not valid JSON (nested too deeply)")
     for key in ("question", "answer"):
         if not record.get(key):
             raise ValueError(f"the task has no {key!r}")
@@ -91,20 +100,33 @@ def check_task(record: dict) -> None:
         check_world(meta["world"])
 
 
+def parse_object(line: bytes, errors: str = "strict") -> dict:
+    """The JSON object of one line, in UTF-8 with or without a byte order mark.
+
+    Args:
+        errors: what becomes of bytes that are no UTF-8, as bytes.decode takes it.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        record = json.loads(line.decode("utf-8-sig", errors))
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is needed, not {type(record).__name__}")
+    return record
+
+
 def parse_task(line: bytes) -> Task:
     """One line of a task file.
 
     Raises:
         ValueError: what is wrong with it.
     """
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    except RecursionError:
-        raise ValueError("not valid JSON (nested too deeply)") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a task is a JSON object, not {type(record).__name__}")
+    record = parse_object(line)
     check_task(record)
     question_hash = hashlib.sha256(record["question"].encode("utf-8", "replace")).hexdigest()
     record.setdefault("id", question_hash[:12])

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers.hf_argparser import HfArg
 
 from data.deep import pages as deep
-from data.index import build_index, in_processes
+from data.index import build_index, in_processes, open_index
 from data.parts import LEAD, PLURALS, RECORDS, RELATIONS, TYPES, html_page, link
 from data.task import SPLITS, Kind, Split, check_world
 from support.flags import parse_flags
@@ -351,7 +351,8 @@ def world_folder(arguments: dict) -> Path:
     cache = os.environ.get("NANO_RESEARCHER_CACHE") or Path.home() / ".cache" / "nano-researcher"
     folders = [WORLDS / name, Path(cache) / "worlds" / name]
     for folder in folders:
-        if (folder / "pages.db").exists():
+        with contextlib.suppress(FileNotFoundError, ValueError):  # none, or of an earlier version
+            open_index(folder / "pages.db").close()
             return folder
     try:
         return write_world(world, folders[0])

@@ -4,79 +4,128 @@ In: a prediction, the truth, the answer's type. Out: 1.0 or 0.0. The comparison 
 normalisation, so that a guess with many answers in it does not score.
 """
 
+import operator
 import re
-import unicodedata
 from decimal import Decimal, InvalidOperation
+
+import regex
+
+from support.words import fold
 
 MAX_ANSWER_CHARS = 200
 MONTHS = (
     "january february march april may june july august september october november december".split()
 )
 # A month is its name or its first three letters.
-MONTH = rf"({'|'.join(f'{name[:3]}(?:{name[3:]})?' for name in MONTHS)})\.?"
+MONTH = rf"({'|'.join(f'{name[:3]}(?:{name[3:]})?' for name in MONTHS)}|sept)\.?"
+WEEKDAY = r"(?:(?:mon|tue|wednes|thurs|fri|satur|sun)day,?\s+)?"
+DAY, YEAR = r"(?:the\s+)?(\d{1,2})(?:st|nd|rd|th)?", r"(\d{3,4})"
+DAY_FIRST = re.compile(rf"{WEEKDAY}(?:{DAY}[\s-]+(?:of\s+)?)?{MONTH},?[\s-]+{YEAR}")
+MONTH_FIRST = re.compile(rf"{WEEKDAY}{MONTH}\s+{DAY},?\s+{YEAR}")
+# 1990, 1990-03, 1990-03-12, 1990/03/12, 1990年3月12日; but 1990/03 may be a season.
+YEAR_FIRST = re.compile(
+    rf"{YEAR}(?:-(\d\d?)|([-/.])(\d\d?)\3(\d\d?)|[年년](?:\s*(\d\d?)[月월](?:\s*(\d\d?)[日일])?)?)?"
+)
+YEAR_LAST = re.compile(r"(\d\d?)([-/.])(\d\d?)\2(\d{4})")
+GROUPED = re.compile(  # digits in groups: 12,345 or 12 345 or 12'345 or 1,23,456
+    r"(?<![\d.,'])\d{1,3}(?:([, '])\d{3}(?:\1\d{3})*|(?:,\d\d)+,\d{3})(?![\d,'])"
+)
 NUMBER = re.compile(
-    r"([-+]?)([$€£¥]?)\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d{1,3})?)\s*"
+    r"([-+]?)([$€£¥]?)\s*(\d+(?:\.\d+)?(?:e[-+]?\d{1,3})?)\s*"
     r"([^\d\s^.,][^\d^]{0,20}(?:\^[-\d]{1,3})?)?"  # the unit
 )
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6}
+SCALES |= {"crore": 10**7, "billion": 10**9, "trillion": 10**12}
+# Words after a number that are not what it counts: they change it, or they add a second guess.
+NO_UNIT = set(
+    "and or to not but nor plus minus times point over by half halves third thirds quarter quarters"
+    " squared cubed percent per cent mn mln mio mil mille millions millones milliard milliards mrd"
+    " bn billions tn trillions hundreds thousands dozens lakhs crores bps zero one two three four"
+    " five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+    " eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+SEVERAL = re.compile(r"[,;|\n/、،]")  # signs between several answers
 
 
-def fold(text: str) -> str:
-    """One form for look-alike characters and cases. A raised digit becomes "^2" first, because NFKC
-    alone would turn 10² into 102."""
-    text = re.sub(r"[²³¹⁰⁴-⁹]+", lambda power: "^" + power.group(), text)
-    return unicodedata.normalize("NFKC", text).casefold().replace("−", "-").strip()
+def ungrouped(text: str) -> str:
+    """A folded text in which 12,345 and 12 345 are 12345."""
+    return GROUPED.sub(lambda number: re.sub(r"\D", "", number.group()), text)
 
 
 def normalize(text: str) -> str:
     """The text without what does not change its meaning: case, the encoding of accents,
     punctuation, a leading article and spacing. What does change it stays: the sign and the point of
-    a number (-5, 3.5), and + # % ^ and currencies (C++, C#, 5%)."""
-    words = re.sub(r"(?!(?<!\w)-(?=\d)|(?<=\d)\.(?=\d))[^\w\s+#%^$€£¥°]", " ", fold(text)).split()
+    a number (-5, 3.5, 1/2), and + # % ^ and currencies (C++, C#, 5%)."""
+    text = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", ungrouped(fold(text)))
+    # \w of the module `regex` takes the vowel signs of a word for a part of it.
+    kept = r"(?<!\w)-(?=\d)|(?<=\d)[./:](?=\d)"
+    words = regex.sub(rf"(?!{kept})[^\w\s+#%^$€£¥°]", " ", text).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 
 def parse_number(text: str) -> tuple[Decimal, str] | None:
     """(value, unit) of a text that is a number, perhaps with a unit ("12 km", "$5"), else None."""
-    match = NUMBER.fullmatch(fold(text).rstrip(". "))
+    match = NUMBER.fullmatch(ungrouped(fold(text).strip()).rstrip(". "))
     if match is None:
         return None
-    sign, currency, digits, unit = match.groups()
+    sign, currency, digits, unit = match.groups(default="")
+    scale, _, rest = unit.partition(" ")
     try:
-        return Decimal(sign + digits.replace(",", "")), currency or (unit or "").strip()
+        value = Decimal(sign + digits) * SCALES.get(scale, 1)
     except InvalidOperation:
         return None
+    unit = rest if scale in SCALES else unit
+    unit = "%" if unit in ("percent", "per cent") else unit
+    return value, " ".join(filter(None, (currency, unit.strip())))
+
+
+def same_number(guess: tuple[Decimal, str], truth: tuple[Decimal, str]) -> bool:
+    """Whether value and unit are equal. "42 people" is 42, too; "5 k" may be 5,000 and is not 5."""
+    counted = not truth[1] and all(
+        re.fullmatch("[a-z]{2,}", word) and word not in NO_UNIT for word in guess[1].split()
+    )
+    return guess[0] == truth[0] and (guess[1] == truth[1] or counted)
 
 
 def parse_date(text: str) -> tuple[int, ...] | None:
     """(year,), (year, month) or (year, month, day) of a text that is one date, else None.
 
-    Read are "1990-03-12", "12 March 1990", "Mar 12, 1990" and "1990".
+    Read are "1990-03-12", "12 March 1990", "Mar 12, 1990", "1990" and other customary forms, but
+    not 03/04/1990, which may be in March or in April.
     """
-    text = fold(text).rstrip(". ")
-    if iso := re.fullmatch(r"(\d{3,4})(?:-(\d{1,2}))?(?:-(\d{1,2}))?", text):
-        date = tuple(int(part) for part in iso.groups() if part)
-    else:
-        day, year = r"(\d{1,2})(?:st|nd|rd|th)?", r"(\d{3,4})"
-        if words := re.fullmatch(rf"(?:{day}\s+(?:of\s+)?)?{MONTH},?\s+{year}", text):
-            day, name, year = words.groups()
-        elif words := re.fullmatch(rf"{MONTH}\s+{day},?\s+{year}", text):
-            name, day, year = words.groups()
-        else:
-            return None
-        month = 1 + [month[:3] for month in MONTHS].index(name[:3])
-        date = (int(year), month, int(day)) if day else (int(year), month)
+    text = re.sub(r"^(?:on|in)\s+", "", fold(text).strip().rstrip(". "))
+    names = [name[:3] for name in MONTHS]
+    found = set()
+    if match := YEAR_FIRST.fullmatch(text):
+        found.add(tuple(int(part) for part in match.groups() if part and part.isdecimal()))
+    if match := DAY_FIRST.fullmatch(text):
+        day, month, year = match.groups()
+        found.add((int(year), 1 + names.index(month[:3]), *([int(day)] if day else [])))
+    if match := MONTH_FIRST.fullmatch(text):
+        month, day, year = match.groups()
+        found.add((int(year), 1 + names.index(month[:3]), int(day)))
+    if match := YEAR_LAST.fullmatch(text):
+        one, _, other, year = match.groups()
+        found |= {(int(year), int(one), int(other)), (int(year), int(other), int(one))}
     bounds = ((1, 9999), (1, 12), (1, 31))
-    return date if all(low <= part <= high for part, (low, high) in zip(date, bounds)) else None
+    found = [d for d in found if all(low <= part <= high for part, (low, high) in zip(d, bounds))]
+    return found[0] if len(found) == 1 else None
 
 
 def same_items(prediction: str, truths: list[str]) -> bool:
     """Whether a text lists these items, in any order, and nothing else."""
     wanted = sorted(normalize(item) for item in truths)
-    # An item may itself hold a comma or an "and" ("Paris, Texas"), so the separators are tried from
-    # strict to loose.
-    separators = (r"[;\n]", r"[,;\n]", r"[;\n]|,?\s+and\s+", r"[,;\n]|\band\b")
-    splits = (re.split(separator, prediction) for separator in separators)
-    return any(sorted(filter(None, map(normalize, items))) == wanted for items in splits)
+    text = fold(prediction)
+    # An item may itself hold a comma, an "and" or a number ("Paris, Texas"), so the separators are
+    # tried from strict to loose, with and without numbers or strokes before the items.
+    marks = (r"[;\n]", r",(?!\d)|[;\n、،|]", r"[,;\n、،|/·•]")
+    ands = ("", r"|,?\s+and\s+|\s*&\s*", r"|\band\b|&|和|及")
+    for separator in (mark + word for word in ands for mark in marks):
+        items = re.split(separator, text)
+        bare = [re.sub(r"^\s*(?:\(?\d{1,3}[.)]|[-*•])\s+", "", item) for item in items]
+        if wanted in (sorted(filter(None, map(normalize, form))) for form in (items, bare)):
+            return True
+    return False
 
 
 def correct(prediction: str | None, answer: str | list[str], answer_type: str) -> float:
@@ -98,16 +147,15 @@ def correct(prediction: str | None, answer: str | list[str], answer_type: str) -
     if not prediction or not prediction.strip() or len(prediction) > longest:
         return 0.0
     if answer_type == "list":
-        items = truths if isinstance(answer, list) else re.split(r"[,;\n]", answer)
+        items = truths if isinstance(answer, list) else re.split(r"[,;\n、،]", answer)
         return float(same_items(prediction, items))
     parse = {"number": parse_number, "date": parse_date}.get(answer_type)
-    if parse and any(parse(truth) is not None for truth in truths):
-        guess = parse(prediction)
-        return float(guess is not None and any(guess == parse(truth) for truth in truths))
+    if parse and any(values := [parse(truth) for truth in truths]):
+        guess, same = parse(prediction), same_number if answer_type == "number" else operator.eq
+        return float(bool(guess) and any(value and same(guess, value) for value in values))
     # A name, or a "number" such as "about twenty" that cannot be read as one: text against text.
-    if re.search(r"[,;|\n/]", prediction) and not any(
-        re.search(r"[,;|\n/]", truth) for truth in truths
-    ):
-        return 0.0  # several guesses
+    several = [bool(SEVERAL.search(ungrouped(fold(text)))) for text in (prediction, *truths)]
+    if several[0] and not any(several[1:]):
+        return 0.0
     guess = normalize(prediction)
     return float(bool(guess) and any(guess == normalize(truth) for truth in truths))

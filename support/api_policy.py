@@ -13,8 +13,8 @@ from support.endpoint import ask
 from support.toolbox import Toolbox
 from tools import FormatError, parse_action, run_calls, signatures
 
-# The start of a tag: <tool_call>, </think>, <|im_end|>, <｜User｜>, <<SYS>>, [INST], [/INST].
-TAG_START = re.compile(r"<(?=/?[A-Za-z_]|[|｜])|\[(?=/?[A-Z_]+\])")
+# The start of a tag: <tool_call>, </think>, <|im_end|>, <｜User｜>, <<SYS>>, [/INST], [|user|].
+TAG_START = re.compile(r"<(?=/?[A-Za-z_]|[|｜])|\[(?=\||/?[a-z]?[A-Z_]+\])")
 
 
 def defuse(text: str) -> str:
@@ -51,7 +51,9 @@ def api_rollout(
         turn = Turn([], [], version=-1)
         trajectory.turns.append(turn)
         try:
-            calls, answer = parse_action(text, tools)
+            # Where the server's template opens a thought, its answer begins in the middle of it.
+            opened = "<think>" if "</think>" in text.partition("<think>")[0] else ""
+            calls, answer = parse_action(opened + text, tools)
         except FormatError as error:
             trajectory.status, trajectory.error = "format_error", error.kind
             trajectory.memory["why"] = str(error)

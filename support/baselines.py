@@ -14,6 +14,7 @@ import torch
 from context import Chat, Trajectory
 from data.index import random_pages
 from support.toolbox import Toolbox
+from tools import ToolCall, run_calls
 
 Baseline = Literal["none", "closed_book", "top_snippet", "snippet_reader"]
 CLOSED_BOOK_TOKENS = 12
@@ -37,15 +38,17 @@ def read_snippet(trajectory: Trajectory, toolbox: Toolbox, nearest: bool) -> Non
     Args:
         nearest: take the fact whose words are nearest to the question, not the first one.
     """
-    search = toolbox.tools_for(trajectory)["search"]
+    call = ToolCall("search", {"queries": [trajectory.task.question]})
+    [(text, is_fault)] = run_calls([call], toolbox.tools_for(trajectory))
     toolbox.close(trajectory)
-    lines = search(queries=[trajectory.task.question]).splitlines()
+    lines = text.splitlines()
     facts = re.findall(r"([^.]*?) is (\w+)\.", lines[1]) if len(lines) > 1 else []
     facts = [(subject, value) for subject, value in facts if value not in ("a", "an")]
     words = set(re.findall(r"\w+", trajectory.task.question.casefold()))
     if nearest:
         facts.sort(key=lambda fact: -len(words & set(re.findall(r"\w+", fact[0].casefold()))))
-    trajectory.status, trajectory.answer = "answered", facts[0][1] if facts else ""
+    trajectory.status = "tool_fault" if is_fault else "answered"
+    trajectory.answer = facts[0][1] if facts else ""
 
 
 class TakenAway:

@@ -5,6 +5,8 @@ Each raises ValueError with one clear line for a flag that cannot work.
 
 import math
 
+from accelerate.tracking import get_available_trackers
+
 from context import MANAGERS
 from rollout import budget_of
 
@@ -57,6 +59,12 @@ def check_args(args, rollout_args, async_args) -> None:
     if rollout_args.temperature == 0:
         raise ValueError(
             "--temperature must be above 0 in training: greedy decoding has nothing to learn from"
+        )
+    there = sorted(map(str, get_available_trackers()))
+    if args.log_with and args.log_with not in there:
+        raise ValueError(
+            f"--log_with {args.log_with}: there is {', '.join(there) or 'no tracker'} on this "
+            "machine; pip install the tracker's package, or leave the flag out"
         )
     at_least(async_args, 0, "workers", "ahead", "budget_s", "budget_tokens")
     at_least(async_args, 1, "max_age")

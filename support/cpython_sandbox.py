@@ -1,21 +1,23 @@
 """The rung `--python cpython`: all of Python with numpy, in a child that has given up its rights.
 
 `CPythonSession` starts this file as a child (`python -I -S cpython_sandbox.py SETTINGS`). In: one
-JSON string of code a line, on stdin. Out: what the code prints, on stdout; one line on another pipe
-when the child is confined and after each piece. The child sets limits, takes an unprivileged uid if
-we are root, then Landlock (which files) and seccomp (which system calls). That cannot be undone,
-needs no package, privilege or namespace, and all of it is in force or no code runs: elsewhere
+JSON string of code a line, on stdin. Out: what the code prints, on stdout; one line on stderr when
+the child is confined and after each piece. The child sets limits, takes an unprivileged uid if we
+are root, then Landlock (which files) and seccomp (which system calls). That cannot be undone, needs
+no package, privilege or namespace, and all of it is in force or no code runs: elsewhere
 --unsafe_python runs the code as the user, with limits on time, memory and output only.
 
 Not in reach of the code: the network (loopback too), files outside the interpreter, the system's
 libraries and its own folder, the environment of the user, other processes (no fork, no exec, no
-signals, no ptrace), shared memory, namespaces. NOT stopped: bugs of the kernel; `stat` and
-`readlink` of any path, so existence, size and targets of links show; reading site-packages; use of
-several cores by threads while a call lasts; disk space of files that were deleted while they are
-mapped, which the limit on memory bounds; and the code shares its process with the loop below, so it
-can forge its own output. A session whose owner was killed leaves its folder. `shutil.copy` fails
-because it calls chmod; `shutil.copyfile` works. docs/tools.md says what differs between machines.
-To let code do more (a data folder, say), add to READABLE. Ideas from nanochat's execution.py.
+signals, no ptrace), shared memory, namespaces, a second core, modes and times of files. NOT
+stopped: bugs of the kernel; `stat` of any path, so existence and size show; what the kernel tells
+everybody (its version, load, memory, free disk space); reading site-packages; one core for the
+length of a call, and some MiB of kernel memory (pipes, locks); what is written between two looks
+at the disk, LOOK_S apart; deleted files that are open or mapped where we may not look at the child
+(root without CAP_SYS_PTRACE); and the code shares its process with the loop below, so it can forge
+its own output. The folder of an owner that was killed is removed by a later run, KEPT_S on.
+docs/tools.md says what differs between machines. To let code do more (a data folder, say), add to
+READABLE. Ideas from nanochat's execution.py.
 """
 
 import ast
@@ -25,6 +27,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -32,25 +35,10 @@ import sysconfig
 import traceback
 import types
 
-if __name__ != "__main__":  # the child needs none of these, and starts faster without them
-    import atexit
-    import concurrent.futures
-    import functools
-    import select
-    import shutil
-    import subprocess
-    import tempfile
-    import time
-
-    from support.monty_session import shown
-    from support.web import ToolFault
-
 READABLE = """/usr/lib /usr/lib64 /lib /lib64 /usr/local/lib /usr/share/zoneinfo /etc/localtime
     /etc/ld.so.cache /dev/urandom /dev/zero /proc/cpuinfo /proc/meminfo""".split()
 FOLDER_BYTES = 64 << 20  # a session that writes more is ended; one file may have a quarter of it
 TOO_MUCH_DISK = f"more than {FOLDER_BYTES >> 20} MiB in files"
-LOOK_S = 0.25  # between two looks at the files
-MAX_OUTPUT_BYTES = 1_000_000  # of one call; more ends the session
 
 # Each system call denied with EPERM: its name, its number on x86-64 and on aarch64 ("-": none).
 # From 424 on numbers are equal, and none is needed: ENOSYS, and libc falls back to the older call.
@@ -80,8 +68,9 @@ init_module 175 105, finit_module 313 273, delete_module 176 106, kexec_load 246
 kexec_file_load 320 294, settimeofday 164 170, clock_settime 227 112, adjtimex 159 171,
 clock_adjtime 305 266, syslog 103 116, vhangup 153 58, iopl 172 -, ioperm 173 -, modify_ldt 154 -,
 lookup_dcookie 212 18, migrate_pages 256 238, move_pages 279 239, getxattr 191 8, lgetxattr 192 9,
-fgetxattr 193 10, listxattr 194 11, llistxattr 195 12, flistxattr 196 13, fallocate 285 47,
-timer_create 222 107, io_setup 206 0, umask 95 166"""
+fgetxattr 193 10, listxattr 194 11, llistxattr 195 12, flistxattr 196 13, readlink 89 -,
+readlinkat 267 78, fallocate 285 47, timer_create 222 107, io_setup 206 0, umask 95 166,
+sendmsg 46 211, sendmmsg 307 269, seccomp 317 277"""
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # AUDIT_ARCH, column in DENIED
 PID = -1  # in RULES: the process itself
 # Calls that depend on an argument: name, its two numbers, which argument, the bits of it that
@@ -89,22 +78,26 @@ PID = -1  # in RULES: the process itself
 ALL = 0xFFFFFFFF
 RULES = [
     # Threads only: without fork and exec there is no fork bomb, and no process could stay behind.
-    ("clone", (56, 220), 0, 0x7E030000, True, [0x10000]),
+    # A thread shares the table of open files, so all of them are counted.
+    ("clone", (56, 220), 0, 0x7E030F00, True, [0x10F00]),
     ("kill", (62, 129), 0, ALL, True, [PID]),
     ("tgkill", (234, 131), 0, ALL, True, [PID]),
     ("prlimit64", (302, 261), 0, ALL, True, [0, PID]),
     # Thread names, reading of flags, names of memory areas. Not PR_SET_PDEATHSIG.
     ("prctl", (157, 167), 0, ALL, True, [15, 16, 23, 39, 0x53564D41]),
     # asyncio wants a pair of streams; a pair of datagram sockets could send to any socket file.
+    ("socketpair", (53, 199), 0, ALL, True, [1]),
     ("socketpair", (53, 199), 1, 0xF, True, [1]),
     # F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY; FIOSETOWN, SIOCSPGRP: for signals.
     ("fcntl", (72, 25), 1, ALL, False, [8, 10, 15, 1024, 1026]),
     ("ioctl", (16, 29), 1, ALL, False, [0x8901, 0x8902]),
-    # O_TMPFILE makes files without a name. O_RDONLY | O_TRUNC empties files below Landlock's ABI 3.
+    # O_TMPFILE makes files without a name.
     ("open", (2, None), 1, 0o20000000, False, [0o20000000]),
     ("openat", (257, 56), 2, 0o20000000, False, [0o20000000]),
-    ("open", (2, None), 1, 0o1003, False, [0o1000]),
-    ("openat", (257, 56), 2, 0o1003, False, [0o1000]),
+    # Landlock's ABI 1 and 2 let O_TRUNC empty a file that is opened neither to read nor to write
+    # (access mode 3), or only to read (0).
+    ("open", (2, None), 1, 0o1003, False, [0o1000, 0o3, 0o1003]),
+    ("openat", (257, 56), 2, 0o1003, False, [0o1000, 0o3, 0o1003]),
     # A folder that its owner cannot list could not be removed.
     ("mkdir", (83, None), 1, 0o700, True, [0o700]),
     ("mkdirat", (258, 34), 2, 0o700, True, [0o700]),
@@ -152,6 +145,8 @@ def set_limits(memory: int) -> None:
         # The kernel counts the threads of a *user*, so an ordinary user's desktop counts too.
         others = int(open("/proc/loadavg").read().split()[3].split("/")[1])
         threads = 64 if os.geteuid() == 0 else others + 256
+        cores = sorted(os.sched_getaffinity(0))  # threads share one of them
+        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
         # If memory runs out, this process goes before the trainer.
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
@@ -164,13 +159,9 @@ def set_limits(memory: int) -> None:
         (resource.RLIMIT_FSIZE, FOLDER_BYTES // 4),
         (resource.RLIMIT_NOFILE, 64),
     ):
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        try:
-            resource.setrlimit(limit, (value, value))
-        except (ValueError, OSError):
-            if linux:
-                raise
+        hard = resource.getrlimit(limit)[1] % (1 << 64)  # -1 is no limit
+        with contextlib.suppress(*([] if linux else [ValueError, OSError])):
+            resource.setrlimit(limit, (min(value, hard), min(value, hard)))
 
 
 def drop_privileges() -> str:
@@ -297,10 +288,10 @@ def run(code: str, space: dict) -> None:
 
 
 def main():
-    memory, packages, unsafe, done_fd = json.loads(sys.argv[1])
-    code_lines, nothing = os.fdopen(os.dup(0), "rb"), os.open("/dev/null", os.O_RDONLY)
-    os.dup2(nothing, 0)  # the code's own stdin is empty
-    os.close(nothing)
+    memory, packages, unsafe = json.loads(sys.argv[1])
+    code_lines, done_fd = os.fdopen(os.dup(0), "rb"), os.dup(2)
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)  # the code's own stdin is empty
+    os.dup2(1, 2)
     sys.path += packages
     try:
         set_limits(memory)
@@ -310,6 +301,8 @@ def main():
             version = restrict_files()
             restrict_system_calls()
             isolation = f"Landlock ABI {version} + seccomp, {who}"
+            # shutil.copy would fail: modes and times of files cannot be changed here.
+            shutil.copymode = shutil.copystat = lambda *_, **__: None
     except Exception as error:  # never run code with half of the protection
         os.write(done_fd, f"the sandbox cannot be set up: {error}\n".encode())
         return
@@ -321,116 +314,115 @@ def main():
         stdout = io.FileIO(1, "w", closefd=False)
         output = io.TextIOWrapper(stdout, "utf-8", "replace", line_buffering=True)
         sys.stdout = sys.stderr = output
+        end = lambda *_, output=output: (output.flush(), os.write(done_fd, b"done\n"))
+        signal.signal(signal.SIGUSR1, end)  # sent at a time-out
         run(json.loads(line), main_module.__dict__)
-        output.flush()
-        os.write(done_fd, b"done\n")
+        end()
 
 
-class CPythonSession:
+if __name__ == "__main__":
+    main()
+    raise SystemExit
+
+# ------------------------------------------------------------------------- the process that asks
+# The child needs none of this, and starts faster without it.
+
+import atexit
+import concurrent.futures
+import functools
+import select
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from support.monty_session import shown
+from tools import Python, ToolFault
+
+LOOK_S = 0.25  # between two looks at the files
+FLUSH_S = 0.2  # for code that is late to show the line that it has begun
+MAX_OUTPUT_BYTES = 1_000_000  # of one call; more ends the session
+KEPT_S = 86400  # how long the folder of a session stays if its owner was killed
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+STARTER = concurrent.futures.ThreadPoolExecutor(1, "python-starter")
+
+
+class CPythonSession(Python):
     """A stateful session of CPython in a child process, called as `tools.Python` is.
 
     The pieces of code that ran stand in `memory["python_code"]`. A session that finds some there,
     because the trajectory was begun in another process, repeats them before its first call.
 
     Args:
-        memory, output_chars: see tools.Python.
-        timeout_s: wall-clock limit for one call, in seconds.
+        memory: see tools.Python.
         memory_mb: address space of the child, in MiB.
         unsafe: run without the sandbox: for code that you would run yourself.
+        limits: timeout_s, by the clock on the wall, and output_chars; see tools.Python.
     """
 
-    name, signature = "python", "python(code)"
-    stateful = True  # the calls of a turn run in order
-
-    def __init__(
-        self,
-        memory: dict | None = None,
-        timeout_s: float = 5.0,
-        memory_mb: int = 1024,
-        output_chars: int = 2000,
-        unsafe: bool = False,
-    ):
-        self.memory = {} if memory is None else memory
-        self.timeout_s, self.memory_mb, self.output_chars = timeout_s, memory_mb, output_chars
-        self.unsafe = unsafe
-        self.process, self.folder, self.done_fd = None, None, -1
-        self.isolation = ""  # what confines the child, in its own words
-
-    def check(self, arguments: dict) -> str | None:
-        good = set(arguments) == {"code"} and isinstance(arguments["code"], str)
-        return None if good else "python takes 'code', a string"
+    def __init__(self, memory: dict | None = None, memory_mb=1024, unsafe=False, **limits):
+        super().__init__(memory, memory_mb=memory_mb, **limits)
+        self.unsafe, self.ended, self.lock = unsafe, False, threading.Lock()
+        self.process, self.folder, self.isolation = None, None, ""
 
     def describe(self) -> str:
         """What confines the code, in words of a child; ValueError if none can be started."""
         try:
             self.start()
-            return self.isolation
         except ToolFault as fault:
             raise ValueError(str(fault)) from None
-        finally:
-            self.close()
+        self.close()
+        return self.isolation
 
     def start(self) -> None:
         """Start the child and wait until it is confined (about 40 ms), or raise ToolFault."""
-        try:
-            self.launch()
-            poll = select.poll()  # select.select() cannot do file descriptors above 1023
-            poll.register(self.done_fd, select.POLLIN)
-            ready = poll.poll(30_000)
-            words = os.read(self.done_fd, 1000).decode().strip() if ready else "no word for 30 s"
-            if not words.startswith("ready: "):
-                said = (self.process.stdout.read(1000) or b"").decode(errors="replace")
-                raise OSError(words or said.strip().split("\n")[-1])
-        except (OSError, RuntimeError, TimeoutError) as error:
-            self.close()
-            raise ToolFault(f"python cannot be started ({error})") from None
-        self.isolation = words.removeprefix("ready: ")
-
-    def launch(self) -> None:
-        """Make folder and pipes and start the child, or raise what Python raises if it cannot."""
-        self.folder = tempfile.mkdtemp(prefix="nano-python-")
-        self.done_fd, done_write = os.pipe()
         packages = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
-        settings = [self.memory_mb << 20, packages, self.unsafe, done_write]
-        environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": self.folder}
-        environment |= {"TMPDIR": self.folder, "MALLOC_ARENA_MAX": "2"}
-        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        settings = json.dumps([self.memory_mb << 20, packages, self.unsafe])
+        atexit.register(self.close)  # so that no folder outlives us
         try:
+            self.folder = tempfile.mkdtemp(prefix="nano-python-")
             # The child dies with the *thread* that started it (PR_SET_PDEATHSIG): one that stays.
             self.process = STARTER.submit(
                 subprocess.Popen,
-                [sys.executable, "-I", "-S", __file__, json.dumps(settings)],
+                [sys.executable, "-I", "-S", __file__, settings],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                stderr=subprocess.PIPE,  # on it the child says that it is ready, or done
                 bufsize=0,
-                pass_fds=[done_write],
                 start_new_session=True,
                 cwd=self.folder,
-                env=environment,
-            ).result(timeout=30)
-        finally:
-            os.close(done_write)
-        LIVE_SESSIONS.add(self)
-        for fd in (self.process.stdin.fileno(), self.done_fd, self.process.stdout.fileno()):
-            os.set_blocking(fd, False)
+                env=ENVIRONMENT | {"HOME": self.folder, "TMPDIR": self.folder},
+            ).result()
+            if self.ended:
+                raise OSError("the session was closed")
+            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+                os.set_blocking(pipe.fileno(), False)
+            poll = select.poll()  # select.select() cannot do file descriptors above 1023
+            poll.register(self.process.stderr, select.POLLIN)
+            words = self.process.stderr.read(1000) if poll.poll(30_000) else b"no word for 30 s"
+            words = words.decode(errors="replace").strip()
+            if not words.startswith("ready: "):
+                raise OSError(words.split("\n")[-1])
+        except (OSError, RuntimeError) as error:
+            self.release()
+            raise ToolFault(f"python cannot be started ({error})") from None
+        self.isolation = words.removeprefix("ready: ")
 
     def __call__(self, code: str) -> str:
         """Run code; returns and raises as `tools.Python` does."""
-        while self.process is None:
-            self.start()
-            for earlier in self.memory.get("python_code", []):
-                if self.run(earlier)[1]:  # it ends here but not elsewhere: the session begins anew
-                    self.close()
-                    self.memory.pop("python_code")
-                    break
-        output, problem = self.run(code)
-        if problem:
-            self.close()
-            self.memory.pop("python_code", None)
-        else:
-            self.memory.setdefault("python_code", []).append(code)
-        return shown(output, problem, self.output_chars)
+        with self.lock:
+            while self.process is None:
+                self.start()
+                if any(self.run(earlier)[1] for earlier in self.memory.get("python_code", [])):
+                    self.lose()  # it ends here but did not elsewhere: the session begins anew
+            output, problem = self.run(code)
+            if problem:
+                self.lose()
+            else:
+                self.memory.setdefault("python_code", []).append(code)
+            return shown(output, problem, self.output_chars)
 
     def run(self, code: str) -> tuple[str, str]:
         """Send code and wait for the end of it: (output, why the session must end or "")."""
@@ -449,84 +441,104 @@ class CPythonSession:
 
     def wait_for(self, unsent: bytes, output: bytearray) -> str:
         """Send code and collect its output; OSError if the child ended. Returns a problem or ""."""
-        stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        stdin, stdout, done = self.process.stdin, self.process.stdout, self.process.stderr
         poll = select.poll()
         poll.register(stdin, select.POLLOUT)
         poll.register(stdout, select.POLLIN)
-        poll.register(self.done_fd, select.POLLIN)
-        end, look = time.monotonic() + self.timeout_s, time.monotonic() + LOOK_S
-        while (now := time.monotonic()) < end:
+        poll.register(done, select.POLLIN)
+        end, look, late = time.monotonic() + self.timeout_s, time.monotonic() + LOOK_S, ""
+        while (now := time.monotonic()) < end or not late:
+            if now >= end:
+                late, end = f"timeout after {self.timeout_s:g} s", now + FLUSH_S
+                os.killpg(self.process.pid, signal.SIGUSR1)
             if now >= look:
                 look = now + LOOK_S
                 if self.disk_bytes() > FOLDER_BYTES:
                     return TOO_MUCH_DISK
             for fd, _ in poll.poll(1000 * (min(look, end) - now) + 1):
-                if fd == stdin:
+                if fd == stdin.fileno():
                     unsent = unsent[os.write(fd, unsent) :]
                     if not unsent:
                         poll.unregister(fd)
-                elif fd == stdout:
-                    self.read_output(output, 1 << 16)
-                else:
-                    is_done = os.read(fd, 1000)
-                    self.read_output(output, MAX_OUTPUT_BYTES)
-                    if not is_done:
-                        raise BrokenPipeError
-                    return ""
+                    continue
+                is_done = fd == done.fileno() and done.read(1000)
+                printed = stdout.read(MAX_OUTPUT_BYTES)  # None: nothing now; b"": it is closed
+                output += printed or b""
+                if b"" in (is_done, printed):
+                    raise BrokenPipeError
+                if is_done:
+                    return late
             if len(output) > MAX_OUTPUT_BYTES:
                 return f"more than {MAX_OUTPUT_BYTES} bytes of output"
-        return f"timeout after {self.timeout_s:g} s"
-
-    def read_output(self, output: bytearray, limit: int) -> None:
-        """Append what is in the pipe now, up to about `limit` bytes; OSError if it is closed."""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(0, limit, 1 << 16):
-                chunk = os.read(self.process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    raise BrokenPipeError
-                output += chunk
+        return late
 
     def disk_bytes(self) -> int:
-        """Disk space of the folder, and of files that are deleted but open; 16 KiB a file at least.
+        """Disk space of the folder and of deleted files, counted until it is too much.
 
-        It is counted until it is too much, and what cannot be looked into is too much.
+        A file counts as 16 KiB at least, and one that is deleted, closed and still mapped as the
+        largest. A folder that cannot be looked into is too much. OSError if the child has ended.
         """
-        total, folders = 0, [self.folder]
-        with contextlib.suppress(OSError):  # closed since, or not for us to see
-            for fd in os.listdir(f"/proc/{self.process.pid}/fd"):
-                state = os.stat(f"/proc/{self.process.pid}/fd/{fd}")
-                total += 512 * state.st_blocks * (state.st_nlink == 0)
+        child, fds, deleted = f"/proc/{self.process.pid}", None, {}  # inode -> bytes
+        with contextlib.suppress(OSError), open(f"{child}/maps", "rb") as maps:
+            ours = os.path.basename(self.folder).encode()
+            for line in maps:
+                if line.endswith(b" (deleted)\n") and ours in line:
+                    deleted[int(line.split()[4])] = FOLDER_BYTES // 4
+            fds = os.listdir(f"{child}/fd")
+            for fd in fds:
+                with contextlib.suppress(OSError):  # closed since
+                    state = os.stat(f"{child}/fd/{fd}")
+                    if state.st_nlink == 0:
+                        deleted[state.st_ino] = 512 * state.st_blocks
+        if fds == []:  # the first thread has ended, and only there can we look
+            raise BrokenPipeError
+        total, folders = sum(deleted.values()), [self.folder]
         while folders and total <= FOLDER_BYTES:
             try:
-                with os.scandir(folders.pop()) as entries:
-                    for entry in entries:
+                for entry in list(os.scandir(folders.pop())):
+                    with contextlib.suppress(FileNotFoundError):  # removed since
                         total += max(16384, 512 * entry.stat(follow_symlinks=False).st_blocks)
                         if entry.is_dir(follow_symlinks=False):
                             folders.append(entry.path)
-            except FileNotFoundError:  # removed since
+            except FileNotFoundError:
                 pass
             except OSError:
                 return FOLDER_BYTES + 1
         return total
 
+    def lose(self) -> None:
+        """End the child, and forget what it knew."""
+        self.release()
+        self.memory.pop("python_code", None)
+
     def close(self) -> None:
-        """Kill the session with everything it started, and remove its folder."""
-        if self.process is not None:
+        """End the session for good. A call of it that still runs in another thread ends at once."""
+        self.ended = True
+        self.kill()
+        with self.lock:
+            self.release()
+
+    def kill(self) -> None:
+        """Kill the child with everything it started."""
+        if process := self.process:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def release(self) -> None:
+        """Kill the child and remove its folder."""
+        self.kill()
+        if self.process:
             with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it
                 self.process.wait(timeout=10)
-            self.process.stdin.close()
-            self.process.stdout.close()
-        if self.done_fd >= 0:
-            os.close(self.done_fd)
+            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+                pipe.close()
         if self.folder:
             try:
                 shutil.rmtree(self.folder, ignore_errors=True)
             except RecursionError:  # nested deeper than it can go
                 subprocess.run(["rm", "-rf", self.folder])
-        self.process, self.folder, self.done_fd = None, None, -1
-        LIVE_SESSIONS.discard(self)
+        self.process, self.folder = None, None
+        atexit.unregister(self.close)
 
 
 def opener(unsafe: bool):
@@ -536,12 +548,8 @@ def opener(unsafe: bool):
             f"--python cpython has no sandbox on this machine: {lacks}. --python monty needs none; "
             "--unsafe_python runs the model's code without one"
         )
+    for old in Path(tempfile.gettempdir()).glob("nano-python-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > KEPT_S:
+                shutil.rmtree(old, ignore_errors=True)
     return functools.partial(CPythonSession, unsafe=unsafe)
-
-
-if __name__ == "__main__":
-    main()
-else:
-    STARTER = concurrent.futures.ThreadPoolExecutor(1, "python-starter")
-    LIVE_SESSIONS: set[CPythonSession] = set()  # closed at exit, so that no folder outlives us
-    atexit.register(lambda: [session.close() for session in list(LIVE_SESSIONS)])

@@ -21,6 +21,8 @@ from support.toolbox import Toolbox, open_toolbox
 from support.trajectory_log import record_of, to_lines, without_texts
 from tools import signatures
 
+NO_TURN = "no trajectory has made a turn: --max_context is too small for the prompts"
+
 
 @dataclass
 class EvaluateArgs:
@@ -185,7 +187,9 @@ def format_table(result: dict) -> str:
 
     add("all", result)
     for part in ("by_family", "by_hops", "by_template"):
-        rows = {n: row for n, row in result[part].items() if n != "own" and not n.endswith(" 0")}
+        rows = {name: row for name, row in result[part].items() if name != "own"}
+        if part == "by_hops":
+            rows = {name: row for name, row in rows.items() if not name.endswith(" 0")}
         lines += [part.replace("_", " ") + ":"] if rows else []
         for name, row in rows.items():
             add(f"  {name}", row)
@@ -201,4 +205,6 @@ def format_table(result: dict) -> str:
         ("n_judge_error", "answers got no readable verdict and count as wrong"),
     ):
         lines += [f"{result[key]} {what}"] if result[key] else []
+    if result["status"].get("over_context") and not result["steps_mean"]:
+        lines.append(f"warning: {NO_TURN}")
     return "\n".join(lines)

@@ -6,23 +6,37 @@ import sys
 from transformers import HfArgumentParser
 
 
-def parse_flags(dataclasses: tuple, doc: str) -> list:
+def did_you_mean(word: str, names: dict[str, str], cutoff: float = 0.6) -> str:
+    """The end of a line about a wrong word: what the nearest name means, "" if none is near.
+
+    Args:
+        names: what may have been meant -> how it is written.
+        cutoff: how near a name must be, from 0 to 1 (equal).
+    """
+    near = difflib.get_close_matches(word, names, 1, cutoff)
+    return f", did you mean {names[near[0]]}?" if near else ""
+
+
+def parse_flags(dataclasses: tuple, doc: str, words=None, prog: str | None = None) -> list:
     """The flags as instances of the dataclasses; a wrong flag ends the program with one line.
 
     Args:
         dataclasses: their fields are the flags. `transformers.hf_argparser.HfArg` gives a field its
             help, and a type `Literal["a", "b"]` its choices.
         doc: the script's docstring; its first paragraph heads --help.
+        words: the command line without the script (default: this process's).
+        prog: begins the line of an error (default: the script's name).
     """
-    parser = HfArgumentParser(dataclasses, description=doc.split("\n\n")[0], allow_abbrev=False)
+    about = {"description": doc.split("\n\n")[0], "prog": prog}
+    parser = HfArgumentParser(dataclasses, allow_abbrev=False, **about)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message} (see --help)")
-    *parsed, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         names = [name for arguments in dataclasses for name in arguments.__dataclass_fields__]
-        initials = {"".join(word[0] for word in name.split("_")): name for name in names}
-        nearby = initials | {name: name for name in names}  # "lr" stands for learning_rate
+        nearby = {"".join(word[0] for word in name.split("_")): f"--{name}" for name in names}
+        nearby |= {name: f"--{name}" for name in names}  # "lr" stands for learning_rate
         given = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        near = difflib.get_close_matches(given, nearby, 1)
-        hint = f", did you mean --{nearby[near[0]]}?" if near else ""
-        parser.error(f"unknown flag {unknown[0]}{hint}")
+        parser.error(f"unknown flag {unknown[0]}{did_you_mean(given, nearby)}")
     return parsed

@@ -16,6 +16,8 @@ from urllib.parse import urljoin
 import html2text
 from lxml import etree
 
+from support.words import across, fold_words
+
 DROPPED = ("title", "script", "style", "template", "iframe", "noembed", "noframes")
 # Elements that stand on lines of their own, of which html2text knows nothing.
 LAYOUT = set(
@@ -23,12 +25,14 @@ LAYOUT = set(
     " summary caption option textarea center".split()
 )
 LISTS, MAX_LISTS = {"ol", "ul", "blockquote"}, 10  # deeper ones are not indented further
+MAX_ELEMENTS = 100_000  # a page of more gets its text a line each, without any layout
 LINE_OF_PRE = "\ue000"  # stands before each line of <pre>, so that its indentation is not stripped
-MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page
+MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page,
+LINK_CHARS = 200  # where each link counts for so many more
 EXPONENT = re.compile(r"[-+−–]?(?:\d+|[a-z])(?:[-+/]\w+)?")
 FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
-# What `find` takes for the same: quotation marks and the keys that people have, kinds of space.
-SAME = str.maketrans("‘’‚“”„\n\t\xa0İ", "'''\"\"\"   i")
+RULE = re.compile(r"[-| :>]+")  # a line of a table, or an empty quotation
+NESTED_ITEM = re.compile(r"  ( +)(?:\* |\d+\. )")  # of a list inside a list
 SENTENCE_END = re.compile(r"\n|\. ")
 CHARSET = r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})"
 MARKS = {  # byte order marks
@@ -64,7 +68,7 @@ def decode_page(body: bytes, content_type: str = "") -> str:
 
 
 def parse(page: str) -> etree._Element:
-    """The tree of a page without its scripts; an empty <html> if there is nothing in it.
+    """The tree of a page; an empty <html> if there is nothing in it.
 
     What is nested deeper than 2,048 elements is no page: lxml does not read the rest.
     """
@@ -72,8 +76,12 @@ def parse(page: str) -> etree._Element:
         encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True
     )
     tree = etree.fromstring(page.encode("utf-8", "replace"), parser)
-    if tree is None:
-        return etree.Element("html")
+    return etree.Element("html") if tree is None else tree
+
+
+def parse_text(page: str) -> etree._Element:
+    """The tree of a page without what is not its text: title, scripts, marks of headings."""
+    tree = parse(page)
     for element in [*tree.iter(*DROPPED), *tree.xpath("//*[contains(@class, 'headerlink')]")]:
         element.clear(keep_tail=True)
         element.tag, element.text = "dropped", " "
@@ -86,6 +94,8 @@ def main_parts(tree: etree._Element) -> list[etree._Element]:
 
     It is doubted if it holds nothing, or less than the paragraphs outside of it.
     """
+    if not tree.xpath("boolean(//main | //*[@role='main'])"):
+        return [tree]
     parts, held, outside = [], 0, 0
     walk = etree.iterwalk(tree, events=("start",))
     for _, element in walk:
@@ -105,19 +115,27 @@ def refresh_target(meta: etree._Element) -> str:
     return found.group(1) if refresh and found else ""
 
 
-def start_of(element: etree._Element, pieces: int, length: int) -> str:
-    """The text an element begins with, on one line; all of it for each would be too much."""
-    return " ".join("".join(itertools.islice(element.itertext(), pieces))[:length].split())
+def start_of(element: etree._Element, steps: int) -> str:
+    """The text an element begins with; all of it for each of many would be too much."""
+    walk = itertools.islice(etree.iterwalk(element, events=("start", "end")), steps)
+    text = lambda event, e: e.text if event == "start" else e.tail if e is not element else ""
+    return "".join(text(*step) or "" for step in walk)
+
+
+def title_and_description(page: str) -> tuple[str, str]:
+    """What a page says of itself in its head, each on one line; "" if it does not."""
+    tree = parse(page)
+    title, told = tree.find(".//title"), tree.xpath("//meta[@name='description']/@content")
+    texts = ("" if title is None else start_of(title, 9), "".join(told[:1]))
+    return tuple(" ".join(text[:2000].split()) for text in texts)
 
 
 def links_of(page: str, url: str) -> list[tuple[str, str]]:
     """The links of a page at `url` in order, each once: (address, label)."""
-    found, room, tree = {}, MAX_LINKS, parse(page)
-    for element in tree.iter("base", "meta", "a"):
-        href, label = element.get("href"), start_of(element, 200, 2000)
-        if element.tag == "meta":
-            href, label = refresh_target(element), "this page leads to"
-        if not href or len(href) > MAX_ADDRESS or room < 0:
+    found, room = {}, MAX_LINKS
+    for element in parse_text(page).iter("base", "meta", "a"):
+        href = refresh_target(element) if element.tag == "meta" else element.get("href")
+        if not href or len(href) > MAX_ADDRESS:
             continue
         try:
             address = urljoin(url, href.strip())
@@ -125,9 +143,12 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
             continue
         if element.tag == "base":
             url = address
-        elif (address, label) not in found:
-            found[address, label] = None
-            room -= len(address) + len(label)
+            continue
+        label = "this page leads to" if element.tag == "meta" else start_of(element, 400)
+        found[address, " ".join(label[:2000].split())] = None
+        room -= len(address) + len(label) + LINK_CHARS
+        if room < 0:
+            break
     return list(found)
 
 
@@ -136,15 +157,19 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: a line a paragraph, `a | b` a table row, no links, no scripts."""
-    tree, converter = parse(page), html2text.HTML2Text(bodywidth=0)
+    tree, converter = parse_text(page), html2text.HTML2Text(bodywidth=0)
     converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
-    for part in main_parts(tree):
+    parts = main_parts(tree)
+    if tree.xpath("count(//*)") > MAX_ELEMENTS:  # html2text would take seconds
+        texts = "\n".join(text for part in parts for text in part.itertext())
+        return "\n".join(filter(None, map(str.strip, texts.splitlines())))
+    for part in parts:
         write_tree(part, converter)
     lines = []
     for line in converter.finish().splitlines():
         text = line.strip().replace(LINE_OF_PRE, "").rstrip()
-        if text and not re.fullmatch(r"[-| :>]+", text):
-            nested = re.match(r"  ( +)(?:\* |\d+\. )", line)  # an item of a list inside a list
+        if text and not RULE.fullmatch(text):
+            nested = NESTED_ITEM.match(line)
             lines.append(nested.group(1) + text if nested else text)
     if not lines:
         leads_to = next(filter(None, map(refresh_target, tree.iter("meta"))), "")
@@ -182,7 +207,7 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
 
 def around_superscript(sup: etree._Element, before: str) -> tuple[str, str]:
     """What stands around a <sup>: 10^6 for a power, Oslo [3] for a footnote, 2nd as it is."""
-    mark = start_of(sup, 8, 40)
+    mark = " ".join(start_of(sup, 16)[:40].split())
     linked = len(sup) > 0 and sup[0].tag == "a"
     if EXPONENT.fullmatch(mark) and not linked and re.search(r"(?<!\w)\w{1,3}$|\)$", before[-9:]):
         return "^", ""
@@ -214,28 +239,28 @@ def split_pages(text: str, page_chars: int) -> list[str]:
     return pieces + [text[starts[-1] :]]
 
 
-def fold(text: str) -> str:
-    """Text as `find` compares it, character by character: no case, one kind of quotes and space."""
-    return text.translate(SAME).lower()
-
-
 def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
     """The lines and sentences of a text that contain `wanted`, each with the number of its piece.
 
     The whole text is searched, so what is wanted may lie on the end of a line, sentence or piece.
     """
+    folded, in_folded, in_text = fold_words(text)
+    wanted, start, end = fold_words(wanted)[0], 0, 0
+    if not wanted or (at := folded.find(wanted)) < 0:
+        return
     starts = piece_starts(text, page_chars) + [len(text)]
-    folded, wanted = fold(text), " ".join(fold(wanted).split())
-    start, at = 0, folded.find(wanted)
     while at >= 0:
-        last = at + len(wanted) - 1
-        number, of_last = (bisect.bisect_right(starts, i, hi=len(starts) - 1) for i in (at, last))
-        lines, sentences = text.rfind("\n", start, at), text.rfind(". ", start, at)
-        start = max(start, starts[number - 1], lines + 1, sentences + 2 if sentences >= 0 else 0)
-        boundary = SENTENCE_END.search(text, last, starts[of_last])
-        end = boundary.end() if boundary else starts[of_last]
-        yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
-        at = folded.find(wanted, max(last + 1, end - len(wanted) + 1))
+        first, last = (across(i, in_folded, in_text) for i in (at, at + len(wanted) - 1))
+        if last >= end:
+            number, of_last = (
+                bisect.bisect_right(starts, i, hi=len(starts) - 1) for i in (first, last)
+            )
+            lines, sentences = text.rfind("\n", start, first), text.rfind(". ", start, first)
+            start = max(start, starts[number - 1], lines + 1, sentences + 2 * (sentences >= 0))
+            boundary = SENTENCE_END.search(text, last, starts[of_last])
+            end = boundary.end() if boundary else starts[of_last]
+            yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
+        at = folded.find(wanted, max(at + 1, across(end, in_text, in_folded) - len(wanted) + 1))
 
 
 def view_page(

@@ -8,6 +8,7 @@ import json
 import re
 
 from context import Trajectory
+from support.api_policy import defuse
 from support.endpoint import ask
 
 JUDGE_PROMPT = """\
@@ -43,7 +44,7 @@ def judge(trajectory: Trajectory, url: str, model: str) -> None:
         return
     task, answer = trajectory.task, trajectory.answer[:4000]
     texts = {"question": task.question, "truth": task.answer, "answer": answer}
-    quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
+    quoted = {name: defuse(json.dumps(text, ensure_ascii=False)) for name, text in texts.items()}
     message = {"role": "user", "content": JUDGE_PROMPT.format(**quoted)}
     body = {"model": model, "messages": [message], "temperature": 0, "max_tokens": 1024}
     verdict, tries = "unparsed", 3

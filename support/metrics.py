@@ -24,17 +24,23 @@ def counts_of(
     trajectories = [t for group in groups for t in group.trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
     rewards = [outcome for group in outcomes for outcome in group]
-    negatives = kept_negatives = zero_variance = 0
+    negatives = kept_negatives = zero_variance = all_right = all_wrong = 0
     for group, kept_of in zip(outcomes, kept):
         below = [is_negative(outcome, group) for outcome in group]
         negatives += sum(below)
         kept_negatives += sum(keep for keep, is_below in zip(kept_of, below) if is_below)
         zero_variance += not any(below)
     families, right, parts, versions = Counter(), Counter(), Counter(), Counter()
+    tries, hits = Counter(), Counter()
     for group, outcomes_of in zip(groups, outcomes):
-        family = group.trajectories[0].task.family
-        families[family] += len(group.trajectories)
-        right[family] += sum(outcome.correct for outcome in outcomes_of)
+        task = group.trajectories[0].task
+        hits_here = sum(outcome.correct for outcome in outcomes_of)
+        tries[task.id] += len(outcomes_of)
+        hits[task.id] += hits_here
+        all_right += 0 < len(outcomes_of) == hits_here
+        all_wrong += hits_here == 0
+        families[task.family] += len(group.trajectories)
+        right[task.family] += hits_here
     for outcome in rewards:
         parts.update(outcome.parts)
     for turn in turns:
@@ -51,6 +57,10 @@ def counts_of(
         "kept": kept_negatives,
         "groups": len(groups),
         "zero_variance": zero_variance,
+        "all_right": all_right,
+        "all_wrong": all_wrong,
+        "tries": dict(tries),
+        "hits": dict(hits),
         "in_loss": in_loss,
         "families": dict(families),
         "right_of_family": dict(right),
@@ -88,6 +98,8 @@ def metrics_of(total: dict, version: int) -> dict:
         # The mean surprise of sampled tokens is an unbiased estimate of the policy's entropy.
         "entropy": total["surprise"] / tokens,
         "zero_variance_groups": total["zero_variance"] / max(1, total["groups"]),
+        "all_right_groups": total["all_right"] / max(1, total["groups"]),
+        "all_wrong_groups": total["all_wrong"] / max(1, total["groups"]),
         "kept_negatives": total["kept"] / max(1, total["negatives"]),
         "stale_share": 1 - ages.get(0, 0) / tokens,
         "staleness": {str(age): count / tokens for age, count in sorted(ages.items())},

@@ -101,7 +101,11 @@ def start_ranks(count: int) -> None:
 
 
 def join_ranks() -> None:
-    """Wait for the ranks that `start_ranks` has started, and make their process group."""
+    """Wait for the ranks that `start_ranks` has started, and make their process group. Ranks of one
+    machine, whoever has started them, listen on loopback only.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE", "") == os.environ.get("WORLD_SIZE"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if "NANO_LISTENER" not in os.environ:
         return
     port, is_master = int(os.environ["MASTER_PORT"]), not endings.is_child()
@@ -109,7 +113,6 @@ def join_ranks() -> None:
     store = torch.distributed.TCPStore(
         "127.0.0.1", port, is_master=is_master, master_listen_fd=listener, wait_for_workers=False
     )
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 

@@ -11,25 +11,26 @@ import sqlite3
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from tqdm import tqdm
 from transformers.utils import logging
 
 from context import Chat
-from data.task import task_at
 from engine import keep_memory
 from evaluate import format_table, summarise
 from report import write_report
 from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, play
 from support import endings, run_folder
 from support.batches import logprob_gap
+from support.curriculum import Curriculum
 from support.curves import draw_curves
+from support.evaluation import NO_TURN
 from support.processes import (
     cores_of,
     end_ranks,
@@ -42,10 +43,14 @@ from support.processes import (
 from support.run_folder import share_of
 from support.toolbox import Toolbox, open_toolbox
 from support.trajectory_log import is_written, to_lines, update_records
-from support.user_code import UserCodeError
+from support.user_code import UserCodeError, where_it_failed
 from workers import AsyncRollouts, Setup, WorkerError
 
 MAX_GAP = 1e-4  # between log-probs of trainer and sampler: rounding errors are below it
+NO_GRADIENT = (
+    "an update had no gradient, since the attempts at each task earned the same "
+    "(docs/metrics.md, 'What trouble looks like')"
+)
 SKIPS = 3  # updates in a row without a finite gradient, before the run stops
 
 
@@ -77,6 +82,8 @@ class Run:
         self.began = False  # the first update
         self.rank, self.ranks = own_rank(), 1
         self.is_main = self.rank == 0
+        self.lock: int | None = None  # of the folder
+        self.warned: set[str] = set()
         self.no_bars = None if self.is_main else True  # None: where no terminal is
 
     def __enter__(self):
@@ -113,6 +120,7 @@ class Run:
         self.accelerator = Accelerator(
             cpu=not on_gpu,
             log_with=self.args.log_with or None,
+            project_config=ProjectConfiguration(logging_dir="."),  # open_folder names the folder
             mixed_precision="bf16" if on_gpu else "no",
         )
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
@@ -141,12 +149,22 @@ class Run:
         or in rollout processes (async).
         """
         args, learner = self.args, self.learner
+        self.warn(
+            args.samples == 1, "--samples 1: one attempt at a task has nothing to compare with"
+        )
+        self.warn(
+            len(tasks) < args.tasks_per_step,
+            f"{len(tasks)} training tasks are fewer than --tasks_per_step {args.tasks_per_step}: "
+            "an update plays some of them more than once",
+        )
         enough = len(range(self.rank, args.tasks_per_step, self.ranks))  # of this rank, an update
+        known = (self.state or {}).get("curriculum")
+        self.curriculum = Curriculum(tasks, args.seed, args.curriculum == "on", known)
 
         def next_group(number: int, version: int) -> Group:
             update, k = divmod(number, enough)
             position = update * args.tasks_per_step + self.rank + k * self.ranks
-            task = task_at(tasks, position, args.seed)
+            task = self.curriculum.task_at(position)
             return new_group(task, position, args.samples, args.seed, version)
 
         first = self.done * enough
@@ -176,13 +194,35 @@ class Run:
         folder = [Path(self.args.resume) if self.args.resume else None]
         if self.is_main:
             folder = folder if folder[0] else [run_folder.choose_folder(self.args.out)]
-            config = {key: value for part in self.parts for key, value in asdict(part).items()}
-            run_folder.save_config(folder[0], config)
+            self.lock = run_folder.lock(folder[0])
+            run_folder.save_config(folder[0], self.parts)
             for name in run_folder.LOGS:
                 run_folder.cut_lines(folder[0] / name, self.done)
             if self.args.log_with:
-                self.accelerator.init_trackers("nano-researcher", config=config)
+                self.open_tracker(folder[0])
         [self.out] = broadcast_object_list(folder)
+
+    def open_tracker(self, folder: Path) -> None:
+        """Tell the tracker of --log_with the run's flags; its files go into the run's folder.
+
+        Raises:
+            ValueError: it cannot be started; one line.
+        """
+        self.accelerator.project_configuration.logging_dir = str(folder)
+        config = run_folder.flags_of(self.parts)
+        try:
+            self.accelerator.init_trackers(
+                "nano-researcher", config, {"wandb": {"dir": str(folder)}}
+            )
+        except Exception as error:  # each tracker has its own: no key, no server
+            words = where_it_failed(error)
+            raise ValueError(f"--log_with {self.args.log_with} does not start: {words}") from None
+
+    def warn(self, holds: bool, words: str) -> None:
+        """Print a warning if it holds, once a run."""
+        if holds and self.is_main and words not in self.warned:
+            self.warned.add(words)
+            tqdm.write(f"warning: {words}", file=sys.stderr)
 
     def bar(self, count: int, title: str) -> tqdm:
         """A progress bar over this rank's trajectories."""
@@ -251,6 +291,11 @@ class Run:
                 f"entropy {metrics['entropy']:.2f}, rollout {metrics['rollout_s']:.1f} s, "
                 f"update {metrics['train_s']:.1f} s"
             )
+            sys.stdout.flush()  # into a log, too
+            if self.done == 1 and self.args.rollout == "sync":  # workers would have to wait
+                draw_curves(self.out)
+        self.warn(not metrics["turns"], NO_TURN)
+        self.warn(metrics["turns"] and metrics["grad_norm"] == 0, NO_GRADIENT)
         numbers = {key: v for key, v in metrics.items() if isinstance(v, (int, float))}
         self.accelerator.log(numbers, step=self.done)
 
@@ -284,7 +329,8 @@ class Run:
         if self.is_main:
             learner = self.learner
             model, tokenizer = learner.model, learner.chat.tokenizer
-            run_folder.save(self.out, self.done, model, learner.optimizer, tokenizer, under_way)
+            more = {"rollouts": under_way, "curriculum": self.curriculum.state()}
+            run_folder.save(self.out, self.done, model, learner.optimizer, tokenizer, more)
             draw_curves(self.out)
         self.saved = self.done
 
@@ -294,15 +340,16 @@ class Run:
             return
         draw_curves(self.out)
         write_report([self.out], self.out / "report.html")
-        print(format_table(after) if after else "no held-out tasks")
         print(f"curves and every trajectory: {self.out}/report.html")
+        more = f"python evaluate.py --model {self.out}/checkpoint"
         if not after:
+            print(f"{self.done} steps are done; the held-out Pass@1 was not measured: {more}")
             return
+        print(format_table(after))
         start = f"{before['pass@1']:.1%} before, " if before else ""
         print(
             f"held-out Pass@1: {start}{after['pass@1']:.1%} after {self.done} steps "
-            f"({after['n']} test tasks, one sample each; "
-            f"for more: python evaluate.py --model {self.out}/checkpoint)"
+            f"({after['n']} test tasks, one sample each; for more: {more})"
         )
 
     # ------------------------------------------------------------------------------- the end
@@ -341,7 +388,8 @@ class Run:
 
     def how_to_go_on(self) -> str:
         if self.out and any((self.out / "state").glob("step-*.pt")):
-            return f"go on with: accelerate launch train.py --resume {self.out}"
+            again = run_folder.to_give_again(run_folder.flags_of(self.parts), self.parts)
+            return f"go on with: accelerate launch train.py --resume {self.out} {again}".rstrip()
         return "nothing to go on with was saved yet"
 
     def save_at_the_end(self, broken: bool) -> str:
@@ -389,6 +437,8 @@ class Run:
             self.accelerator.free_memory()
             if self.args.log_with:
                 self.accelerator.end_training()
+        if self.lock is not None:
+            os.close(self.lock)
         joined = torch.distributed.is_initialized()
         if joined:
             torch.distributed.destroy_process_group()

@@ -5,18 +5,42 @@ In: the learner's state. Out: files that appear whole or not at all. Nothing her
 policy learns.
 """
 
+import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from support.flags import parse_flags
+from support.user_code import file_and_name
+
+ROOT = Path(__file__).resolve().parent.parent
 LOGS = ("metrics.jsonl", "trajectories.jsonl", "evaluations.jsonl")
+# What --resume may be given: how long, how often and with which means, but not what is learned.
+MAY_CHANGE = "steps eval_every eval_tasks dev_tasks test_tasks save_every processes threads workers"
+MAY_CHANGE = [
+    *MAY_CHANGE.split(),
+    "slots",
+    "kv_tokens",
+    "micro_tokens",
+    "check_logprobs",
+    "log_with",
+]
+# What runs code, or lowers a guard. A run's folder may come from somebody else.
+GUARDS = ["reward", "python", "unsafe_python", "live", "search", "search_url"]
+RESUME_HELP = (
+    f"run to go on with, by its own flags. Only these may be changed: {', '.join(MAY_CHANGE)}. "
+    f"These are not taken from the run and must be given again: {', '.join(GUARDS)}"
+)
 
 
 def choose_folder(out: str) -> Path:
@@ -43,6 +67,37 @@ def choose_folder(out: str) -> Path:
             number += 1
 
 
+def lock(folder: Path) -> int:
+    """Keep other runs out of a folder, as long as this process lives.
+
+    Returns:
+        A file descriptor; closing it ends the lock.
+
+    Raises:
+        ValueError: another run writes there.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another run is writing into {folder}: choose another --out") from None
+    return descriptor
+
+
+def flags_of(parts: list) -> dict:
+    """Name and value of each flag of these dataclass objects."""
+    return {name: value for part in parts for name, value in asdict(part).items()}
+
+
+def to_give_again(config: dict, parts: list) -> str:
+    """What --resume needs besides the folder: the flags of GUARDS that a run has set, as words."""
+    usual = {field.name: field.default for part in parts for field in fields(part)}
+    unusual = {n: config[n] for n in GUARDS if n in usual and config.get(n, usual[n]) != usual[n]}
+    words = " ".join(shlex.quote(f"--{name}={value}") for name, value in unusual.items())
+    return words if words.isprintable() else ascii(words)
+
+
 def take_config(resume: str, parts: list) -> None:
     """Give the flags of an earlier run to those that are not on the command line now.
 
@@ -51,22 +106,56 @@ def take_config(resume: str, parts: list) -> None:
         parts: dataclass objects with the flags.
 
     Raises:
-        ValueError: there is no run in the folder.
+        ValueError: there is no run in the folder, or it does not go on with these flags.
     """
     path = Path(resume) / "config.json"
     if not path.is_file():
         raise ValueError(f"--resume {resume}: no run there")
-    config = json.loads(path.read_text())
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"--resume {resume}: {path} is damaged") from None
     words = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
     given = {word.lstrip("-").replace("-", "_") for word in words}
+    kept = {name: v for name, v in config.items() if name in flags_of(parts) and name not in GUARDS}
+    words = [f"--{name}={value}" for name, value in kept.items()]
+    # The same parser reads them, so a value that no flag has is refused here, too.
+    before = flags_of(parse_flags([type(part) for part in parts], "", words, f"train.py: {path}"))
+    missing = to_give_again({k: v for k, v in config.items() if k not in given}, parts)
+    if missing:
+        raise ValueError(
+            f"--resume {resume}: give {missing} again; what runs code or lowers a guard is taken "
+            "from the command line only"
+        )
     for part in parts:
-        for name in {field.name for field in fields(part)} & set(config) - given:
-            setattr(part, name, config[name])
+        for name, value in asdict(part).items():
+            if name not in given | {*GUARDS, "resume"}:
+                setattr(part, name, before[name])
+            elif name not in [*MAY_CHANGE, *GUARDS, "resume"] and value != before[name]:
+                raise ValueError(
+                    f"--resume goes on with --{name} {before[name]!r}, not {value!r}; "
+                    f"only these may be changed: {', '.join(MAY_CHANGE)}"
+                )
 
 
-def save_config(out: Path, config: dict) -> None:
+def save_config(out: Path, parts: list) -> None:
+    """Write what it takes to repeat a run: config.json with the flags, the commit and the versions
+    of all packages, and a copy of the file that --reward names.
+    """
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""  # no git, or no repository
+    installed = importlib.metadata.distributions()
+    versions = {str(package.metadata["Name"]): package.version for package in installed}
+    packages = {"python": sys.version.split()[0]} | dict(sorted(versions.items()))
+    config = flags_of(parts)
+    if config["reward"]:
+        file = Path(file_and_name(config["reward"])[0])
+        (out / file.name).write_bytes(file.read_bytes())
     temporary = out / "config.json.new"
-    temporary.write_text(json.dumps(config, indent=1))
+    temporary.write_text(json.dumps(config | {"commit": commit, "packages": packages}, indent=1))
     os.replace(temporary, out / "config.json")
 
 
@@ -125,7 +214,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def save(out: Path, step: int, model, optimizer, tokenizer, rollouts: list) -> None:
+def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
     """Write state/ (for --resume) and checkpoint/ (for users). The last two states are kept, in
     case one is damaged.
 
@@ -134,7 +223,8 @@ def save(out: Path, step: int, model, optimizer, tokenizer, rollouts: list) -> N
 
     Args:
         step: updates that were done.
-        rollouts: `state()` of each rank's rollouts, None in sync mode.
+        more: "rollouts", the `state()` of each rank's rollouts (None in sync mode), and
+            "curriculum", that of the stream of tasks.
 
     Raises:
         OSError: the disk is full, say; what was there before stays whole.
@@ -148,7 +238,7 @@ def save(out: Path, step: int, model, optimizer, tokenizer, rollouts: list) -> N
     states.mkdir(exist_ok=True)
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     try:
-        torch.save(state | {"rollouts": rollouts}, temporary)
+        torch.save(state | more, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, states / f"step-{step:06d}-{sha256(temporary)}.pt")

@@ -77,7 +77,7 @@ class Toolbox:
             hosts = {}
             if db:
                 server = start_server(db)
-                hosts = {server.host: "127.0.0.1:%d" % server.server_address[1]}
+                hosts = dict.fromkeys(server.hosts, "127.0.0.1:%d" % server.server_address[1])
             search = Search(db, self.search_results, self.service)
             self.shared[str(db)] = search, Browse(hosts, self.web or False, self.page_chars)
         return self.shared[str(db)]

@@ -25,6 +25,12 @@ def where_it_failed(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}{place}"
 
 
+def file_and_name(spec: str) -> tuple[str, str]:
+    """The two parts of "file.py:function"; the name is "" where only the file is given."""
+    file, _, name = (spec, "", "") if Path(spec).is_file() else spec.rpartition(":")
+    return file, name
+
+
 def load_function(spec: str, flag: str) -> tuple[str, Callable]:
     """The function that `spec` names, and its name.
 
@@ -39,7 +45,7 @@ def load_function(spec: str, flag: str) -> tuple[str, Callable]:
     Raises:
         ValueError: there is no such file or function, or the file does not run; one line.
     """
-    path, _, name = (spec, "", "") if Path(spec).is_file() else spec.rpartition(":")
+    path, name = file_and_name(spec)
     if not Path(path).is_file():
         raise ValueError(f"{flag} {spec}: give file.py:function; there is no file {path or spec!r}")
     folder = str(Path(path).resolve().parent)
@@ -76,7 +82,7 @@ def finite(value) -> float:
     """
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # of a kind whose conversion fails in its own way
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(str(value) if isinstance(value, float) else type(value).__name__)
@@ -112,9 +118,9 @@ def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
         if not isinstance(value, Reward):
             value = Reward(value, plain.correct, parts={name: value})
         try:
-            parts = {str(part): finite(number) for part, number in value.parts.items()}
+            parts = {str(part): finite(number) for part, number in dict(value.parts or {}).items()}
             return Reward(finite(value.total), finite(value.correct), value.format_ok, parts)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserCodeError(
                 f"--reward {spec} gave {error} for task {trajectory.task.id}: "
                 "a finite number or a Reward of finite numbers is needed"

@@ -28,6 +28,7 @@ import requests.adapters
 import urllib3
 
 from support.html_text import MAX_ADDRESS, decode_page
+from support.threads import in_thread
 
 MAX_PAGE_BYTES = 2_000_000  # after decompression
 MAX_REDIRECTS = 5
@@ -45,7 +46,6 @@ NOT_PUBLIC = [
     for network in ("192.0.0.0/24", "192.88.99.0/24", "2002::/16", "3fff::/20", "fec0::/10")
 ]
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses in disguise
-RESOLVER = concurrent.futures.ThreadPoolExecutor(8, "resolver")
 
 
 class ToolFault(Exception):
@@ -62,6 +62,23 @@ class Unavailable(OSError):
     def __init__(self, message: str, wait_s: float):
         super().__init__(message)
         self.wait_s = wait_s
+
+
+def plain_address(url: str) -> str:
+    """One form of an address: host in small letters, what is not ASCII quoted, no fragment.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    scheme, mark, rest = url.strip().partition("://")
+    if not re.fullmatch(r"[A-Za-z][\w+.-]*", scheme) or not mark:
+        raise ValueError(f"{url!r} is no address: it begins with http://, say")
+    request = requests.PreparedRequest()  # which knows http only
+    request.prepare_url("http://" + ("localhost" if rest.startswith("/") else "") + rest, None)
+    scheme, parts = scheme.lower(), urlsplit(request.url)
+    site = parts.netloc.removesuffix({"http": ":80", "https": ":443"}.get(scheme, "@"))
+    path = "/" + parts.path.lstrip("/")  # requests sends one stroke only
+    return urlunsplit((scheme, site, path, parts.query, ""))
 
 
 def is_public(address: str) -> bool:
@@ -108,7 +125,7 @@ def addresses_of(host: str, port: int, timeout_s: float) -> list[tuple]:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
         return [(family, socket.SOCK_STREAM, 0, "", (host, port))]
     except ValueError:
-        lookup = RESOLVER.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        lookup = in_thread(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
     try:
         return lookup.result(timeout=timeout_s)
     except concurrent.futures.TimeoutError:
@@ -324,26 +341,36 @@ class WebReader:
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
-    def get(self, request, url: str, deadline: float) -> requests.Response:
+    def get(self, target: str, url: str, deadline: float) -> requests.Response:
         """One request for a page, to the embedded world or to the real web."""
-        parts = urlsplit(request.url)
-        if parts.hostname in self.hosts:
-            where = ("http", self.hosts[parts.hostname], parts.path or "/", parts.query, "")
-            request.url, request.headers["Host"] = urlunsplit(where), parts.hostname
+        if request := self.embedded_request(target):
             return send_in_time(self.embedded, request, deadline)
+        request = checked_request(target, url)
         if not self.web:
             raise Refused(f"no such site: {url}")
         return self.web.get(request, url, deadline)
+
+    def embedded_request(self, target: str) -> requests.PreparedRequest | None:
+        """What asks the page server for an address of the embedded world; None for any other."""
+        try:
+            parts = urlsplit(plain_address(target))
+        except ValueError:
+            return None
+        if parts.hostname not in self.hosts or "@" in parts.netloc or len(target) > MAX_ADDRESS:
+            return None
+        where = ("http", self.hosts[parts.hostname], parts.path or "/", parts.query, "")
+        told = {"Host": parts.netloc, "X-Forwarded-Proto": parts.scheme}
+        return requests.Request("GET", urlunsplit(where), HEADERS | told).prepare()
 
 
 def follow(get, url: str, deadline: float) -> tuple[requests.Response, str]:
     """The answer for an address, and where it was found, over redirects that are each checked.
 
-    `get(request, url, deadline)` makes one request. HTTP 429 and 5xx raise Unavailable.
+    `get(target, url, deadline)` makes one request. HTTP 429 and 5xx raise Unavailable.
     """
     target = url
     for _ in range(MAX_REDIRECTS + 1):
-        reply = get(checked_request(target, url), url, deadline)
+        reply = get(target, url, deadline)
         location = requests.sessions.SessionRedirectMixin().get_redirect_target(reply)
         if location is None:
             if reply.status_code >= 500 or reply.status_code == 429:
@@ -379,7 +406,9 @@ class LiveWeb:
 
     def read_robots(self, site: str, host: str, deadline: float):
         """RFC 9309: what is absent forbids nothing, what cannot be reached means not now."""
-        get = lambda request, _, deadline: send_in_time(self.session, request, deadline)
+        get = lambda target, url, deadline: send_in_time(
+            self.session, checked_request(target, url), deadline
+        )
         reply, _ = follow(get, f"{site}/robots.txt", deadline)
         text = decode_page(reply.content[:500_000]) if reply.status_code == 200 else ""
         rules = self.parse_robots(text)

@@ -5,7 +5,7 @@ changed, processes left, requests that arrived). Prints a JSON object: name -> [
 policy saw]. Each attack gets a fresh session: a worn-out one would make later attacks fail for the
 wrong reason.
 
-    python tests/attacks.py [--uid 1500] [--only NAME] [--unsafe]
+    python tests/attacks.py [--uid 1500] [--only NAME] [--abi 1] [--unsafe]
 
 --unsafe is the positive control: without the sandbox the attacks on other processes, files, the
 kernel and the network must succeed, or the harness sees nothing. It refuses to run as root, where
@@ -13,11 +13,14 @@ they would do harm.
 """
 
 import argparse
+import atexit
 import concurrent.futures
+import contextlib
 import ctypes
 import http.server
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -33,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
+from support import cpython_sandbox
 from support.cpython_sandbox import CPythonSession
 
 HELP = """
-import ctypes, os, socket, sys, time
+import ctypes, os, socket, struct, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
 def syscall(number, *arguments):
     result = libc.syscall(number, *arguments)
@@ -117,12 +121,53 @@ ATTACKS = {
         "    f.write(bytes(10 << 20)); f.flush(); os.remove(f'f{i}')\ntime.sleep(0.6)",
         "MiB in files",
     ),
+    "deleted files in flight": (
+        "import array\na, b = socket.socketpair()\nf = open('f', 'wb'); os.remove('f')\n"
+        "denied(lambda: a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, "
+        "array.array('i', [f.fileno()]))]))",
+        DENIED,
+    ),
+    "deleted but mapped files": (
+        "libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_long] * 6\n"
+        "for i in range(12):\n    f = open('f', 'w+b'); f.write(bytes(10 << 20)); f.flush()\n"
+        "    os.remove('f'); libc.mmap(0, 4096, 1, 1, f.fileno(), 0); f.close()\n"
+        "time.sleep(0.6)",
+        "MiB in files",
+    ),
+    "open files of a thread of its own kind": (
+        "stack = ctypes.create_string_buffer(1 << 16)\n"
+        "top = ctypes.c_void_p(ctypes.addressof(stack) + (1 << 15) & ~15)\n"
+        "denied(lambda: 1 + syscall(56, 0x10900, top, None, None, None))",
+        DENIED,
+    ),
+    "files of a process without its first thread": (
+        "import threading\ndef fill():\n    time.sleep(0.1)\n"
+        "    fs = [open(f'f{i}', 'wb') for i in range(12)]\n"
+        "    for i in range(12): os.remove(f'f{i}')\n"
+        "    for f in fs: f.write(bytes(10 << 20)); f.flush()\n"
+        "    time.sleep(0.6); os.write(1, b'BREACH'); time.sleep(60)\n"
+        "threading.Thread(target=fill).start(); libc.syscall(60, 0)",
+        "MiB in files|died",
+    ),
+    "files that come and go": (
+        "import threading\ndef flicker(name):\n    while True:\n"
+        "        os.close(os.open(name, os.O_CREAT | os.O_WRONLY)); os.remove(name)\n"
+        "[threading.Thread(target=flicker, args=(str(n),), daemon=True).start() "
+        "for n in range(3)]\nkept = []\nfor i in range(12):\n"
+        "    kept.append(open(f'f{i}', 'wb')); kept[-1].write(bytes(10 << 20)); kept[-1].flush()\n"
+        "    if i % 2: os.remove(f'f{i}')\ntime.sleep(2); print('BREACH')",
+        "MiB in files",
+    ),
     "fallocate": (
         "f = open('big', 'wb')\ndenied(lambda: syscall(285, f.fileno(), 0, 0, 1 << 30) or 1)",
         DENIED,
     ),
     "file without a name": ("denied(lambda: os.open('.', os.O_TMPFILE | os.O_RDWR))", DENIED),
     "folder that cannot be listed": ("denied(lambda: os.mkdir('d', 0))", DENIED),
+    "folder at that cannot be listed": (
+        "here = os.open('.', os.O_RDONLY)\ndenied(lambda: os.mkdir('d', 0o300, dir_fd=here))",
+        DENIED,
+    ),
     "umask": ("denied(lambda: os.umask(0o777))", DENIED),
     "asynchronous input and output": (
         "c = ctypes.c_ulong()\ndenied(lambda: syscall(206, 4, ctypes.byref(c)))",
@@ -150,6 +195,11 @@ ATTACKS = {
     "deep folders": (
         "for i in range(1100): os.mkdir('d'); os.chdir('d')",
         "MiB in files|OSError|no output",
+    ),
+    "more than one core": (
+        "print(len(os.sched_getaffinity(0)))\n"
+        "denied(lambda: os.sched_setaffinity(0, set(range(64))) or 1)",
+        "^1\nPermissionError",
     ),
     # ---- processes
     "fork": ("denied(lambda: os.fork() or os._exit(0))", DENIED),
@@ -236,6 +286,21 @@ ATTACKS = {
         "denied(lambda: fcntl.ioctl(r, 0x8901, DECOY.to_bytes(4, 'little')))",
         DENIED,
     ),
+    "signal of a pipe by its thread": (
+        "import fcntl\nr, w = os.pipe()\n"
+        "denied(lambda: fcntl.fcntl(r, 15, struct.pack('ii', 1, DECOY)))",
+        DENIED,
+    ),
+    "signal of a socket": (
+        "import fcntl\na, b = socket.socketpair()\n"
+        "denied(lambda: fcntl.ioctl(a, 0x8902, struct.pack('i', DECOY)))",
+        DENIED,
+    ),
+    "write lease": (
+        "import fcntl\nf = open('l', 'w')\n"
+        "denied(lambda: fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_WRLCK))",
+        DENIED,
+    ),
     "lease": (
         "import fcntl\nf = open('l', 'w'); f.close(); f = open('l')\n"
         "denied(lambda: fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_RDLCK))",
@@ -273,6 +338,11 @@ ATTACKS = {
     "read the home folder": ("denied(lambda: os.listdir(HOME))", DENIED),
     "list /tmp": ("denied(lambda: os.listdir('/tmp'))", DENIED),
     "read the answers": ("denied(lambda: open(REPOSITORY + '/data/test.jsonl').read(5))", DENIED),
+    "target of a link": ("denied(lambda: os.readlink(LINK))", DENIED),
+    "target of a link at": (
+        "here = os.open('/usr/lib', os.O_RDONLY)\ndenied(lambda: os.readlink(LINK, dir_fd=here))",
+        DENIED,
+    ),
     "read by symlink": ("denied(lambda: os.symlink(SECRET, 'l') or open('l').read())", DENIED),
     "read by hard link": ("denied(lambda: os.link(SECRET, 'h') or open('h').read())", DENIED),
     "open by handle": (
@@ -319,6 +389,15 @@ ATTACKS = {
         "denied(lambda: os.open(VICTIMS + '/truncate', os.O_RDONLY | os.O_TRUNC))",
         DENIED,
     ),
+    "truncate by opening for nothing": (
+        "denied(lambda: os.open(VICTIMS + '/truncate', 3 | os.O_TRUNC))",
+        DENIED,
+    ),
+    "open for nothing": ("denied(lambda: os.open(VICTIMS + '/truncate', 3))", DENIED),
+    "value of an attribute": (
+        "denied(lambda: os.getxattr(VICTIMS + '/xattr', 'user.kept'))",
+        DENIED,
+    ),
     "read attributes": ("denied(lambda: os.listxattr(VICTIMS + '/xattr') or 1)", DENIED),
     "attributes": ("denied(lambda: os.setxattr(VICTIMS + '/xattr', 'user.x', b'1'))", DENIED),
     "setuid file": ("open('s', 'w'); denied(lambda: os.chmod('s', 0o4777))", DENIED),
@@ -350,6 +429,10 @@ ATTACKS = {
         DENIED,
     ),
     "userfaultfd": ("denied(lambda: syscall(323, 1))", DENIED),
+    "filter of its own": (
+        "denied(lambda: syscall(317, 2, 0, ctypes.byref(ctypes.c_uint32(0))) or 1)",
+        DENIED,
+    ),
     "x32 system call": ("denied(lambda: syscall(0x40000000 | 39))", DENIED),
     # ---- network
     "loopback": (
@@ -375,6 +458,11 @@ ATTACKS = {
         "socket.SOCK_DGRAM)[0].sendto(b'x', DATAGRAM))",
         DENIED,
     ),
+    "pair of another family": (
+        "for family in range(2, 46):\n    libc.socketpair(family, 1, 0, bytes(8))\n"
+        "    assert ctypes.get_errno() == 1, family\nprint('PermissionError')",
+        "^PermissionError",
+    ),
     "stream pair that connects": (
         "a, b = socket.socketpair(); b.close()\ndenied(lambda: a.connect(UNIX))",
         DENIED,
@@ -390,7 +478,29 @@ ATTACKS = {
         "    def test(self): self.assertEqual(1, 2)\nunittest.main()",
         "FAIL: test",
     ),
-    "copy": ("import shutil\nopen('a', 'w').write('x'); shutil.copyfile('a', 'b')", "^'b'$"),
+    "unittest of two": (
+        "import unittest\nclass T(unittest.TestCase):\n"
+        "    def test_a(self): self.assertEqual(1, 2)\n    def test_b(self): pass\n"
+        "unittest.main(argv=['x'], exit=False)",
+        "(?s)Ran 2 tests.*failures=1",
+    ),
+    "name of the module": (
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    n: int\n"
+        "import __main__, copy; __name__, __main__.A is A, copy.deepcopy(A(2))",
+        r"^\('__main__', True, A\(n=2\)\)$",
+    ),
+    "copy": (
+        "import shutil\nopen('a', 'w').write('x'); os.mkdir('d'); open('d/e', 'w').write('y')\n"
+        "print(shutil.copy('a', 'b'), shutil.copy2('a', 'd'), shutil.copytree('d', 'f'))\n"
+        "print(shutil.move('b', 'f'), sorted(os.listdir('f')), open('f/a').read())",
+        r"^b d/a f\nf/b \['a', 'b', 'e'\] x$",
+    ),
+    "numpy": (
+        "import importlib.util\nif importlib.util.find_spec('numpy'):\n    import numpy\n"
+        "    print(int(numpy.arange(5).sum()))\nelse: print(10)",
+        "^10$",
+    ),
+    "output without a line's end": ("print('said', end='')\nwhile True: pass", "^said\ntimeout"),
     "sys.exit": ("sys.exit(3)", "SystemExit: 3"),
     "os._exit": ("os._exit(7)", "died"),
     "segmentation fault": ("ctypes.string_at(1)", "died"),
@@ -433,11 +543,25 @@ def become(uid: int) -> None:
     libc.prctl(47, 2, 2, 0, 0)
 
 
+def emulate(abi: int) -> None:
+    """Let sessions be those of an older kernel, whose Landlock has this version."""
+    asked = "return libc().syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))"
+    source = Path(cpython_sandbox.__file__).read_text()
+    assert asked in source
+    folder = tempfile.TemporaryDirectory()
+    os.chmod(folder.name, 0o755)
+    atexit.register(folder.cleanup)
+    copy = Path(folder.name) / "cpython_sandbox.py"
+    copy.write_text(source.replace(asked, f"return {abi}"))
+    cpython_sandbox.__file__ = str(copy)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--unsafe", action="store_true")
     parser.add_argument("--uid", type=int, default=0)
     parser.add_argument("--only", default="")
+    parser.add_argument("--abi", type=int, default=0, help="as if the kernel had this Landlock")
     parser.add_argument(
         "--third", type=int, default=None, help="0, 1 or 2: a sample of the attacks"
     )
@@ -456,6 +580,8 @@ def main():
 
     if args.uid:
         become(args.uid)
+    if args.abi:
+        emulate(args.abi)
     if args.unsafe and os.geteuid() == 0:
         sys.exit("tests/attacks.py: --unsafe only as an ordinary user (--uid N)")
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -489,6 +615,9 @@ def main():
             (p.name, p.stat().st_mode, p.stat().st_uid, p.stat().st_size, p.stat().st_mtime)
             for p in victims.iterdir()
         )
+        (folder / "link").symlink_to(secret)
+        with contextlib.suppress(OSError):  # a file system without attributes
+            os.setxattr(victims / "xattr", "user.kept", b"value")
         before = state()
 
         def attack(name: str) -> list:
@@ -497,6 +626,7 @@ def main():
             limits = resource.prlimit(decoy.pid, resource.RLIMIT_NOFILE)
             names = dict(
                 SECRET=str(secret),
+                LINK=str(folder / "link"),
                 INODE=secret.stat().st_ino,
                 VICTIMS=str(victims),
                 HOME=os.path.expanduser("~"),
@@ -511,7 +641,7 @@ def main():
             try:
                 session(code=HELP + "".join(f"{key} = {value!r}\n" for key, value in names.items()))
                 session.timeout_s = (
-                    0.7 if pattern.startswith("^timeout") else 60 if not args.unsafe else 3
+                    0.7 if "timeout" in pattern.split("|")[0] else 60 if not args.unsafe else 3
                 )
                 text = session(code=code)
                 alive = (
@@ -537,7 +667,8 @@ def main():
         chosen = [
             name
             for name, (_, pattern) in ATTACKS.items()
-            if args.only in name and (not args.unsafe or pattern.startswith(DENIED))
+            if re.search(args.only, name)
+            and (not args.unsafe and not args.abi or pattern.startswith(DENIED))
         ]
         if args.third is not None:
             chosen = chosen[args.third :: 3]

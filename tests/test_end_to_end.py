@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+from data.world import World, write_world
 from support.run_folder import load_state
 
 SMALL = (
@@ -161,6 +162,10 @@ def test_a_run_leaves_what_the_readme_promises(whole_run):
         " rollout_s train_s tokens_per_s pass_rate_by_family zero_variance_groups reward_parts"
     )
     assert all(key in row for key in keys.split() for row in rows)
+    assert len(printed.split("update 2: Pass@1")) == 2  # a line an update, without a terminal, too
+    assert printed.splitlines()[-1].startswith("2 steps are done; the held-out Pass@1 was not")
+    assert (out / "wordy.py").read_text() == WORDY
+    assert json.loads((out / "config.json").read_text())["packages"]["torch"] == torch.__version__
     gaps = [float(line.split()[-1]) for line in printed.splitlines() if "trainer - sampler" in line]
     assert len(gaps) == 2 and max(gaps) < 1e-4
     assert f"{out}/report.html" in printed
@@ -182,15 +187,43 @@ def test_parts_of_a_reward_of_ones_own_are_logged_and_the_format_penalty_holds(w
     assert failures
 
 
-def test_resume_is_bitwise_equal_and_survives_a_damaged_state(whole_run, tmp_path):
+def test_resume_is_bitwise_equal_and_survives_a_damaged_state(whole_run, wordy, tmp_path):
     whole, out = whole_run[0], tmp_path / "run"
     shutil.copytree(whole, out)
     [newest] = (out / "state").glob("step-000002-*.pt")
     newest.write_bytes(newest.read_bytes()[:1000])
-    status, _, errors = Train(tmp_path, "--resume", out).end()
+    status, _, errors = Train(tmp_path, "--resume", out, *wordy).end()
     assert status == 0 and "damaged" in errors, errors[-2000:]
     assert untimed(lines_of(whole)) == untimed(lines_of(out))
     assert same_weights(whole / "checkpoint", out / "checkpoint")
+
+
+def test_a_tracker_writes_into_the_runs_folder(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs pip install tensorboard")
+    flags = [*SMALL, "--steps", 1, "--log_with", "tensorboard", "--out", tmp_path / "run"]
+    train(tmp_path, *flags)
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_one_of_two_runs_in_a_folder_is_refused_and_warnings_are_single_lines(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"question": "Who?", "answer": "Ada"}\n')
+    flags = [*SMALL, "--max_context", 100, "--samples", 1, "--steps", 2, "--out", tmp_path / "run"]
+    flags += ["--train_tasks", tmp_path / "one.jsonl", "--eval_every", 0]
+    flags += ["--corpus", write_world(World(11, 60, "dev"), tmp_path / "w11") / "pages.db"]
+    (tmp_path / "other").mkdir()
+    runs = [Train(folder, *flags) for folder in (tmp_path, tmp_path / "other")]
+    ended = [run.end() for run in runs]
+    assert sorted(status for status, _, _ in ended) == [0, 1], ended
+    for status, _, errors in ended:
+        if status:
+            words = last_words(errors)
+            assert "another run is writing into" in words or "holds a run" in words
+        else:
+            lines = errors.splitlines()
+            assert [line.split(":")[0] for line in lines] == ["warning"] * 3, errors
+            for words in ("--samples 1", "1 training tasks", "--max_context"):
+                assert errors.count(words) == 1
+    assert [row["step"] for row in lines_of(tmp_path / "run")] == [1, 2]
 
 
 def assert_like_the_first_update(out: Path, whole: Path):
@@ -485,7 +518,8 @@ def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, request, whole_run, 
     if mode == "sync" and state["step"] == 2:
         assert same_weights(whole_run[0] / "checkpoint", out / "checkpoint")
         return
-    train(tmp_path, "--resume", out, "--steps", state["step"] + 1)
+    to_go_on = words.split("accelerate launch train.py ")[1].split()
+    train(tmp_path, *to_go_on, "--steps", state["step"] + 1)
     if mode == "async":
         [kept] = state["rollouts"]
         whole = {

@@ -18,6 +18,7 @@ from test_train import ARGS, made_up_rows
 
 from rollout import RolloutArgs, new_group, play
 from support import endings
+from support.curriculum import Curriculum
 from support.run import Run
 from support.run_folder import load_state
 from train import Policy, TrainArgs, gradient
@@ -268,7 +269,7 @@ def test_a_stopped_run_saves_what_it_has_done(tmp_path, tiny, chat, monkeypatch)
     learner = SimpleNamespace(model=tiny, chat=chat, policy=object())
     learner.optimizer = torch.optim.AdamW(tiny.parameters())
     state = dict(out=tmp_path, learner=learner, rollouts=rollouts, ranks=1, is_main=True)
-    state |= dict(began=True, done=4, saved=2)
+    state |= dict(began=True, done=4, saved=2, curriculum=Curriculum([], 0, False))
     monkeypatch.setattr("support.run.draw_curves", lambda out: None)
     go_on = f"go on with: accelerate launch train.py --resume {tmp_path}"
     assert ended(endings.Stopped(), **state) == f"train.py: stopped after step 4; {go_on}"

@@ -1,5 +1,6 @@
 """The engine against `generate`, and the agent loop: what is sampled, recorded and ended."""
 
+import json
 import pickle
 import random
 import threading
@@ -234,6 +235,17 @@ def test_a_missing_model_is_one_line(name):
     with pytest.raises(ValueError, match="cannot load the model") as error:
         load_policy(name)
     assert "\n" not in str(error.value)
+
+
+def test_code_beside_a_model_is_never_run_nor_asked_about(tmp_path, tokenizer, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": names}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="cannot load the model") as error:
+        load_policy(str(tmp_path))
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
 
 
 # --------------------------------------------------------------------------------- the agent loop

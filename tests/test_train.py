@@ -6,10 +6,14 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -23,15 +27,20 @@ from rollout import EVALUATION, Group, RolloutArgs, SyncRollouts, new_group
 from support import processes
 from support.batches import micro_batches, padded
 from support.checks import check_args
+from support.curriculum import Curriculum
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
 from support.run import Run
 from support.run_folder import (
+    MAY_CHANGE,
     choose_folder,
     cut_lines,
+    flags_of,
     load_state,
+    lock,
     save,
     save_atomically,
+    save_config,
     sha256,
     share_of,
     take_config,
@@ -215,6 +224,30 @@ def test_task_order_is_a_function_of_seed_and_position():
     assert [task_at(tasks, position, 1).id for position in range(20)] != drawn
 
 
+def test_the_curriculum_draws_what_fails():
+    kinds = [("lookup", 1)] * 30 + [("compute", 2)] * 10
+    tasks = [Task(str(i), "q", "a", family=f, hops=h) for i, (f, h) in enumerate(kinds)]
+    stream = Curriculum(tasks, seed=3, on=True)
+    fresh = [stream.task_at(position).id for position in range(400)]
+    assert set(fresh) == {task.id for task in tasks}  # before anything is known all are alike
+    share = stream.learn({"0": 8, "1": 8, "30": 8}, {"0": 8, "1": 7, "30": 0})
+    assert share["compute 2"] > 0.5 and sum(share.values()) == pytest.approx(1)
+    drawn = Counter(stream.task_at(position).id for position in range(20_000))
+    assert len(drawn) == 40  # none is never drawn
+    assert drawn["30"] > drawn["31"] > drawn["2"] > drawn["0"]  # own attempts, kind, kind, own
+    for number, task in enumerate(tasks):  # in proportion to the expected rate of failure
+        expected = stream.rates[number] / stream.rates.sum() * 20_000
+        assert abs(drawn[task.id] - expected) < 5 * expected**0.5
+
+    resumed = Curriculum(tasks, 3, True, json.loads(json.dumps(stream.state())))
+    assert all(resumed.task_at(p) == stream.task_at(p) for p in range(50))
+    off = Curriculum(tasks, 3, False, stream.state())
+    assert [off.task_at(p) for p in range(60)] == [task_at(tasks, p, 3) for p in range(60)]
+    for _ in range(100):  # what is long past is forgotten
+        stream.learn({}, {})
+    assert np.ptp(stream.rates) < 0.01
+
+
 def source_of(monkeypatch, mode, tasks, update, rank=0, ranks=1, per_update=4, state=None):
     """What train.py's rollouts of a rank play from this update on: (next_group, groups of an
     update, number of the first one). No worker is started: only what one would get is looked at."""
@@ -316,6 +349,8 @@ def test_metrics_by_hand():
         "tokens": 40 / 8,
         "entropy": 0.5,
         "zero_variance_groups": 2 / 3,
+        "all_right_groups": 1 / 3,
+        "all_wrong_groups": 1 / 3,
         "kept_negatives": 2 / 3,
         "stale_share": 22 / 40,
         "staleness": {"0": 18 / 40, "1": 22 / 40},
@@ -476,6 +511,173 @@ def test_a_resumed_run_has_its_flags_but_for_those_given_now(tmp_path, monkeypat
         take_config(str(tmp_path / "absent"), [args])
 
 
+def resumed(folder: Path, monkeypatch, config, *words: str) -> list:
+    """The flags of a run that goes on with this config.json and these words."""
+    text = config if isinstance(config, str) else json.dumps(config)
+    (folder / "config.json").write_text(text)
+    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(folder), *words])
+    flags = parse_flags((TrainArgs, RolloutArgs, AsyncArgs), "Doc.")
+    take_config(str(folder), flags)
+    return flags
+
+
+GUARDED = {
+    "reward": "evil.py:f",
+    "unsafe_python": True,
+    "python": "cpython",
+    "live": True,
+    "search": "searxng",
+    "search_url": "http://evil.test/",
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_what_runs_code_or_lowers_a_guard_is_never_taken_from_a_runs_folder(
+    tmp_path, monkeypatch, name
+):
+    config = {"steps": 5, name: GUARDED[name]}
+    with pytest.raises(ValueError, match="from the command line only") as error:
+        resumed(tmp_path, monkeypatch, config)
+    word = f"--{name}={GUARDED[name]}"
+    assert word in str(error.value) and "\n" not in str(error.value)
+    for given in (word, f"--{name}={GUARDED[name]}".replace("evil", "mine")):
+        flags = resumed(tmp_path, monkeypatch, config, given)
+        assert f"--{name}={flags_of(flags)[name]}" == given
+    # What stands there in another type, or with a line break, is no way in either.
+    for odd in (["x"], {"a": 1}, "x\n\x1b[2J"):
+        with pytest.raises(ValueError, match=f"--{name}") as error:
+            resumed(tmp_path, monkeypatch, {name: odd})
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("word", ["--learning_rate=1e-5", "--seed=1", "--out=other", "--model=x"])
+def test_resume_refuses_flags_that_would_make_another_run_of_it(tmp_path, monkeypatch, word):
+    config = asdict(TrainArgs()) | asdict(RolloutArgs()) | asdict(AsyncArgs())
+    with pytest.raises(ValueError, match="only these may be changed: steps, ") as error:
+        resumed(tmp_path, monkeypatch, config, word)
+    assert word.split("=")[0] in str(error.value) and "\n" not in str(error.value)
+    as_before = [f"--{name}={value}" for name, value in config.items() if name != "resume"]
+    assert flags_of(resumed(tmp_path, monkeypatch, config, *as_before))["learning_rate"] == 5e-4
+    args, _, async_args = resumed(
+        tmp_path, monkeypatch, config, "--steps=9", "--save-every=2", "--workers", "3"
+    )
+    assert (args.steps, args.save_every, async_args.workers) == (9, 2, 3)
+
+
+def test_help_says_what_resume_may_be_given(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit):
+        parse_flags((TrainArgs, RolloutArgs, AsyncArgs), "Doc.")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if " --resume RESUME" in line]
+    for name in (*MAY_CHANGE, *GUARDED):
+        assert name in line and name in flags_of([TrainArgs(), RolloutArgs(), AsyncArgs()])
+    assert "learning_rate" not in line
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["", "[1, 2]", "7", "{", "[" * 100_000, '{"steps": "many"}', '{"steps": [1]}']
+    + ['{"rollout": "maybe"}', '{"partial": "perhaps"}', '{"gamma": null}', '{"seed": 1.5}'],
+    ids=lambda config: config[:16],
+)
+def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, config):
+    with pytest.raises((ValueError, SystemExit), match="config.json") as error:
+        resumed(tmp_path, monkeypatch, config)
+    assert "\n" not in str(error.value)
+
+
+def test_one_run_writes_into_a_folder(tmp_path):
+    first = lock(tmp_path)
+    with pytest.raises(ValueError, match="another run is writing into"):
+        lock(tmp_path)
+    os.close(first)
+    os.close(lock(tmp_path))
+
+
+def test_a_run_can_be_repeated_from_its_folder(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(t): return 0\n")
+    (tmp_path / "run").mkdir()
+    for spec in (f"{tmp_path}/mine.py:f", f"{tmp_path}/run/mine.py"):  # resumed from the copy, too
+        save_config(tmp_path / "run", [TrainArgs(reward=spec)])
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert config["reward"] == spec and len(config["commit"].split("-")[0]) in (0, 40)
+        assert (tmp_path / "run" / "mine.py").read_text() == "def f(t): return 0\n"
+    assert config["packages"]["torch"] == version("torch") and config["packages"]["python"]
+
+
+def logged(tmp_path, monkeypatch, capsys, **metrics) -> list[str]:
+    """The warnings of a run whose first three updates have these metrics."""
+    drawn = []
+    monkeypatch.setattr("support.run.draw_curves", drawn.append)
+    run = Run(TrainArgs(), [])
+    run.out, run.accelerator = tmp_path, Accelerator(cpu=True)
+    usual = dict(pass_rate=0.5, reward=0.5, turns=2.0, entropy=0.3, rollout_s=1.0, train_s=1.0)
+    for run.done in (1, 2, 3):
+        run.log(usual | {"grad_norm": 0.1} | metrics, [], [])
+    printed, errors = capsys.readouterr()
+    assert drawn == [tmp_path]  # curves.png is there after the first update
+    assert [line.split(":")[0] for line in printed.splitlines()] == [
+        f"update {n}" for n in (1, 2, 3)
+    ]
+    assert "rollout 1.0 s, update 1.0 s" in printed
+    return errors.splitlines()
+
+
+def test_what_gives_no_signal_is_said_once(tmp_path, monkeypatch, capsys):
+    assert logged(tmp_path, monkeypatch, capsys) == []
+    assert logged(tmp_path, monkeypatch, capsys, grad_norm=None) == []  # said at the step
+    [line] = logged(tmp_path, monkeypatch, capsys, grad_norm=0.0)
+    assert line.startswith("warning: ") and "no gradient" in line
+    [line] = logged(tmp_path, monkeypatch, capsys, grad_norm=0.0, turns=0.0)
+    assert line.startswith("warning: ") and "--max_context" in line
+
+
+def test_warnings_before_the_first_update(capsys):
+    tasks = [Task(str(n), "q", "a") for n in range(10)]
+    run = Run(TrainArgs(samples=1), [])
+    run.learner = SimpleNamespace(loop=None)
+    run.open_rollouts(tasks, AsyncArgs())
+    alone, few = capsys.readouterr().err.splitlines()
+    assert alone.startswith("warning: --samples 1")
+    assert few.startswith("warning: 10 training tasks are fewer than --tasks_per_step 16")
+
+
+def test_the_last_lines_of_a_run_without_held_out_tasks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("support.run.draw_curves", lambda out: None)
+    run = Run(TrainArgs(), [])
+    run.out, run.done = tmp_path, 7
+    run.report(None, None)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("7 steps are done") and f"--model {tmp_path}/checkpoint" in line
+
+
+def test_a_tracker_that_is_missing_is_refused_before_the_start(monkeypatch):
+    monkeypatch.setattr("support.checks.get_available_trackers", lambda: ["wandb"])
+    for name in ("tensorboard", "tensorbord"):
+        with pytest.raises(ValueError, match=f"--log_with {name}: there is wandb on this") as error:
+            check_args(TrainArgs(log_with=name), RolloutArgs(), AsyncArgs())
+        assert "\n" not in str(error.value)
+    check_args(TrainArgs(log_with="wandb"), RolloutArgs(), AsyncArgs())
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("no yaml"), RuntimeError("api_key\nnot set"), KeyError()]
+)
+def test_a_tracker_that_does_not_start_is_one_line(tmp_path, error):
+    def init(*arguments):
+        raise error
+
+    run = Run(TrainArgs(log_with="wandb"), [])
+    run.accelerator = SimpleNamespace(
+        init_trackers=init, project_configuration=SimpleNamespace(logging_dir=".")
+    )
+    with pytest.raises(ValueError, match="--log_with wandb does not start: ") as raised:
+        run.open_tracker(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert run.accelerator.project_configuration.logging_dir == str(tmp_path)
+
+
 def test_a_failed_save_keeps_the_old_folder(tmp_path):
     save_atomically(tmp_path / "c", lambda folder: (folder / "x").write_text("old"))
 
@@ -494,7 +696,7 @@ def test_a_failed_save_keeps_the_old_folder(tmp_path):
 )
 def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, monkeypatch, error):
     optimizer = torch.optim.AdamW(tiny.parameters())
-    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, [None])
+    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
 
     def full(what, path):
         path.write_bytes(b"half")
@@ -502,7 +704,7 @@ def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, mon
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, [None])
+        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
     assert load_state(tmp_path)["step"] == 1
     assert [path.name[:11] for path in (tmp_path / "state").iterdir()] == ["step-000001"]
     assert {path.name for path in tmp_path.iterdir()} == {"state", "checkpoint"}
@@ -511,7 +713,7 @@ def test_a_full_disk_leaves_the_last_state_and_no_rest(tmp_path, tiny, chat, mon
 
 def test_a_disk_that_is_full_for_the_checkpoint_is_one_line(tmp_path, tiny, chat, monkeypatch):
     optimizer = torch.optim.AdamW(tiny.parameters())
-    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, [None])
+    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
 
     def full(folder):
         (folder / "model.safetensors").write_bytes(b"half")
@@ -519,7 +721,7 @@ def test_a_disk_that_is_full_for_the_checkpoint_is_one_line(tmp_path, tiny, chat
 
     monkeypatch.setattr(tiny, "save_pretrained", full)
     with pytest.raises(OSError, match="cannot write a checkpoint") as error:
-        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, [None])
+        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
     assert "\n" not in str(error.value)
     assert (tmp_path / "checkpoint/model.safetensors").stat().st_size > 1000
     assert load_state(tmp_path)["step"] in (1, 2)
@@ -531,7 +733,7 @@ def test_a_state_holds_everything_and_two_are_kept(tmp_path, tiny, chat):
     optimizer.step()
     under_way = {"next_number": 3, "groups": [asdict(new_group(Task("t", "q", "a"), 2, 2, 0))]}
     for step in (1, 2, 3):
-        save(tmp_path, step, tiny, optimizer, chat.tokenizer, [under_way])
+        save(tmp_path, step, tiny, optimizer, chat.tokenizer, {"rollouts": [under_way]})
     names = sorted(path.name[:11] for path in (tmp_path / "state").iterdir())
     assert names == ["step-000002", "step-000003"]
     state = load_state(tmp_path)

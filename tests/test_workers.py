@@ -251,7 +251,9 @@ def test_async_without_partial_is_strictly_on_policy(make_pool, tiny):
 
 def through_a_checkpoint(state, model, tokenizer, folder) -> dict:
     """The state of a rank's rollouts, written and read as a run does."""
-    run_folder.save(folder, 1, model, torch.optim.SGD(model.parameters()), tokenizer, [state])
+    run_folder.save(
+        folder, 1, model, torch.optim.SGD(model.parameters()), tokenizer, {"rollouts": [state]}
+    )
     return run_folder.share_of(run_folder.load_state(folder)["rollouts"], 0, 1, tasks=1)
 
 

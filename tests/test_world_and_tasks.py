@@ -1,13 +1,17 @@
 import contextlib
 import functools
+import html
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -30,10 +34,11 @@ from data.index import (
 )
 from data.parts import FRAMES
 from data.serve import start_server
-from data.task import load_tasks
+from data.task import load_tasks, parse_tasks
 from data.tasks import SHIPPED, SHIPPED_STAGES, form_of, make_tasks
 from data.world import SPLITS, World, load_world, page_html, write_world
 from support.html_text import html_to_text, view_page
+from support.toolbox import Toolbox
 from tools import urls_in
 
 
@@ -360,6 +365,11 @@ def with_world(**changes) -> str:
         ('{"id": 7, "question": "q", "answer": "a"}', "'id'"),
         (b'{"question": "\xff", "answer": "a"}', "17"),
         ("[" * 100_000, "nested"),
+        ('{"question": "q", "answer": "a", "meta": ' + '{"a":[' * 250 + "]}" * 250 + "}", "nested"),
+        ('{"question": "q", "answer": ' + "[" * 900 + "]" * 900 + "}", "nested"),
+        ('{"question": "q", "answer": "a", "hops": ' + "9" * 5000 + "}", "not valid JSON"),
+        (with_world(seed=None), "the seed"),
+        (with_world(entities="60"), "'entities'"),
         ('{"question": "q", "answer": "a", "evidence": [3]}', "'evidence'"),
         ('{"question": "q", "answer": "a", "meta": {"template": ["of"]}}', "'template'"),
         ('{"question": "q", "answer": "a", "meta": {"world": "w7"}}', "a world is"),
@@ -459,3 +469,204 @@ def test_menus_around_a_page_are_not_its_text():
     assert html_to_text(page) == "# Zip\nText" and "Menu" in html_to_text(
         "<nav>Menu</nav><p>Text</p>"
     )
+
+
+# ------------------------------------------------------------------------------- corpora of one's own
+
+
+def corpus(tmp_path, *lines, mark="") -> Path:
+    """An index of a JSON-lines file with these lines."""
+    text = mark + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "c.jsonl").write_text(text, encoding="utf-8")
+    documents = jsonl_documents(tmp_path / "c.jsonl", "http://c.test/", strict=True)
+    assert build_index(documents, tmp_path / "c.db") == len(lines)
+    return tmp_path / "c.db"
+
+
+URLS = [
+    "https://alpha.test/wiki/Heron",
+    "https://beta.test/x",
+    "http://beta.test/x",
+    "https://alpha.test:8443/x",
+    "https://alpha.test/x?a=1&b=é",
+    "https://alpha.test/x?a=1&b=e",
+    "HTTPS://Gamma.Test/Über uns",
+    "http://alpha.test/AC%2fDC",
+    "http://alpha.test/AC/DC",
+    "http://münchen.test/",
+    "https://delta.test",
+    "https://delta.test/search?q=x",
+    "ftp://files.test/pub/a.txt",
+    "file:///home/me/notes.html",
+    "http://[::1]:8000/x",
+    "http://127.0.0.1/x",
+    "http://alpha.test/a b(c)'d'/<e>",
+    "http://alpha.test//two//strokes",
+    "http://alpha.test/a/../b?",
+    "http://alpha.test/100%",
+    "s3://bucket/a key/é",
+]
+
+
+def test_every_address_of_a_corpus_can_be_browsed(tmp_path):
+    lines = [{"url": url, "title": f"T{n}", "text": f"word{n}."} for n, url in enumerate(URLS)]
+    search, browse = Toolbox().open(corpus(tmp_path, *lines))
+    for n, url in enumerate(URLS):
+        assert f" {url}\n" in search(queries=[f"word{n}"])
+        for form in (url, url + "#part", url.replace("alpha.test", "ALPHA.test")):
+            shown = browse(url=form)
+            assert shown.startswith(f"{form} (page 1 of 1)\n") and shown.endswith(f"\nword{n}.")
+    assert "word0." in browse(url="https://alpha.test:443/wiki/Heron")
+    assert browse(url="http://alpha.test/wiki/Heron").startswith("error 404")
+    assert browse(url="http://elsewhere.test/").startswith("error no such site")
+
+
+def test_passages_of_one_address_stand_together(tmp_path):
+    url = "https://alpha.test/long"
+    lines = [{"url": url, "title": "Long", "text": f"passage {n}"} for n in range(3)]
+    lines.append({"url": url + "#end", "title": "Long", "text": "x", "html": "<p>the <b>end</b>"})
+    browse = Toolbox().open(corpus(tmp_path, *lines))[1]
+    assert "passage 0\npassage 1\npassage 2\n" in browse(url=url).replace("* * *\n", "")
+    assert browse(url=url).endswith("the end") and browse(url=url + "#end").endswith("the end")
+
+
+def test_words_are_found_as_they_are_written(tmp_path):
+    titles = [
+        "Goethestraße",
+        "Weißensee",
+        "İzmir",
+        "re\u0301sume\u0301",
+        "北京市位于华北",
+        "東京スカイツリー",
+        "서울은 크다",
+        "ประเทศไทย",
+        "दान और दिन",
+        "مُحَمَّد",
+        "soft\xadhyphen",
+    ]
+    lines = [{"url": f"http://c.test/{n}", "title": t, "text": t} for n, t in enumerate(titles)]
+    db = corpus(tmp_path, *lines)
+    index = open_index(db)
+    same = [
+        "Goethestrasse",
+        "WEISSENSEE",
+        "Izmir",
+        "résumé",
+        "北京",
+        "スカイ",
+        "서울",
+        "ไทย",
+        "दान",
+    ]
+    for number, query in [
+        *enumerate(titles),
+        *enumerate(same),
+        (3, "resume"),
+        (4, "华北"),
+        (9, "محمد"),
+    ]:
+        hits = search_index(index, query, 1)
+        assert hits and hits[0]["url"] == f"http://c.test/{number}", query
+        assert unicodedata.normalize("NFC", hits[0]["snippet"]) in unicodedata.normalize(
+            "NFC", titles[number]
+        )
+    assert not search_index(index, "दिनकर", 1) and not search_index(index, "京北", 1)
+    browse = Toolbox().open(db)[1]
+    assert "Goethestraße" in browse(url="http://c.test/0", find="goethestrasse")
+    assert "İzmir" in browse(url="http://c.test/2", find="IZMIR")
+
+
+def test_the_snippet_is_the_passage_with_most_of_the_words(tmp_path):
+    text = "Nothing here. " * 100 + "The heron stands. The grey heron eats fish. " + "More. " * 100
+    db = corpus(tmp_path, {"url": "http://c.test/", "title": "t", "text": text})
+    [hit] = search_index(open_index(db), "grey heron fish", 1)
+    assert hit["snippet"].startswith("… The heron stands. The grey heron eats fish.")
+
+
+def test_corpora_with_a_mark_or_another_charset(tmp_path):
+    line = {"url": "http://c.test/", "title": "Hens", "text": "hens lay eggs"}
+    assert search_index(open_index(corpus(tmp_path, line, mark="\ufeff")), "eggs", 1)
+    folder = tmp_path / "pages"
+    (folder / "sub").mkdir(parents=True)
+    page = '<meta charset="{}"><title>Málaga</title><meta name=description content="ü">Málaga €'
+    for charset, name in (("windows-1252", "a"), ("utf-8-sig", "b"), ("utf-16", "c")):
+        (folder / f"{name}.html").write_bytes(page.format(charset).encode(charset))
+    (folder / "sub" / "index.html").write_text("<p>home of sub <a href=x.html>x</a>")
+    (folder / "titles.html").write_text("<title>" * 150_000)
+    done = command("data/index.py", "--html", folder, "--out", tmp_path / "h.db")
+    assert "5 pages indexed" in done.stdout, done.stderr
+    search, browse = Toolbox().open(tmp_path / "h.db")
+    hits = search_index(open_index(tmp_path / "h.db"), "malaga", 5)
+    assert [(hit["title"], hit["snippet"]) for hit in hits] == [("Málaga", "ü")] * 3
+    for name in "abc":
+        assert browse(url=f"http://corpus.test/{name}.html").endswith("\nMálaga €")
+    assert "home of sub" in browse(url="http://corpus.test/sub/")
+    assert "http://corpus.test/sub/x.html" in browse(url="http://corpus.test/sub/", links=True)
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "a"}\n')
+    _, _, task = next(parse_tasks(tmp_path / "t.jsonl"))  # as data/validate.py reads them
+    assert task.question == "q" and load_tasks(tmp_path / "t.jsonl") == [task]
+
+
+ENDLESS = "with recursive n(i) as (select 1 union all select i + 1 from n) select i {} from n"
+
+
+@pytest.mark.parametrize("table", ["pages", "html", "meta", "words_docsize", "words_data", "other"])
+def test_a_file_that_is_no_index_is_refused(tmp_path, world_dir, table):
+    shutil.copy(world_dir / "pages.db", tmp_path / "c.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "c.db")) as hostile:
+        if table != "other":
+            columns = [row[1] for row in hostile.execute(f"pragma table_info({table})")]
+            sql = ENDLESS.format(", ".join(f"as {c}, i" for c in columns).removesuffix(", i"))
+            hostile.execute("pragma writable_schema=on")
+            hostile.execute("delete from sqlite_master where name = ?", (table,))
+            hostile.execute(
+                "insert into sqlite_master values ('view', ?, ?, 0, ?)",
+                (table, table, f"create view {table} as {sql}"),
+            )
+        else:
+            hostile.execute(f"create view other as {ENDLESS.format('')}")
+        hostile.commit()
+    with pytest.raises(ValueError, match="no search index of this version"):
+        Toolbox(corpus=str(tmp_path / "c.db"))
+
+
+def test_a_file_that_is_no_database_is_one_line(tmp_path):
+    (tmp_path / "c.db").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    done = command("data/serve.py", "--db", tmp_path / "c.db", "--port", "0")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+def test_a_world_of_an_earlier_version_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.world, "WORLDS", tmp_path)
+    folder = data.world.world_folder(World(3, 60, "dev").description())
+    (folder / "pages.db").unlink()
+    with contextlib.closing(sqlite3.connect(folder / "pages.db")) as old:
+        old.execute("create virtual table pages using fts5(title, text, url unindexed)")
+    assert data.world.world_folder(World(3, 60, "dev").description()) == folder
+    assert search_index(open_index(folder / "pages.db"), "mayor", 1)
+
+
+def test_the_page_server_answers_its_own_hosts(tmp_path):
+    lines = [{"url": url, "title": "T", "text": "some words"} for url in URLS]
+    db = corpus(tmp_path, *lines)
+    with contextlib.closing(sqlite3.connect(db)) as connection:  # one bad url among good ones
+        connection.execute("update pages set url = 'http://[', address = 'http://[' where id = 2")
+        connection.commit()
+    server = start_server(db)
+    port = server.server_address[1]
+    ask = lambda path, host: requests.get(
+        f"http://127.0.0.1:{port}{path}", headers={"Host": host}, timeout=5
+    )
+    own = [f"127.0.0.1:{port}", "localhost", "LOCALHOST:9", "[::1]:80"]
+    for host in [*own, "alpha.test", "Alpha.test:8443"]:
+        assert ask("/search?q=words", host).status_code == 200
+    for host in ["evil.test", "127.0.0.1.evil.test", "alpha.test.evil", "[", "10.0.0.1", "a b"]:
+        assert ask("/search?q=words", host).status_code == 421
+        assert ask("/wiki/Heron", host).status_code == 421
+    links = re.findall('href="([^"]*)"', ask("/", own[0]).text)
+    assert len(links) == len(URLS)
+    for link in links[:1] + links[2:]:
+        page = ask(html.unescape(link), own[0])
+        assert page.status_code == 200 and "some words" in page.text, link
+    assert "some words" in ask("/wiki/Heron", own[0]).text
+    server.shutdown()

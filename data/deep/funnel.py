@@ -28,11 +28,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from data.deep.solve import parse_question, solutions
-from data.index import open_index, search_index
+from data.index import open_index, search_index, sites_of
 from data.parts import FRAMES
 from data.task import Task, check_task, parse_tasks
 from support.answers import correct, normalize, parse_date, parse_number
 from support.toolbox import Toolbox
+from support.words import index_words
 
 PAGELESS = {"math", "code"}  # solved without pages
 # The second solver must solve these.
@@ -263,8 +264,7 @@ class Funnel:
             # These are the tools as the agent has them, over HTTP; only the pieces of a page are
             # larger, to read it in one call.
             self.search, self.browse = Toolbox(page_chars=10_000_000).open(db)
-            meta = dict(self.index.execute("select key, value from meta"))
-            self.base = f"http://{meta['host']}/"
+            self.base = f"{sites_of(self.index)[0]}/"
         self.questions, self.contents, self.answers = set(), {}, defaultdict(Counter)
         self.looked, self.counts, self.rejects = Counter(), Counter(), []
         # Memories are bounded, so that the funnel stays small on any world.
@@ -280,11 +280,12 @@ class Funnel:
 
     def find(self, phrase: str) -> list[str]:
         """Paths of all pages that contain the phrase: the exhaustive query behind `unique`."""
-        words = " ".join(re.findall(r"\w+", phrase))
+        words = index_words(phrase)
         if not self.index or not words:
             return []
         query = (f'text : "{words}"',)
-        rows = self.index.execute("select url from pages where pages match ?", query)
+        page = "select url from words join pages on id = words.rowid where words match ?"
+        rows = self.index.execute(page, query)
         return [path_of(url) for (url,) in rows]
 
     def links(self, url: str) -> frozenset[str] | None:
