@@ -278,10 +278,10 @@ class Run:
             scores: for each group the Reward, whether it was kept, and the advantages of each
                 trajectory, without those that the environment failed.
         """
-        lines, chat, stale = [], self.learner.chat, self.args.stale
-        if is_written(self.done, self.args.steps, self.args.keep_trajectories):
-            lines = to_lines(update_records(self.done, groups, *scores, stale, chat))
-            lines = gather_object(lines)
+        args, lines = self.args, []
+        if is_written(self.done, args.steps, args.keep_trajectories):
+            records = update_records(self.done, groups, *scores, args.stale, self.learner.chat)
+            lines = gather_object(to_lines(records))
         if self.is_main:
             run_folder.append_line(self.out / "metrics.jsonl", {"step": self.done} | metrics)
             run_folder.append(self.out / "trajectories.jsonl", lines)
@@ -292,7 +292,7 @@ class Run:
                 f"update {metrics['train_s']:.1f} s"
             )
             sys.stdout.flush()  # into a log, too
-            if self.done == 1 and self.args.rollout == "sync":  # workers would have to wait
+            if self.done == 1 and args.rollout == "sync":  # workers would have to wait
                 draw_curves(self.out)
         self.warn(not metrics["turns"], NO_TURN)
         self.warn(metrics["turns"] and metrics["grad_norm"] == 0, NO_GRADIENT)

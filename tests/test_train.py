@@ -610,7 +610,7 @@ def logged(tmp_path, monkeypatch, capsys, **metrics) -> list[str]:
     """The warnings of a run whose first three updates have these metrics."""
     drawn = []
     monkeypatch.setattr("support.run.draw_curves", drawn.append)
-    run = Run(TrainArgs(), [])
+    run = Run(TrainArgs(keep_trajectories=0), [])
     run.out, run.accelerator = tmp_path, Accelerator(cpu=True)
     usual = dict(pass_rate=0.5, reward=0.5, turns=2.0, entropy=0.3, rollout_s=1.0, train_s=1.0)
     for run.done in (1, 2, 3):
@@ -645,10 +645,12 @@ def test_warnings_before_the_first_update(capsys):
 
 def test_the_last_lines_of_a_run_without_held_out_tasks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("support.run.draw_curves", lambda out: None)
+    monkeypatch.setattr("support.run.write_report", lambda folders, out: None)
     run = Run(TrainArgs(), [])
     run.out, run.done = tmp_path, 7
     run.report(None, None)
-    [line] = capsys.readouterr().out.splitlines()
+    page, line = capsys.readouterr().out.splitlines()
+    assert page.endswith(f"{tmp_path}/report.html")
     assert line.startswith("7 steps are done") and f"--model {tmp_path}/checkpoint" in line
 
 
