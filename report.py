@@ -46,7 +46,8 @@ def read_trajectories(path: Path, pieces: Pieces) -> tuple[dict, dict]:
     if not path.exists():
         return packed, behaviours
     with open(path, encoding="utf-8") as file:
-        records = (json.loads(line) for line in file if line.endswith("\n"))
+        null = {"parse_constant": lambda name: None}  # NaN is no JSON that a page can read
+        records = (json.loads(line, **null) for line in file if line.endswith("\n"))
         records = (r for r in records if isinstance(r.get("turns"), list))  # else an older run's
         for step, group in itertools.groupby(records, key=lambda record: record["step"]):
             group = sorted(group, key=lambda record: (record["group"], record["index"]))
