@@ -16,7 +16,7 @@ from rollout import RolloutArgs
 from support.baselines import Baseline, weaken
 from support.checks import check_rollout_args
 from support.endpoint import probe
-from support.toolbox import Toolbox, open_toolbox
+from support.toolbox import Toolbox
 from tools import signatures
 
 NO_TURN = "no trajectory has made a turn: --max_context is too small for the prompts"
@@ -90,7 +90,7 @@ def open_tools(args: EvaluateArgs, rollout_args: RolloutArgs, tasks: list[Task])
     runs_python = args.baseline == "none" and "python" not in args.without
     if not runs_python:  # then no code runs, and none needs a sandbox
         rollout_args = replace(rollout_args, python="monty")
-    toolbox = open_toolbox(rollout_args)
+    toolbox = Toolbox(rollout_args)
     weaken(toolbox, args.without, args.retriever, args.seed)
     if runs_python:
         print(f"python tool: {toolbox.isolation()}", file=sys.stderr)
