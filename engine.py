@@ -212,8 +212,8 @@ class Engine:
 
     Args:
         model: its weights may change between turns, see `new_weights`.
-        chat: its template. `chat.end_id` ends a turn; `chat.before_question` begins all prompts, and
-            runs once for each version of the weights.
+        chat: its template. `chat.end_id` ends a turn. `chat.before_question` begins all prompts,
+            and runs once for each version of the weights.
         args: `RolloutArgs`; slots, kv_tokens, max_context, max_new_tokens and temperature are read.
 
     Raises:

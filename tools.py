@@ -31,7 +31,7 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.index import open_index, search_index
+from data.index import Index
 from support.html_text import html_to_text, view_page
 from support.monty_session import MontyError, run_code, shown
 from support.search_services import WebSearch
@@ -186,8 +186,8 @@ class Search:
     name, signature = "search", "search(queries: list of str)"
 
     def __init__(self, db: Path | str, k: int = 2, service: WebSearch | None = None):
-        self.db, self.k, self.service, self.look_up = db, k, service, search_index
-        self.idle = [] if service else [open_index(db)]  # connections that no thread uses now
+        self.k, self.service = k, service
+        self.index = None if service else Index(db)
 
     def check(self, arguments: dict) -> str | None:
         queries = arguments.get("queries")
@@ -217,15 +217,9 @@ class Search:
         if self.service:
             return self.service.find(queries)
         try:
-            connection = self.idle.pop()
-        except IndexError:
-            connection = open_index(self.db)
-        try:
-            return [self.look_up(connection, query, self.k) for query in queries]
+            return self.index.hits(queries, self.k)
         except sqlite3.Error as error:
             raise ToolFault(f"search failed ({error})") from None
-        finally:
-            self.idle.append(connection)
 
 
 class Browse:

@@ -48,7 +48,7 @@ from data.task import Task
 from engine import Engine, keep_memory, load_policy
 from rollout import AgentLoop, Group, RolloutArgs
 from support import endings
-from support.toolbox import open_toolbox
+from support.toolbox import Toolbox
 from support.user_code import where_it_failed
 from tools import signatures
 
@@ -222,7 +222,7 @@ class Worker:
         chat = Chat(tokenizer, signatures())
         self.engine = Engine(self.model, chat, setup.args)
         self.engine.new_weights(weights.read(self.model))
-        self.loop = setup.loop(self.engine, chat, open_toolbox(setup.args), setup.args)
+        self.loop = setup.loop(self.engine, chat, Toolbox(setup.args), setup.args)
         self.hold = False
         self.asked, self.answered = 0, 0  # number of the last hold, and of the last one we answered
         self.started = self.spoke = time.perf_counter()

@@ -295,6 +295,33 @@ def random_pages(connection: sqlite3.Connection, query: str, k: int, seed: int) 
     return [hit(connection, rowid, []) for rowid in chosen]
 
 
+class Index:
+    """A search index for several threads: each search takes a connection that no other uses now.
+
+    Args:
+        path: of the index.
+        look_up: `search_index`, or another function that finds hits for (connection, query, k).
+    """
+
+    def __init__(self, path: Path | str, look_up: Callable = search_index):
+        self.path, self.look_up, self.idle = path, look_up, [open_index(path)]
+
+    def hits(self, queries: list[str], k: int) -> list[list[dict]]:
+        """What `look_up` finds for each query.
+
+        Raises:
+            sqlite3.Error: the file cannot be read.
+        """
+        try:
+            connection = self.idle.pop()
+        except IndexError:
+            connection = open_index(self.path)
+        try:
+            return [self.look_up(connection, query, k) for query in queries]
+        finally:
+            self.idle.append(connection)
+
+
 def page_html_of(connection: sqlite3.Connection, url: str) -> str | None:
     """The HTML of a page, in which a passage without HTML is plain text. Passages of one address
     stand together, and sub/ means sub/index.html too.

@@ -46,7 +46,7 @@ def pass_window(tasks: list[Task], funnel: Funnel, args: Args) -> list[Task]:
     corpus = str(Path(args.world) / "pages.db") if args.world else ""
     rollout_args = RolloutArgs(max_turns=args.max_turns, corpus=corpus)
     _, chat, engine = open_policy(args.model, rollout_args)
-    loop = AgentLoop(engine, chat, Toolbox(corpus), rollout_args, lockstep=True)
+    loop = AgentLoop(engine, chat, Toolbox(rollout_args), rollout_args, lockstep=True)
     groups = [new_group(t, n, args.pass_n, 0, stream=EVALUATION) for n, t in enumerate(tasks)]
     solved = Counter(
         t.task.id

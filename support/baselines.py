@@ -86,7 +86,8 @@ def weaken(toolbox: Toolbox, without: list[str], retriever: str, seed: int) -> N
         tools = tools_for(trajectory)
         search = tools["search"] = copy.copy(tools["search"])
         if retriever == "random":
-            search.look_up = functools.partial(random_pages, seed=seed)
+            search.index = copy.copy(search.index)
+            search.index.look_up = functools.partial(random_pages, seed=seed)
         elif retriever == "empty":
             search.find = lambda queries: [[] for _ in queries]
         return {name: TakenAway(tool) if name in without else tool for name, tool in tools.items()}

@@ -1,4 +1,7 @@
-"""A model's chat template as constant texts, and texts as ids in which only ours hold control tokens."""
+"""A model's chat template as constant texts, and the ids of texts.
+
+Only texts of our own may hold control tokens.
+"""
 
 import functools
 import json

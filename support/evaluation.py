@@ -17,7 +17,7 @@ from support.baselines import Baseline, weaken
 from support.checks import check_rollout_args
 from support.endpoint import probe
 from support.page import Pieces, pack, write_page
-from support.toolbox import Toolbox, open_toolbox
+from support.toolbox import Toolbox
 from support.trajectory_log import record_of, to_lines, without_texts
 from tools import signatures
 
@@ -93,7 +93,7 @@ def open_tools(args: EvaluateArgs, rollout_args: RolloutArgs, tasks: list[Task])
     runs_python = args.baseline == "none" and "python" not in args.without
     if not runs_python:  # then no code runs, and none needs a sandbox
         rollout_args = replace(rollout_args, python="monty")
-    toolbox = open_toolbox(rollout_args)
+    toolbox = Toolbox(rollout_args)
     weaken(toolbox, args.without, args.retriever, args.seed)
     if runs_python:
         print(f"python tool: {toolbox.isolation()}", file=sys.stderr)

@@ -9,6 +9,24 @@ from collections import Counter
 from reward import is_negative
 
 
+def counts_of_group(outcomes: list, kept: list[bool]) -> dict:
+    """What a group adds to the counts.
+
+    Args:
+        outcomes: the Reward of each of its trajectories that was scored.
+        kept: whether negative control kept it.
+    """
+    below = [is_negative(outcome, outcomes) for outcome in outcomes]
+    right = sum(outcome.correct for outcome in outcomes)
+    return {
+        "negatives": sum(below),
+        "kept": sum(keep for keep, is_below in zip(kept, below) if is_below),
+        "zero_variance": not any(below),
+        "all_right": 0 < len(outcomes) == right,
+        "all_wrong": right == 0,
+    }
+
+
 def counts_of(
     groups: list, outcomes: list[list], kept: list[list[bool]], in_loss: int, rollouts
 ) -> dict:
@@ -24,23 +42,16 @@ def counts_of(
     trajectories = [t for group in groups for t in group.trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
     rewards = [outcome for group in outcomes for outcome in group]
-    negatives = kept_negatives = zero_variance = all_right = all_wrong = 0
-    for group, kept_of in zip(outcomes, kept):
-        below = [is_negative(outcome, group) for outcome in group]
-        negatives += sum(below)
-        kept_negatives += sum(keep for keep, is_below in zip(kept_of, below) if is_below)
-        zero_variance += not any(below)
-    families, right, parts, versions = Counter(), Counter(), Counter(), Counter()
-    tries, hits = Counter(), Counter()
-    for group, outcomes_of in zip(groups, outcomes):
-        task = group.trajectories[0].task
-        hits_here = sum(outcome.correct for outcome in outcomes_of)
-        tries[task.id] += len(outcomes_of)
-        hits[task.id] += hits_here
-        all_right += 0 < len(outcomes_of) == hits_here
-        all_wrong += hits_here == 0
+    of_groups = Counter(negatives=0, kept=0, zero_variance=0, all_right=0, all_wrong=0)
+    families, right, tries, hits = (Counter() for _ in range(4))
+    for group, outcomes_of, kept_of in zip(groups, outcomes, kept):
+        task, hits_here = group.trajectories[0].task, sum(each.correct for each in outcomes_of)
+        of_groups.update(counts_of_group(outcomes_of, kept_of))
         families[task.family] += len(group.trajectories)
         right[task.family] += hits_here
+        tries[task.id] += len(outcomes_of)
+        hits[task.id] += hits_here
+    parts, versions = Counter(), Counter()
     for outcome in rewards:
         parts.update(outcome.parts)
     for turn in turns:
@@ -53,12 +64,8 @@ def counts_of(
         "turns": len(turns),
         "tokens": sum(versions.values()),
         "surprise": -sum(p for turn in turns for p in turn.logprobs),
-        "negatives": negatives,
-        "kept": kept_negatives,
         "groups": len(groups),
-        "zero_variance": zero_variance,
-        "all_right": all_right,
-        "all_wrong": all_wrong,
+        **of_groups,
         "tries": dict(tries),
         "hits": dict(hits),
         "in_loss": in_loss,

@@ -41,7 +41,7 @@ from support.processes import (
     wanted_ranks,
 )
 from support.run_folder import share_of
-from support.toolbox import Toolbox, open_toolbox
+from support.toolbox import Toolbox
 from support.trajectory_log import is_written, to_lines, update_records
 from support.user_code import UserCodeError, where_it_failed
 from workers import AsyncRollouts, Setup, WorkerError
@@ -111,7 +111,7 @@ class Run:
         """The tools, with the worlds of these tasks open, and all ranks together. Rank 0 writes the
         worlds, on first use, while the others still import.
         """
-        toolbox = open_toolbox(rollout_args)
+        toolbox = Toolbox(rollout_args)
         if self.is_main:
             print(f"python tool: {toolbox.isolation()}")
             toolbox.prepare(tasks)

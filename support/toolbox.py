@@ -16,16 +16,28 @@ from tools import Browse, Python, Search
 CACHE = Path(__file__).resolve().parent.parent / "runs" / "cache"  # of the real web
 
 
+def open_index_tools(
+    db: Path | str, search_results: int = 2, page_chars: int = 400, service=None, web=None
+) -> tuple[Search, Browse]:
+    """Search and browse over one index, whose pages are served here.
+
+    Args:
+        db: the index; "" is the web alone.
+        search_results, page_chars: how much they show.
+        service, web: a `WebSearch` and a `LiveWeb`, or None.
+    """
+    hosts = {}
+    if db:
+        server = start_server(db)
+        hosts = dict.fromkeys(server.hosts, "127.0.0.1:%d" % server.server_address[1])
+    return Search(db, search_results, service), Browse(hosts, web or False, page_chars)
+
+
 class Toolbox:
     """Gives each trajectory its tools: search and browse of its task's world, and its own Python.
 
     Args:
-        corpus: index (data/index.py) for tasks that name no world; "" if there are none.
-        live: let browse open public addresses of the real web.
-        search_results, page_chars: how much search and browse show.
-        search, search_url: "embedded", or a search service of the web (support/search_services.py)
-            and its address; browse then opens the real web as well.
-        python, unsafe_python: "monty", or "cpython" with or without its sandbox.
+        args: `RolloutArgs`; what concerns the tools is read.
 
     Raises:
         FileNotFoundError: the corpus has no index.
@@ -33,33 +45,23 @@ class Toolbox:
             package is missing, or this machine has no sandbox.
     """
 
-    def __init__(
-        self,
-        corpus: str = "",
-        live: bool = False,
-        search_results: int = 2,
-        page_chars: int = 400,
-        search: str = "embedded",
-        search_url: str = "",
-        unsafe_python: bool = False,
-        python: str = "monty",
-    ):
-        self.corpus, self.search_results, self.page_chars = corpus, search_results, page_chars
+    def __init__(self, args):
+        self.args = args
         self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file; "" is the web alone
         self.sessions: dict[tuple, object] = {}  # of CPython, by trajectory key
-        self.open_cpython = None
-        if python == "cpython":
+        self.open_cpython = self.service = None
+        if args.python == "cpython":
             from support import cpython_sandbox  # it needs Linux
 
-            self.open_cpython = cpython_sandbox.opener(unsafe_python)
+            self.open_cpython = cpython_sandbox.opener(args.unsafe_python)
         self.others = [tool() for tool in tools.TOOLS if tool not in (Search, Browse, Python)]
-        self.service = None
-        if search != "embedded":
-            self.service = WebSearch(search, search_url, search_results, CACHE / "search")
+        if args.search != "embedded":
+            cache = CACHE / "search"
+            self.service = WebSearch(args.search, args.search_url, args.search_results, cache)
             self.service.probe()
-        self.web = LiveWeb(CACHE / "pages") if live or self.service else None
-        if corpus:
-            self.open(corpus)
+        self.web = LiveWeb(CACHE / "pages") if args.live or self.service else None
+        if args.corpus:
+            self.open(args.corpus)
 
     def isolation(self) -> str:
         """What confines the python tool, in words.
@@ -72,14 +74,12 @@ class Toolbox:
         return self.open_cpython().describe()
 
     def open(self, db: Path | str) -> tuple[Search, Browse]:
-        """Search and browse over one index, whose pages are served here; "" is the web alone."""
+        """Search and browse over one index; "" is the web alone."""
         if str(db) not in self.shared:
-            hosts = {}
-            if db:
-                server = start_server(db)
-                hosts = dict.fromkeys(server.hosts, "127.0.0.1:%d" % server.server_address[1])
-            search = Search(db, self.search_results, self.service)
-            self.shared[str(db)] = search, Browse(hosts, self.web or False, self.page_chars)
+            args = self.args
+            self.shared[str(db)] = open_index_tools(
+                db, args.search_results, args.page_chars, self.service, self.web
+            )
         return self.shared[str(db)]
 
     def prepare(self, tasks) -> None:
@@ -95,11 +95,11 @@ class Toolbox:
         world = task.meta.get("world")
         if world:
             return self.open(world_folder(world) / "pages.db")
-        if not self.corpus and not self.service:
+        if not self.args.corpus and not self.service:
             raise ValueError(
                 f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes one)"
             )
-        return self.open(self.corpus)
+        return self.open(self.args.corpus)
 
     def tools_for(self, trajectory) -> dict:
         """name -> tool, in the order of TOOLS."""
@@ -126,10 +126,3 @@ class Toolbox:
     def close_all(self) -> None:
         for key in list(self.sessions):
             self.sessions.pop(key).close()
-
-
-def open_toolbox(args) -> Toolbox:
-    """The tools that the flags (`RolloutArgs`) ask for; raises as `Toolbox` does."""
-    names = ("corpus", "live", "search_results", "page_chars", "search", "search_url")
-    names += ("python", "unsafe_python")
-    return Toolbox(**{name: getattr(args, name) for name in names})

@@ -48,7 +48,7 @@ from rollout import AgentLoop, RolloutArgs, new_group, play
 from support.answers import correct
 from support.flags import parse_flags
 from support.processes import cores_of
-from support.toolbox import open_toolbox
+from support.toolbox import Toolbox
 from tools import signatures
 from train import Policy, TrainArgs, gradient, rows_of
 from workers import AsyncArgs, AsyncRollouts, Setup
@@ -379,7 +379,7 @@ def compare_with_trl(args: PeerArgs) -> dict:
     world = tasks[0].meta["world"]
     tasks = [task for task in tasks if task.meta["world"] == world and task.hops]
     tasks = tasks[: args.trajectories // SAMPLES * (args.pairs + 1)]
-    toolbox = open_toolbox(rollout_args)
+    toolbox = Toolbox(rollout_args)
     toolbox.prepare(tasks)
     shared = DelayedToolbox(toolbox, args.tool_ms / 1000).tools_for(Trajectory(tasks[0], (0,)))
     ours = Ours(args, rollout_args, toolbox)

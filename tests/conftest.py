@@ -70,7 +70,7 @@ def deep_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toolbox():
-    return Toolbox()
+    return Toolbox(RolloutArgs())
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from conftest import ROOT
 
 from context import Trajectory
 from data.task import Task
+from rollout import RolloutArgs
 from support.html_text import decode_page, html_to_text, links_of, split_pages, view_page
 from support.search_services import SERVICES, WebSearch
 from support.toolbox import Toolbox
@@ -1092,9 +1093,9 @@ def test_a_missing_package_is_named(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr("support.toolbox.CACHE", tmp_path)
     with pytest.raises(ValueError, match="pip install requests-cache protego") as error:
-        Toolbox(live=True)
+        Toolbox(RolloutArgs(live=True))
     assert "\n" not in str(error.value)
-    Toolbox()
+    Toolbox(RolloutArgs())
 
 
 def test_provider_recovers(provider):
@@ -1163,7 +1164,7 @@ def test_queries_run_side_by_side_in_call_order(server, monkeypatch):
 def test_a_missing_key_is_named(name, monkeypatch):
     monkeypatch.delenv(SERVICES[name].key_name, raising=False)
     with pytest.raises(ValueError, match=SERVICES[name].key_name):
-        Toolbox(search=name)
+        Toolbox(RolloutArgs(search=name))
 
 
 def test_an_unreachable_service_is_named_at_the_start(monkeypatch, tmp_path):
@@ -1175,21 +1176,23 @@ def test_an_unreachable_service_is_named_at_the_start(monkeypatch, tmp_path):
 
     monkeypatch.setattr("socket.create_connection", unreachable)
     with pytest.raises(ValueError, match="cannot reach api.search.brave.com") as error:
-        Toolbox(search="brave")
+        Toolbox(RolloutArgs(search="brave"))
     assert "\n" not in str(error.value) and "k-123" not in str(error.value)
     for arguments, words in (
         (dict(search="searxng"), "--search_url"),
         (dict(search="nonsense"), "choose embedded, searxng, brave"),
     ):
         with pytest.raises(ValueError, match=words):
-            Toolbox(**arguments)
+            Toolbox(RolloutArgs(**arguments))
 
 
 def test_a_task_without_a_world_uses_the_web(server, monkeypatch, tmp_path):
 
     monkeypatch.setattr("support.toolbox.CACHE", tmp_path)
     answer_with(server, (200, {}, json.dumps(DOCUMENTED["searxng"]).encode()))
-    toolbox = Toolbox(search="searxng", search_url=f"http://127.0.0.1:{server.server_address[1]}")
+    toolbox = Toolbox(
+        RolloutArgs(search="searxng", search_url=f"http://127.0.0.1:{server.server_address[1]}")
+    )
     own = toolbox.tools_for(Trajectory(Task("t", "q", "a"), (1,)))
     assert "First" in own["search"](queries=["q"]) and own["browse"].reader.web
     assert "not public" in own["browse"](url=f"http://127.0.0.1:{server.server_address[1]}/")

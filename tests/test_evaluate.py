@@ -209,7 +209,7 @@ def test_a_tool_that_is_taken_away_and_a_worthless_search_engine(world_dir):
             ([], "empty", 0),
         ]
     ):
-        toolbox = Toolbox(str(world_dir / "pages.db"))
+        toolbox = Toolbox(RolloutArgs(corpus=str(world_dir / "pages.db")))
         weaken(toolbox, without, retriever, seed)
         trajectory = Trajectory(Task("t", "q", "a"), (number,))
         tools = toolbox.tools_for(trajectory)

@@ -126,13 +126,14 @@ def test_a_live_provider_fails_with_one_line(tmp_path, script, provider, environ
 def test_every_provider_names_its_key_or_its_host():
     code = """import os
 from support.search_services import SERVICES
+from rollout import RolloutArgs
 from support.toolbox import Toolbox
 for key in ("", "k-secret"):
     for name, provider in SERVICES.items():
         if provider.key_name:
             os.environ[provider.key_name] = key
         try:
-            Toolbox(search=name, search_url="" if provider.url else "http://searx.test")
+            Toolbox(RolloutArgs(search=name, search_url="" if provider.url else "http://searx.test"))
         except ValueError as error:
             print(name, error)"""
     lines = cut("-c", code).stdout.splitlines()

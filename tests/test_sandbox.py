@@ -344,8 +344,9 @@ def run_elsewhere(script: Path, *arguments: str) -> str:
 def test_the_default_needs_nothing_that_only_linux_has(tmp_path):
     script = tmp_path / "call.py"
     script.write_text(
-        "from support.toolbox import Toolbox\nfrom tools import Python\n"
-        "toolbox = Toolbox()\nprint(toolbox.isolation())\nprint(Python()(code='6 * 7'))"
+        "from rollout import RolloutArgs\nfrom support.toolbox import Toolbox\n"
+        "from tools import Python\ntoolbox = Toolbox(RolloutArgs())\n"
+        "print(toolbox.isolation())\nprint(Python()(code='6 * 7'))"
     )
     assert run_elsewhere(script).split("\n")[:2] == [
         "Monty, an interpreter without system calls",

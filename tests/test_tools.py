@@ -12,9 +12,10 @@ import pytest
 import tools
 from context import Trajectory
 from data.world import load_world
+from rollout import RolloutArgs
 from support import cpython_sandbox
 from support.html_text import html_to_text, split_pages, view_page
-from support.toolbox import Toolbox
+from support.toolbox import Toolbox, open_index_tools
 from tools import (
     MAX_CALLS,
     Browse,
@@ -183,7 +184,7 @@ def test_a_tool_is_added_in_one_line(monkeypatch, world_dir):
 
     monkeypatch.setattr("tools.TOOLS", [*tools.TOOLS, Clock])
     assert tools.signatures()[-1] == "clock()" and len(tools.signatures()) == 4
-    toolbox = Toolbox(str(world_dir / "pages.db"))
+    toolbox = Toolbox(RolloutArgs(corpus=str(world_dir / "pages.db")))
     mine = toolbox.tools_for(Trajectory(Task("t", "q", "a"), (0,)))
     assert list(mine) == ["search", "browse", "python", "clock"]
     calls, _ = parse_action('<tool_call>{"name": "clock", "arguments": {}}</tool_call>', mine)
@@ -217,7 +218,7 @@ def test_no_exception_of_a_tool_escapes():
 
 def test_search_and_browse_an_embedded_world(world_dir):
     world = load_world(world_dir)
-    search, browse = Toolbox().open(world_dir / "pages.db")
+    search, browse = open_index_tools(world_dir / "pages.db")
     entity = world.entity(0)
     text = search(queries=[entity.name, "no such thing at all"])
     assert world.url(0) in text and "no results" not in text.split(world.url(0))[0]
@@ -382,7 +383,7 @@ def json_at(text, at):
 
 def test_fuzzed_turns(world_dir):
     """10,000 mutated turns: nothing but FormatError escapes, and a call stands whole in the turn."""
-    search, browse = Toolbox().open(world_dir / "pages.db")
+    search, browse = open_index_tools(world_dir / "pages.db")
     tools = {"search": search, "browse": browse, "python": Echo()}
     rng = random.Random(0)
     good = [
@@ -522,9 +523,13 @@ def test_a_sandbox_that_cannot_start_is_a_fault(monkeypatch):
 def test_a_machine_without_a_sandbox_is_refused_for_cpython_alone(monkeypatch):
     monkeypatch.setattr(cpython_sandbox, "missing", lambda: "the kernel offers no Landlock")
     with pytest.raises(ValueError, match="no Landlock.*--unsafe_python"):
-        Toolbox(python="cpython")
-    assert Toolbox(python="cpython", unsafe_python=True).isolation().startswith("NO sandbox")
-    assert Toolbox().isolation() == "Monty, an interpreter without system calls"
+        Toolbox(RolloutArgs(python="cpython"))
+    assert (
+        Toolbox(RolloutArgs(python="cpython", unsafe_python=True))
+        .isolation()
+        .startswith("NO sandbox")
+    )
+    assert Toolbox(RolloutArgs()).isolation() == "Monty, an interpreter without system calls"
 
 
 @pytest.mark.parametrize("python", ["monty", "cpython"])
@@ -532,7 +537,9 @@ def test_a_trajectory_takes_its_session_along(python, dev_tasks, world_dir):
     """Parked, sent elsewhere and brought back, a session goes on where the trajectory was."""
     if python == "cpython" and cpython_sandbox.missing():
         pytest.skip(cpython_sandbox.missing())
-    here, there = (Toolbox(str(world_dir / "pages.db"), python=python) for _ in range(2))
+    here, there = (
+        Toolbox(RolloutArgs(corpus=str(world_dir / "pages.db"), python=python)) for _ in range(2)
+    )
 
     def call(toolbox, trajectory, code):
         return toolbox.tools_for(trajectory)["python"](code=code)
@@ -594,7 +601,7 @@ def test_frequent_words_are_left_out_of_a_large_index(tmp_path, monkeypatch):
 def test_many_clients_search_one_index(world_dir):
     from concurrent.futures import ThreadPoolExecutor
 
-    search, browse = Toolbox().open(world_dir / "pages.db")
+    search, browse = open_index_tools(world_dir / "pages.db")
     world = load_world(world_dir)
     names = [world.name(n % 60) for n in range(400)]
     alone = {name: search(queries=[name]) for name in names}
@@ -604,4 +611,4 @@ def test_many_clients_search_one_index(world_dir):
         ]
         pages = list(pool.map(lambda name: browse(url=f"http://{world.host}/{name}"), names))
     assert all(name in page for name, page in zip(names, pages))
-    assert len(search.idle) <= 16
+    assert len(search.index.idle) <= 16

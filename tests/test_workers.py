@@ -20,7 +20,7 @@ from context import Turn
 from engine import Engine
 from rollout import AgentLoop, RolloutArgs, new_group, play
 from support import run_folder
-from support.toolbox import open_toolbox
+from support.toolbox import Toolbox
 from tools import Python, ToolCall
 from workers import (
     AsyncArgs,
@@ -531,5 +531,5 @@ def test_workers_get_the_tools_that_the_flags_ask_for(monkeypatch):
         unsafe_python=True,
         python="cpython",
     )
-    given = open_toolbox(Setup("nano", args).args)
+    given = Toolbox(Setup("nano", args).args)
     assert given == {name: getattr(args, name) for name in given} and len(given) == 8

@@ -37,8 +37,9 @@ from data.serve import start_server
 from data.task import load_tasks, parse_tasks
 from data.tasks import SHIPPED, SHIPPED_STAGES, form_of, make_tasks
 from data.world import SPLITS, World, load_world, page_html, write_world
+from rollout import RolloutArgs
 from support.html_text import html_to_text, view_page
-from support.toolbox import Toolbox
+from support.toolbox import Toolbox, open_index_tools
 from tools import urls_in
 
 
@@ -510,7 +511,7 @@ URLS = [
 
 def test_every_address_of_a_corpus_can_be_browsed(tmp_path):
     lines = [{"url": url, "title": f"T{n}", "text": f"word{n}."} for n, url in enumerate(URLS)]
-    search, browse = Toolbox().open(corpus(tmp_path, *lines))
+    search, browse = open_index_tools(corpus(tmp_path, *lines))
     for n, url in enumerate(URLS):
         assert f" {url}\n" in search(queries=[f"word{n}"])
         for form in (url, url + "#part", url.replace("alpha.test", "ALPHA.test")):
@@ -525,7 +526,7 @@ def test_passages_of_one_address_stand_together(tmp_path):
     url = "https://alpha.test/long"
     lines = [{"url": url, "title": "Long", "text": f"passage {n}"} for n in range(3)]
     lines.append({"url": url + "#end", "title": "Long", "text": "x", "html": "<p>the <b>end</b>"})
-    browse = Toolbox().open(corpus(tmp_path, *lines))[1]
+    browse = open_index_tools(corpus(tmp_path, *lines))[1]
     assert "passage 0\npassage 1\npassage 2\n" in browse(url=url).replace("* * *\n", "")
     assert browse(url=url).endswith("the end") and browse(url=url + "#end").endswith("the end")
 
@@ -571,7 +572,7 @@ def test_words_are_found_as_they_are_written(tmp_path):
             "NFC", titles[number]
         )
     assert not search_index(index, "दिनकर", 1) and not search_index(index, "京北", 1)
-    browse = Toolbox().open(db)[1]
+    browse = open_index_tools(db)[1]
     assert "Goethestraße" in browse(url="http://c.test/0", find="goethestrasse")
     assert "İzmir" in browse(url="http://c.test/2", find="IZMIR")
 
@@ -595,7 +596,7 @@ def test_corpora_with_a_mark_or_another_charset(tmp_path):
     (folder / "titles.html").write_text("<title>" * 150_000)
     done = command("data/index.py", "--html", folder, "--out", tmp_path / "h.db")
     assert "5 pages indexed" in done.stdout, done.stderr
-    search, browse = Toolbox().open(tmp_path / "h.db")
+    search, browse = open_index_tools(tmp_path / "h.db")
     hits = search_index(open_index(tmp_path / "h.db"), "malaga", 5)
     assert [(hit["title"], hit["snippet"]) for hit in hits] == [("Málaga", "ü")] * 3
     for name in "abc":
@@ -627,7 +628,7 @@ def test_a_file_that_is_no_index_is_refused(tmp_path, world_dir, table):
             hostile.execute(f"create view other as {ENDLESS.format('')}")
         hostile.commit()
     with pytest.raises(ValueError, match="no search index of this version"):
-        Toolbox(corpus=str(tmp_path / "c.db"))
+        Toolbox(RolloutArgs(corpus=str(tmp_path / "c.db")))
 
 
 def test_a_file_that_is_no_database_is_one_line(tmp_path):

@@ -32,7 +32,7 @@ from data.index import open_index, search_index, sites_of
 from data.parts import FRAMES
 from data.task import Task, check_task, parse_tasks
 from support.answers import correct, normalize, parse_date, parse_number
-from support.toolbox import Toolbox
+from support.toolbox import open_index_tools
 from support.words import index_words
 
 PAGELESS = {"math", "code"}  # solved without pages
@@ -263,7 +263,7 @@ class Funnel:
             self.index = open_index(db)
             # These are the tools as the agent has them, over HTTP; only the pieces of a page are
             # larger, to read it in one call.
-            self.search, self.browse = Toolbox(page_chars=10_000_000).open(db)
+            self.search, self.browse = open_index_tools(db, page_chars=10_000_000)
             self.base = f"{sites_of(self.index)[0]}/"
         self.questions, self.contents, self.answers = set(), {}, defaultdict(Counter)
         self.looked, self.counts, self.rejects = Counter(), Counter(), []
