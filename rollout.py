@@ -137,6 +137,24 @@ def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[i
     return None
 
 
+def read_turn(trajectory: Trajectory, chat: Chat, tools: dict) -> list[ToolCall]:
+    """Read the last turn: an answer or a format error sets the status, calls are returned."""
+    ids, number = trajectory.turns[-1].action_ids, len(trajectory.turns) - 1
+    try:
+        if ids[-1] != chat.end_id:
+            raise FormatError("unfinished", "the turn was cut at its token limit")
+        if number in trajectory.memory.get("notes_turns", []):
+            return []  # notes are free text, see context.summarize
+        calls, answer = parse_action(chat.opened + chat.decode(ids[:-1]), tools)
+    except FormatError as error:
+        trajectory.status, trajectory.error = "format_error", error.kind
+        trajectory.memory["why"] = str(error)
+        return []
+    if answer is not None:
+        trajectory.status, trajectory.answer = "answered", answer
+    return calls
+
+
 def take_results(trajectory: Trajectory, results: list[tuple[str, bool]]) -> None:
     """Write the results of the last turn's calls into the trajectory.
 
@@ -263,22 +281,8 @@ class AgentLoop:
             self.ready.append(slot)
 
     def read_turn(self, trajectory: Trajectory) -> list[ToolCall]:
-        """Read the last turn: an answer or a format error sets the status, calls are returned."""
-        ids, number = trajectory.turns[-1].action_ids, len(trajectory.turns) - 1
-        try:
-            if ids[-1] != self.chat.end_id:
-                raise FormatError("unfinished", "the turn was cut at its token limit")
-            if number in trajectory.memory.get("notes_turns", []):
-                return []  # notes are free text, see context.summarize
-            text, tools = self.chat.decode(ids[:-1]), self.toolbox.tools_for(trajectory)
-            calls, answer = parse_action(self.chat.opened + text, tools)
-        except FormatError as error:
-            trajectory.status, trajectory.error = "format_error", error.kind
-            trajectory.memory["why"] = str(error)
-            return []
-        if answer is not None:
-            trajectory.status, trajectory.answer = "answered", answer
-        return calls
+        """A method, so that a scripted loop can read turns in its own way."""
+        return read_turn(trajectory, self.chat, self.toolbox.tools_for(trajectory))
 
     def run_tools(self, slot: Slot, calls: list[ToolCall]) -> None:
         """Let the calls run in a thread beside the engine."""

@@ -43,7 +43,7 @@ from accelerate import Accelerator
 from transformers.hf_argparser import HfArg
 
 from context import Chat, Segment, Trajectory
-from data.task import Task, load_tasks
+from data.task import load_tasks
 from engine import Engine, load_policy
 from reward import advantages, control_negatives, penalised, turn_rewards
 from rollout import AgentLoop, RolloutArgs
@@ -226,14 +226,6 @@ def gradient(
 # -------------------------------------------------------------------------------------------- main
 
 
-def load_all_tasks(args: TrainArgs) -> tuple[list[Task], list[Task], list[Task]]:
-    """Tasks to learn from, held-out ones for the curve, held-out ones for before and after."""
-    train, dev = load_tasks(args.train_tasks), []
-    if args.eval_tasks and args.eval_every:
-        dev = load_tasks(args.dev_tasks)[: args.eval_tasks // 2]
-    return train, dev, load_tasks(args.test_tasks)[: args.eval_tasks] if args.eval_tasks else []
-
-
 def learning_rate_at(update: int, args: TrainArgs) -> float:
     """Linear warm-up, then linear decay to a tenth at `decay_steps`. The rate does not depend on
     --steps, so a resumed run may be longer.
@@ -250,7 +242,9 @@ def main():
             take_config(args.resume, flags)
         check_args(args, rollout_args, async_args)
         run.begin()
-        train_tasks, dev_tasks, test_tasks = load_all_tasks(args)
+        train_tasks = load_tasks(args.train_tasks)
+        dev_tasks = load_tasks(args.dev_tasks, args.eval_tasks // 2 if args.eval_every else 0)
+        test_tasks = load_tasks(args.test_tasks, args.eval_tasks)
         reward_of = load_reward(args.reward)
         toolbox = run.open_tools(rollout_args, train_tasks + dev_tasks + test_tasks)
         model, tokenizer = load_policy(args.model, run.device)

@@ -159,13 +159,18 @@ def parse_tasks(path: Path | str):
                 yield number, line, error
 
 
-def load_tasks(path: Path | str) -> list[Task]:
+def load_tasks(path: Path | str, most: int | None = None) -> list[Task]:
     """Read a task file.
+
+    Args:
+        most: how many of its first tasks are given; with 0 the file is not read.
 
     Raises:
         FileNotFoundError, ValueError: one line that names the file, the line number and what is
             wrong with it.
     """
+    if most == 0:
+        return []
     tasks = []
     for number, _, task in parse_tasks(path):
         if isinstance(task, ValueError):
@@ -173,7 +178,7 @@ def load_tasks(path: Path | str) -> list[Task]:
         tasks.append(task)
     if not tasks:
         raise ValueError(f"{path}: no tasks in it")
-    return tasks
+    return tasks[:most]
 
 
 def save_tasks(tasks: list[Task], path: Path | str) -> None:

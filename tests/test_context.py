@@ -1,7 +1,6 @@
 """Messages as token ids: what comes from outside stays text, and managers rewrite only prompts."""
 
 from copy import copy
-from types import SimpleNamespace
 
 import pytest
 from tokenizers import (
@@ -31,7 +30,7 @@ from context import (
 )
 from data.task import Task
 from reward import reward
-from rollout import AgentLoop, RolloutArgs
+from rollout import read_turn
 from support.chat_template import CHATML
 from tools import FormatError, parse_action, parse_tool_calls, signatures
 
@@ -224,9 +223,7 @@ def test_every_turn_opens_as_the_generation_prompt_does(chat, opened, past):
     trajectory = Trajectory(Task("t", "Who?", "Belin"), (0,), head_ids=head)
     ids = other.trusted(f"{said}<answer>Belin</answer>") + [other.end_id]
     trajectory.turns.append(Turn(ids, [], 0))
-    toolbox = SimpleNamespace(tools_for=lambda trajectory: {})
-    engine = SimpleNamespace(end_id=other.end_id)
-    assert AgentLoop(engine, other, toolbox, RolloutArgs()).read_turn(trajectory) == []
+    assert read_turn(trajectory, other, {}) == []
     assert (trajectory.status, trajectory.answer) == ("answered", "Belin")
     assert reward(trajectory).total == 1.0
 
