@@ -118,7 +118,7 @@ def in_processes(jobs: list[Callable], processes: int) -> Iterator:
 
 def insert_documents(connection: sqlite3.Connection, documents: Iterable[dict]) -> int:
     """Fill a new index; returns the number of documents."""
-    count, host = 0, ""
+    count, hosts = 0, {}
     for document in documents:
         url = document["url"]
         if "://" not in url:
@@ -130,9 +130,10 @@ def insert_documents(connection: sqlite3.Connection, documents: Iterable[dict]) 
         if document.get("html"):
             page = (url, document["html"])
             connection.execute("insert or replace into html values (?, ?)", page)
-        host = host or urlsplit(url).hostname or ""
+        hosts[urlsplit(url).hostname or ""] = None
         count += 1
-    connection.execute("insert into meta values ('host', ?), ('count', ?)", (host, str(count)))
+    meta = (" ".join(hosts), str(count))
+    connection.execute("insert into meta values ('hosts', ?), ('count', ?)", meta)
     return count
 
 

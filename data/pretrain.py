@@ -37,8 +37,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from context import Chat
-from data.base.drills import Drill, copy_drill, empty_rows, fact_drill, plans, text_drill, walks
-from data.base.explorers import Row, write_transcripts
+from data.base.drills import (
+    Drill,
+    copy_drill,
+    empty_rows,
+    fact_drill,
+    plans,
+    text_drill,
+    visits,
+    walks,
+)
+from data.base.explorers import Row, write_transcripts, write_visits
 from data.base.induction import build_induction
 from data.base.tokenizer import tokenizer_corpus, train_tokenizer
 from data.base.walkers import write_walks
@@ -145,7 +154,7 @@ class Lessons:
         self.args, self.chat, self.has_walks = args, chat, has_walks
         self.rng = np.random.default_rng(args.seed)
         self.batches, self.queue = batches_of(rows, args.batch_tokens, self.rng), []
-        self.drill_world = World(100 + args.worlds, 5000, "pretrain")
+        self.drill_world = World(100 + args.worlds, 5000, "pretrain", style="varied")
         self.can_copy = bool(args.init)
 
     def next(self, step: int, done: float, copied: float) -> tuple[str, Drill]:
@@ -165,6 +174,8 @@ class Lessons:
         size = (args.batch_tokens // 256, 256)
         if self.has_walks and self.can_copy and rng.random() < 0.5:
             return "walks", text_drill(walks, rng, self.chat, self.drill_world, *size)
+        if self.can_copy and rng.random() < 0.4:
+            return "visits", text_drill(visits, rng, self.chat, self.drill_world, *size)
         if self.can_copy and rng.random() < 0.7:
             return "plans", text_drill(plans, rng, self.chat, self.drill_world, *size)
         if rng.random() < 0.8:
@@ -197,7 +208,9 @@ def main():
     model = new_model(args, chat)
     prompt = len(chat.before_question)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, prompt {prompt} tokens")
-    train(model, args, chat, rows[:-200] + walks, bool(walks), (rows[-200:], held_out_walks))
+    held_out = (rows[-200:], held_out_walks)
+    visits = [write_visits(chat, style, 100) for style in ("varied", "unseen-hosts")]
+    train(model, args, chat, rows[:-200] + walks, bool(walks), (*held_out, *visits))
 
 
 def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_out: tuple) -> None:
@@ -206,7 +219,7 @@ def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_
     Args:
         rows: what to learn from.
         has_walks: whether walks are among them.
-        held_out: transcripts and walks for the reports.
+        held_out: transcripts, walks and visits for the reports, as `report` takes them.
     """
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
@@ -270,16 +283,41 @@ def share(hits: list[bool]) -> str:
     return f"{np.mean(hits):.1%} of {len(hits)}" if hits else "0"
 
 
+def copied(model: LlamaForCausalLM, chat: Chat, visits: list[Row]) -> str:
+    """How many of the addresses that explorers open are copied exactly, token for token."""
+    hits = []
+    for row in visits:
+        inside = False
+        for _, token, hit in tokens_of(model, chat, row)[1]:
+            if token.startswith("http"):
+                inside, exact = True, True
+            elif inside and '"' in token:
+                hits.append(exact)
+                inside = False
+            exact = inside and exact and hit
+    return share(hits)
+
+
 @torch.no_grad()
-def report(model: LlamaForCausalLM, chat: Chat, transcripts: list[Row], walks: list[Row]) -> str:
+def report(
+    model: LlamaForCausalLM,
+    chat: Chat,
+    transcripts: list[Row],
+    walks: list[Row],
+    visits: list[Row],
+    unseen_visits: list[Row],
+) -> str:
     """How well held-out explorers are predicted, and how well values are copied.
 
-    These are facts out of results into thoughts, and in the walks the next page's address, found
-    names, and whole turns or notes.
+    These are facts out of results into thoughts, addresses out of results into calls (also those of
+    forms that no training row has), and in the walks the next page's address, found names, and
+    whole turns or notes.
     """
     losses, rows = zip(*[tokens_of(model, chat, row) for row in transcripts])
     facts = [hit for row in rows for before, _, hit in row if before == "ĠisĠ"]
     line = f"held-out loss {np.mean(losses):.3f} | fact copied {share(facts)}"
+    line += f" | addresses copied {copied(model, chat, visits)}"
+    line += f", of unseen forms {copied(model, chat, unseen_visits)}"
     if not walks:
         return line
     losses, rows = zip(*[tokens_of(model, chat, row) for row in walks])

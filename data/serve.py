@@ -1,15 +1,17 @@
 """The embedded web: pages and search of one index over HTTP on loopback, for `browse` to read.
 
-In: an index (data/world.py or data/index.py writes one). Out: GET /path gives the page, and
-GET /search?q=…&k=… gives JSON. URLs inside a corpus keep their own host name
-(http://w7.test/Belin); `Browse(hosts=…)` maps that name to this server, so tasks do not depend on
-ports. To try an idea (slow pages, errors), change `PageHandler`.
+In: an index (data/world.py or data/index.py writes one). Out: GET /path gives the page of the host
+that the request names (of the first host, if it names none of the index), and GET /search?q=…&k=…
+gives JSON. URLs inside a corpus keep their own host names (http://w7.test/Belin);
+`Browse(hosts=server.hosts)` maps those names to this server, so tasks do not depend on ports. To
+try an idea (slow pages, errors), change `PageHandler`.
 
     python data/serve.py --world data/worlds/w7 --port 8000
 """
 
 import contextlib
 import html
+import itertools
 import json
 import socketserver
 import sqlite3
@@ -64,8 +66,10 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def page(self, path: str, query: str) -> str | None:
         """The HTML of a page, whichever way its address is quoted; None if there is none."""
-        for path_in_index in dict.fromkeys((path, unquote(path))):
-            if page := page_html_of(self.index, f"{self.server.base_url}{path_in_index}{query}"):
+        host = self.headers.get("Host", "").split(":")[0].lower()
+        host = host if host in self.server.hosts else self.server.host
+        for scheme, path_in_index in itertools.product(("http", "https"), {path, unquote(path)}):
+            if page := page_html_of(self.index, f"{scheme}://{host}{path_in_index}{query}"):
                 return page
         if path != "/":
             return None
@@ -73,8 +77,9 @@ class PageHandler(BaseHTTPRequestHandler):
         links = "".join(
             f'<li><a href="{html.escape(urlsplit(url).path)}">{html.escape(title)}</a></li>'
             for url, title in self.index.execute("select url, title from pages limit 100")
+            if urlsplit(url).hostname == host
         )
-        return f"<html><body><h1>{self.server.host}</h1><ul>{links}</ul></body></html>"
+        return f"<html><body><h1>{host}</h1><ul>{links}</ul></body></html>"
 
     def reply(self, status: int, body: bytes, kind: str) -> None:
         self.send_response(status)
@@ -99,10 +104,13 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self, db: Path | str, port: int = 0):
         self.db = db
         with contextlib.closing(open_index(db)) as index:
-            meta = dict(index.execute("select key, value from meta"))
-        self.host = meta.get("host") or "corpus.test"
-        self.base_url = f"http://{self.host}"
+            found = index.execute(
+                "select value from meta where key in ('hosts', 'host')"
+            ).fetchone()
         super().__init__(("127.0.0.1", port), PageHandler)
+        where = "127.0.0.1:%d" % self.server_address[1]
+        self.hosts = dict.fromkeys((found[0] if found else "corpus.test").split(), where)
+        self.host = next(iter(self.hosts), "corpus.test")
 
     def server_bind(self) -> None:
         """Leave out HTTPServer's reverse lookup, which can stall where there is no name server."""
@@ -117,8 +125,8 @@ def start_server(db: Path | str) -> PageServer:
     """Serve an index from a background thread on a free port of loopback.
 
     Returns:
-        The server: `.host` is the corpus's own host name, `.server_address` where it really
-        listens. It ends with the process.
+        The server: `.hosts` maps each host name of the corpus to where it really listens, and
+        `.host` is the first of them. It ends with the process.
     """
     server = PageServer(db)
     threading.Thread(target=server.serve_forever, name=f"serve {server.host}", daemon=True).start()
@@ -134,7 +142,7 @@ def main():
     except (OSError, sqlite3.Error, OverflowError) as error:
         sys.exit(f"data/serve.py: {error}")
     address = f"http://127.0.0.1:{server.server_address[1]}/"
-    print(f"{address} serves {server.base_url}/  (Ctrl-C ends it)", flush=True)
+    print(f"{address} serves {', '.join(list(server.hosts)[:9])} (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
 

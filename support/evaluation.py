@@ -117,7 +117,7 @@ def write_trajectories(
 
 
 def format_table(result: dict) -> str:
-    """The figures as a text table: overall, then by family, by hops and by template.
+    """The figures as a text table: overall, then by family, hops, template and kind of pages.
 
     A part shows what the tasks state: no row for tasks without a family, hops or a template.
     """
@@ -128,7 +128,7 @@ def format_table(result: dict) -> str:
         lines.append(f"{name:14s} {row['n']:6d} {row['pass@1']:8.1%}   {low:.1%} to {high:.1%}")
 
     add("all", result)
-    for part in ("by_family", "by_hops", "by_template"):
+    for part in ("by_family", "by_hops", "by_template", "by_pages"):
         rows = {n: row for n, row in result[part].items() if n != "own" and not n.endswith(" 0")}
         lines += [part.replace("_", " ") + ":"] if rows else []
         for name, row in rows.items():

@@ -234,6 +234,11 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
         start = max(start, starts[number - 1], lines + 1, sentences + 2 if sentences >= 0 else 0)
         boundary = SENTENCE_END.search(text, last, starts[of_last])
         end = boundary.end() if boundary else starts[of_last]
+        if (
+            fold(text[start:end]).strip("#*: \n") == wanted
+        ):  # a term: its line is followed by what it is
+            boundary = SENTENCE_END.search(text, end, starts[-1])
+            end = boundary.end() if boundary else starts[-1]
         yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
         at = folded.find(wanted, max(last + 1, end - len(wanted) + 1))
 

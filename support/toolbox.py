@@ -74,10 +74,7 @@ class Toolbox:
     def open(self, db: Path | str) -> tuple[Search, Browse]:
         """Search and browse over one index, whose pages are served here; "" is the web alone."""
         if str(db) not in self.shared:
-            hosts = {}
-            if db:
-                server = start_server(db)
-                hosts = {server.host: "127.0.0.1:%d" % server.server_address[1]}
+            hosts = start_server(db).hosts if db else {}
             search = Search(db, self.search_results, self.service)
             self.shared[str(db)] = search, Browse(hosts, self.web or False, self.page_chars)
         return self.shared[str(db)]
