@@ -84,7 +84,12 @@ class Args:
     batch_tokens: int = HfArg(default=4096, help="tokens in one optimizer step")
     learning_rate: float = HfArg(default=1.5e-3, help="peak; it decays to a thirtieth")
     minutes: float = HfArg(default=0.0, help="decay over this time instead of `steps` (0: off)")
+    measure: str = HfArg(default="", help="only measure how this model folder copies addresses")
     init: str = HfArg(default="", help="model folder to go on from, with its tokenizer")
+
+
+def chat_of(tokenizer: PreTrainedTokenizerFast) -> Chat:
+    return Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
 
 
 def new_model(args: Args, chat: Chat) -> LlamaForCausalLM:
@@ -189,13 +194,18 @@ def main():
         sys.exit("data/pretrain.py: --deep_share must be at least 0 and below 1")
     keep_memory()
     torch.manual_seed(args.seed)
+    if args.measure:
+        model = LlamaForCausalLM.from_pretrained(args.measure, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.measure)
+        print(addresses_copied(model, chat_of(tokenizer)))
+        return
     if args.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
     else:
         corpus = tokenizer_corpus(args.seed, min(args.worlds, 6), args.entities)
         tokenizer = train_tokenizer(corpus, 2560)
     tokenizer.save_pretrained(args.out)
-    chat = Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
+    chat = chat_of(tokenizer)
     where = (chat, args.seed, args.worlds)
     rows = write_transcripts(*where, args.entities, args.transcripts, args.skilled_share)
     walks, held_out_walks = [], []
@@ -208,9 +218,7 @@ def main():
     model = new_model(args, chat)
     prompt = len(chat.before_question)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, prompt {prompt} tokens")
-    held_out = (rows[-200:], held_out_walks)
-    visits = [write_visits(chat, style, 100) for style in ("varied", "unseen-hosts")]
-    train(model, args, chat, rows[:-200] + walks, bool(walks), (*held_out, *visits))
+    train(model, args, chat, rows[:-200] + walks, bool(walks), (rows[-200:], held_out_walks))
 
 
 def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_out: tuple) -> None:
@@ -219,7 +227,7 @@ def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_
     Args:
         rows: what to learn from.
         has_walks: whether walks are among them.
-        held_out: transcripts, walks and visits for the reports, as `report` takes them.
+        held_out: transcripts and walks for the reports.
     """
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
@@ -283,41 +291,35 @@ def share(hits: list[bool]) -> str:
     return f"{np.mean(hits):.1%} of {len(hits)}" if hits else "0"
 
 
-def copied(model: LlamaForCausalLM, chat: Chat, visits: list[Row]) -> str:
-    """How many of the addresses that explorers open are copied exactly, token for token."""
-    hits = []
-    for row in visits:
-        inside = False
-        for _, token, hit in tokens_of(model, chat, row)[1]:
-            if token.startswith("http"):
-                inside, exact = True, True
-            elif inside and '"' in token:
-                hits.append(exact)
-                inside = False
-            exact = inside and exact and hit
-    return share(hits)
+@torch.no_grad()
+def addresses_copied(model: LlamaForCausalLM, chat: Chat) -> str:
+    """How many of the addresses that sensible explorers open are copied exactly, token for token: of
+    the forms in training, and of forms that it has not."""
+    shares = []
+    for style in ("varied", "unseen-hosts"):
+        hits, address = [], []
+        for row in write_visits(chat, style, 100):
+            for _, token, hit in tokens_of(model, chat, row)[1]:
+                if address and '"' in token:
+                    hits.append(all(address))
+                    address = []
+                elif address or token.startswith("http"):
+                    address.append(hit)
+        shares.append(share(hits))
+    return f"addresses copied {shares[0]}, of unseen forms {shares[1]}"
 
 
 @torch.no_grad()
-def report(
-    model: LlamaForCausalLM,
-    chat: Chat,
-    transcripts: list[Row],
-    walks: list[Row],
-    visits: list[Row],
-    unseen_visits: list[Row],
-) -> str:
+def report(model: LlamaForCausalLM, chat: Chat, transcripts: list[Row], walks: list[Row]) -> str:
     """How well held-out explorers are predicted, and how well values are copied.
 
-    These are facts out of results into thoughts, addresses out of results into calls (also those of
-    forms that no training row has), and in the walks the next page's address, found names, and
-    whole turns or notes.
+    These are facts out of results into thoughts, addresses out of results into calls, and in the
+    walks the next page's address, found names, and whole turns or notes.
     """
     losses, rows = zip(*[tokens_of(model, chat, row) for row in transcripts])
     facts = [hit for row in rows for before, _, hit in row if before == "ĠisĠ"]
     line = f"held-out loss {np.mean(losses):.3f} | fact copied {share(facts)}"
-    line += f" | addresses copied {copied(model, chat, visits)}"
-    line += f", of unseen forms {copied(model, chat, unseen_visits)}"
+    line += f" | {addresses_copied(model, chat)}"
     if not walks:
         return line
     losses, rows = zip(*[tokens_of(model, chat, row) for row in walks])
