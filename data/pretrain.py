@@ -5,8 +5,8 @@ names, worlds and question templates are apart from those of train, dev and test
 model, it has seen good behaviour among much bad. Which behaviour pays is left to RL.
 
 Stages: (1) a byte-level BPE tokenizer (data/base/tokenizer.py); (2) copy drills: random spans that
-come again (data/base/drills.py; induction heads appear within a few hundred steps, with the start
-of data/base/induction.py); (3) transcripts (data/base/explorers.py), shuffled with drills, with
+come again, facts, addresses of every form (data/base/drills.py; induction heads appear within a few
+hundred steps, with the start of data/base/induction.py); (3) transcripts (data/base/explorers.py), shuffled with drills, with
 loss on the explorer's own tokens and on a sample of the others. With `--deep_share` some of them
 are walks through the catalogues of deep worlds, too long for the window (data/base/walkers.py),
 under `--deep_manager`. A row is a segment.
@@ -179,10 +179,10 @@ class Lessons:
         size = (args.batch_tokens // 256, 256)
         if self.has_walks and self.can_copy and rng.random() < 0.5:
             return "walks", text_drill(walks, rng, self.chat, self.drill_world, *size)
-        if self.can_copy and rng.random() < 0.4:
-            return "visits", text_drill(visits, rng, self.chat, self.drill_world, *size)
-        if self.can_copy and rng.random() < 0.7:
+        if self.can_copy and rng.random() < 0.5:
             return "plans", text_drill(plans, rng, self.chat, self.drill_world, *size)
+        if rng.random() < 0.5:
+            return "visits", text_drill(visits, rng, self.chat, self.drill_world, *size)
         if rng.random() < 0.8:
             return "facts", fact_drill(rng, self.chat, *size)
         return "spans", copy_drill(rng, len(self.chat.tokenizer), *size)

@@ -17,6 +17,7 @@ import numpy as np
 Split = Literal["pretrain", "train", "dev", "test"]
 Kind = Literal["plain", "deep"]
 Style = Literal["single", "varied", "unseen-hosts", "unseen-layouts"]
+STYLES = get_args(Style)  # of a world's addresses and layouts, see data/world.py
 SPLITS = get_args(Split)  # worlds of different splits share no name, whatever their seeds
 HOST = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)+(/[\w-][\w.-]*)*"
 MAX_ENTITIES = 1_000_000  # a larger world would run out of names
@@ -57,7 +58,7 @@ def check_world(world) -> None:
         raise ValueError(f"'entities' of a world is an integer of at most {MAX_ENTITIES}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    for key, value, choices in (("kind", kind, get_args(Kind)), ("style", style, get_args(Style))):
+    for key, value, choices in (("kind", kind, get_args(Kind)), ("style", style, STYLES)):
         if value not in ("", *choices):
             raise ValueError(f"unknown {key} {value!r} of world; choose from {', '.join(choices)}")
     for host in hosts if isinstance(hosts or [], list) else [hosts]:

@@ -196,7 +196,7 @@ class World:
         for site in self.sites:
             before, after = site.split("*")
             path = url.removeprefix(f"http://{before}").removesuffix(after)
-            if path and self.address(path) == url:
+            if path and "/" not in path and self.address(path) == url:
                 return path
         return "" if url == self.address("") else None
 
