@@ -18,8 +18,8 @@ HOSTS = {
     UNSEEN: "NW W-W-W W.W.W W-N-W L.N-W LNLN WNW".split(),
 }
 PATHS = {
-    SEEN: "* * * * L/* N/* W/* W-W/* L/N/* W/W/* W/L/N/*".split(),
-    UNSEEN: "*.html W/*.html N-W/* W.N/* L/*/W N/*/L WN/W/L/*".split(),
+    SEEN: "* * * * L/* N/* W/* W-W/* L/N/* W/W/* W/L/N/* */L */N W/*/W *.W".split(),
+    UNSEEN: "*.html W/*.html N-W/* W.N/* L/*/N WN/W/L/* N/*/W-W".split(),
 }
 ENDINGS = ("test", "test", "test", "example")  # no real site can have these names
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
