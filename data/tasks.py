@@ -306,10 +306,13 @@ def make_shipped(name: str, seed: int, number: int) -> list[Task]:
     """
     worlds, _, forms = SHIPPED[name]
     made, whole = [], Funnel()
-    for world in worlds:
+    for skipped, world in enumerate(worlds):
+        # The worlds are at different places of one order of families, so that each part of the file
+        # has all of them.
+        count = -(-number // len(worlds)) + skipped
         folder = world_folder(world.description())
-        tasks, funnel = make_tasks(world, folder, -(-number // len(worlds)), seed, forms=forms)
-        made.append(tasks)
+        tasks, funnel = make_tasks(world, folder, count, seed, forms=forms)
+        made.append(tasks[skipped:])
         whole.looked += funnel.looked
         whole.counts += funnel.counts
         whole.rejects += funnel.rejects

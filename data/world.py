@@ -49,7 +49,7 @@ from data.parts import (
     html_page,
 )
 from data.sites import SEEN, UNSEEN, draw_sites
-from data.task import SPLITS, Kind, Split, Style, check_world
+from data.task import DEFAULTS, SPLITS, Kind, Split, Style, check_world
 from support.flags import parse_flags
 from support.html_text import html_to_text
 
@@ -136,9 +136,8 @@ class World:
     def description(self) -> dict:
         """The arguments that make this world again, without those that are as by default."""
         arguments = {"seed": self.seed, "entities": self.entities, "split": self.split}
-        arguments |= {"kind": self.kind} if self.kind != "plain" else {}
-        arguments |= {"style": self.style} if self.style != "single" else {}
-        return arguments | ({"hosts": self.hosts} if self.hosts else {})
+        others = {"kind": self.kind, "style": self.style, "hosts": self.hosts}
+        return arguments | {key: v for key, v in others.items() if v != DEFAULTS[key]}
 
     def settle(self, key: str) -> None:
         """Choose the sites of the pages (see data/sites.py) by a key."""
@@ -417,7 +416,7 @@ def write_world(world: World, out: Path | str, processes: int = 1) -> Path:
     with open(out / "facts.jsonl", "w") as file:
         for index in range(world.entities):
             entity = world.entity(index)
-            record = {"name": entity.name, "type": entity.type, "url": world.address(entity.name)}
+            record = {"name": entity.name, "type": entity.type, "url": world.url(index)}
             file.write(json.dumps(record | {"facts": entity.facts}) + "\n")
     (out / "world.json").write_text(json.dumps(world.description()))
     with contextlib.closing(documents(world, processes)) as pages:
@@ -455,8 +454,8 @@ def world_folder(arguments: dict) -> Path:
     check_world(arguments)
     world = World(**arguments)
     name = f"{world.split}-{world.seed}-{world.entities}"
-    name += "".join(f"-{arguments[key]}" for key in ("kind", "style") if key in arguments)
-    name += f"-{zlib.crc32(repr(world.hosts).encode())}" if world.hosts else ""
+    for key, value in list(world.description().items())[3:]:
+        name += f"-{value if key != 'hosts' else zlib.crc32(repr(value).encode())}"
     cache = os.environ.get("NANO_RESEARCHER_CACHE") or Path.home() / ".cache" / "nano-researcher"
     folders = [WORLDS / name, Path(cache) / "worlds" / name]
     for folder in folders:
