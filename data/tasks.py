@@ -305,7 +305,7 @@ def make_shipped(name: str, seed: int, number: int) -> list[Task]:
         number: how many tasks, at most as many as the file has.
     """
     worlds, _, forms = SHIPPED[name]
-    made, whole = [], Funnel()
+    made, kept, whole = [], [], Funnel()
     for skipped, world in enumerate(worlds):
         # The worlds are at different places of one order of families, so that each part of the file
         # has all of them.
@@ -313,13 +313,13 @@ def make_shipped(name: str, seed: int, number: int) -> list[Task]:
         folder = world_folder(world.description())
         tasks, funnel = make_tasks(world, folder, count, seed, forms=forms)
         made.append(tasks[skipped:])
+        kept += tasks
         whole.looked += funnel.looked
         whole.counts += funnel.counts
         whole.rejects += funnel.rejects
-    tasks = [task for turn in zip(*made) for task in turn]
-    print(f"--- {name}")
-    print_funnel(tasks, whole)
-    return tasks[:number]
+    print(f"--- {name}, the first {number} of these:")
+    print_funnel(kept, whole)
+    return [task for turn in zip(*made) for task in turn][:number]
 
 
 def main():

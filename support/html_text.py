@@ -235,10 +235,11 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
         boundary = SENTENCE_END.search(text, last, starts[of_last])
         end = boundary.end() if boundary else starts[of_last]
         if (
-            fold(text[start:end]).strip("#*: \n") == wanted
-        ):  # a term: its line is followed by what it is
-            boundary = SENTENCE_END.search(text, end, starts[-1])
-            end = boundary.end() if boundary else starts[-1]
+            fold(text[start:end]).strip("#*: ") == wanted
+        ):  # a heading or term: what it names is next
+            limit = min(end + page_chars, len(text))
+            boundary = SENTENCE_END.search(text, end, limit)
+            end = boundary.end() if boundary else limit
         yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
         at = folded.find(wanted, max(last + 1, end - len(wanted) + 1))
 

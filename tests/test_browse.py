@@ -769,6 +769,21 @@ def test_find_searches_the_whole_text():
     assert view_page("", "", find=letters[390:410], text=letters).startswith("p1: ")
 
 
+@pytest.mark.parametrize(
+    "page, words, seen",
+    [
+        ("<dl><dt>Mayor<dd>Kor Bel<dt>River<dd>Lis</dl>", "mayor", "p1: Mayor Kor Bel"),
+        ("<h3>The mayor:</h3><p>Kor is. Bel was.", "the  Mayor:", "p1: ### The mayor: Kor is."),
+        ("<ul><li>mayor<li>river</ul>", "river", "p1: * river"),
+        ("<p>mayor</p><p>mayor</p><p>Kor", "mayor", "p1: mayor mayor"),
+        (f"<h2>mayor</h2><p>{'k' * 9999}", "mayor", f"p1: ## mayor {'k' * 387}"),
+        ("<p>mayors</p><p>Kor", "mayor", "p1: mayors"),
+    ],
+)
+def test_find_shows_what_a_heading_or_a_term_names(page, words, seen):
+    assert view_page(page, "", find=words) == seen
+
+
 @pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])
 def test_bytes_are_decoded_in_one_way(mark):
     assert decode_page("grün".encode(mark)) == "grün"
