@@ -234,9 +234,8 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
         start = max(start, starts[number - 1], lines + 1, sentences + 2 if sentences >= 0 else 0)
         boundary = SENTENCE_END.search(text, last, starts[of_last])
         end = boundary.end() if boundary else starts[of_last]
-        if (
-            fold(text[start:end]).strip("#*: ") == wanted
-        ):  # a heading or term: what it names is next
+        shown = fold(text[start:end]).strip("#*: ")
+        if shown == wanted.strip("#*: "):  # a heading or term: what it names is next
             limit = min(end + page_chars, len(text))
             boundary = SENTENCE_END.search(text, end, limit)
             end = boundary.end() if boundary else limit
