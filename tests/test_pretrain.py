@@ -89,8 +89,8 @@ def test_the_measure_counts_addresses_that_are_copied_whole(chat, monkeypatch):
     assert len(shares) == 2 and all(0 < float(share) < 60 for share in shares)
 
 
-DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "f80d847dd7ee"]
-TRANSCRIPTS, WALKS = "863fd6ada832", ("becd3716005e", "02e0f5d49587")
+DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "3eafdf6f4ef2", "8bc3f275c649"]
+TRANSCRIPTS, WALKS = "eed0c326835a", ("9d8994580460", "8d802271137b")
 
 
 def digest(rows) -> str:
