@@ -78,7 +78,7 @@ class Args:
 TYPE_OF_SLOT = "person city person company country river person book city festival".split()
 SLOTS = {type: [k for k, t in enumerate(TYPE_OF_SLOT) if t == type] for type in TYPES}
 WORLDS = Path(__file__).resolve().parent / "worlds"
-LONGEST_DEEP_SITE = 16
+LONGEST_DEEP_SITE = 12
 LINKS_PER_LIST = 40
 PAGES_PER_JOB = 200  # what a process makes at a time
 

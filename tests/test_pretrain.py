@@ -90,7 +90,7 @@ def test_the_measure_counts_addresses_that_are_copied_whole(chat, monkeypatch):
 
 
 DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "3eafdf6f4ef2", "8bc3f275c649"]
-TRANSCRIPTS, WALKS = "eed0c326835a", ("9d8994580460", "8d802271137b")
+TRANSCRIPTS, WALKS = "eed0c326835a", ("347ee23ada12", "2cc033ca4242")
 
 
 def digest(rows) -> str:
