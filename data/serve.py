@@ -11,7 +11,6 @@ try an idea (slow pages, errors), change `PageHandler`.
 
 import contextlib
 import html
-import itertools
 import json
 import socketserver
 import sqlite3
@@ -68,9 +67,10 @@ class PageHandler(BaseHTTPRequestHandler):
         """The HTML of a page, whichever way its address is quoted; None if there is none."""
         host = self.headers.get("Host", "").split(":")[0].lower()
         host = host if host in self.server.hosts else self.server.host
-        for scheme, path_in_index in itertools.product(("http", "https"), {path, unquote(path)}):
-            if page := page_html_of(self.index, f"{scheme}://{host}{path_in_index}{query}"):
-                return page
+        for path_in_index in dict.fromkeys((path, unquote(path))):
+            for scheme in ("http", "https"):
+                if page := page_html_of(self.index, f"{scheme}://{host}{path_in_index}{query}"):
+                    return page
         if path != "/":
             return None
         # A corpus without a home page needs a way in.

@@ -5,6 +5,7 @@ In: a random generator. Out: sites. To try an idea, add a form to HOSTS or PATHS
 letter, W a made-up word, N a number.
 """
 
+import functools
 import random
 import re
 import zlib
@@ -49,17 +50,22 @@ def draw_host(rng: random.Random, split: str, forms: str) -> str:
     return host
 
 
-def draw_sites(rng: random.Random, split: str, forms: str, longest: int = 99) -> list[str]:
+@functools.lru_cache(maxsize=1024)
+def draw_sites(key: str, split: str, forms: str, longest: int | None = None) -> list[str]:
     """Two to four sites.
 
     Args:
+        key: decides the draws.
         forms: SEEN or UNSEEN.
-        longest: characters of a site without the page's name, at most.
+        longest: characters of a site, if it is to be short; one more after 500 that were too long.
     """
     sites: list[str] = []
+    rng, too_long = random.Random(key), 0
     wanted = rng.randint(2, 4)
     while len(sites) < wanted:
         site = f"{draw_host(rng, split, forms)}/{fill(rng.choice(PATHS[forms]), rng)}"
-        if len(site) <= longest and site not in sites:
+        if longest and len(site) > longest + too_long // 500:
+            too_long += 1
+        elif site not in sites:
             sites.append(site)
     return sites

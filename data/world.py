@@ -143,14 +143,13 @@ class World:
         """Choose the sites of the pages (see data/sites.py) by a key."""
         forms = UNSEEN if self.style == "unseen-hosts" else SEEN
         # A page of a deep world's catalogue has eight addresses and is to fit into one view.
-        longest = LONGEST_DEEP_SITE if self.kind == "deep" else 99
+        longest = LONGEST_DEEP_SITE if self.kind == "deep" else None
         if self.hosts:
             self.sites = [f"{host}/*" for host in self.hosts]
         elif self.style == "single":
             self.sites = [f"w{self.seed}.test/*"]
         else:
-            rng = random.Random(f"{key}-{self.style}")
-            self.sites = draw_sites(rng, self.split, forms, longest)
+            self.sites = draw_sites(f"{key}-{self.style}", self.split, forms, longest)
         self.host = self.sites[0].split("/")[0]  # of the home page
 
     def elsewhere(self, key: str) -> "World":

@@ -270,8 +270,9 @@ class Funnel:
 
     def read(self, path: str) -> str | None:
         """Text of a page, named by its path or address, through the browse tool."""
-        url = path if "://" in path or not self.index else self.world.address(path)
-        text = self.browse(url) if self.index else "error"
+        if not self.index:
+            return None
+        text = self.browse(path if "://" in path else self.world.address(path))
         return None if text.startswith("error") else text.split("\n", 1)[1]
 
     def find(self, phrase: str) -> list[str]:
