@@ -89,7 +89,7 @@ def test_the_measure_counts_addresses_that_are_copied_whole(chat, monkeypatch):
     assert len(shares) == 2 and all(0 < float(share) < 60 for share in shares)
 
 
-DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "3eafdf6f4ef2", "8bc3f275c649"]
+DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "9b75dc01b8f4", "8bc3f275c649"]
 TRANSCRIPTS, WALKS = "eed0c326835a", ("347ee23ada12", "2cc033ca4242")
 
 
