@@ -294,18 +294,20 @@ def share(hits: list[bool]) -> str:
 @torch.no_grad()
 def addresses_copied(model: LlamaForCausalLM, chat: Chat) -> str:
     """How many of the addresses that sensible explorers open are copied exactly, token for token: of
-    the forms in training, and of forms that it has not."""
+    the forms in training, and of forms that it has not. The first token of a host decides which hit
+    is opened; what is copied once that is given stands in brackets."""
     shares = []
     for style in ("varied", "unseen-hosts"):
-        hits, address = [], []
+        whole, begun, address = [], [], []
         for row in write_visits(chat, style, 100):
             for _, token, hit in tokens_of(model, chat, row)[1]:
                 if address and '"' in token:
-                    hits.append(all(address))
+                    whole.append(all(address))
+                    begun.append(all(address[2:]))
                     address = []
                 elif address or token.startswith("http"):
                     address.append(hit)
-        shares.append(share(hits))
+        shares.append(f"{share(whole)} ({share(begun)})")
     return f"addresses copied {shares[0]}, of unseen forms {shares[1]}"
 
 

@@ -83,10 +83,10 @@ def test_the_measure_counts_addresses_that_are_copied_whole(chat, monkeypatch):
 
     monkeypatch.setattr(data.pretrain, "tokens_of", said)
     wrong = set()
-    assert addresses_copied(None, chat).count("100.0% of 100") == 2
+    assert addresses_copied(None, chat).count("100.0% of 100 (100.0% of 100)") == 2
     wrong = {"test"}  # this token stands in most addresses, and nowhere else
     shares = re.findall(r"([\d.]+)% of 100", addresses_copied(None, chat))
-    assert len(shares) == 2 and all(0 < float(share) < 60 for share in shares)
+    assert len(shares) == 4 and all(0 < float(share) < 60 for share in shares)
 
 
 DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "9b75dc01b8f4", "8bc3f275c649"]
