@@ -78,7 +78,7 @@ class Args:
     hidden: int = HfArg(default=128, help="width of the model")
     layers: int = HfArg(default=4, help="number of layers")
     heads: int = HfArg(default=4, help="attention heads")
-    drill_share: float = HfArg(default=0.1, help="share of drills among the transcripts' batches")
+    drill_share: float = HfArg(default=0.2, help="share of drills among the transcripts' batches")
     drill_steps: int = HfArg(default=800, help="optimizer steps on drills alone, at most")
     steps: int = HfArg(default=6000, help="optimizer steps on transcripts")
     batch_tokens: int = HfArg(default=4096, help="tokens in one optimizer step")
