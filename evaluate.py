@@ -105,7 +105,6 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
     by_task: dict[str, list[Trajectory]] = {}
     for t in trajectories:
         by_task.setdefault(t.task.id, []).append(t)
-    tasks = [group[0].task for group in by_task.values()]
     scores = [[score(t) for t in group] for group in by_task.values()]
     most = min(len(group) for group in scores)
 
@@ -114,8 +113,8 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
 
     def by(name_of) -> dict[str, dict]:
         parts: dict[str, list[list[float]]] = {}
-        for task, group in zip(tasks, scores):
-            parts.setdefault(str(name_of(task)), []).append(group)
+        for group, of_group in zip(by_task.values(), scores):
+            parts.setdefault(str(name_of(group[0].task)), []).append(of_group)
         return {name: figures(parts[name], seed) for name in sorted(parts)}
 
     result = figures(scores, seed)
@@ -125,6 +124,7 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
     result["by_family"] = by(lambda task: task.family)
     result["by_hops"] = by(lambda task: f"{task.family} {task.hops}")
     result["by_template"] = by(lambda task: task.meta.get("template", "own"))
+    result["by_pages"] = by(lambda task: task.meta.get("world", {}).get("style", "own"))
     return result | {"scores": dict(zip(by_task, map(mean, scores))), "settings": settings}
 
 

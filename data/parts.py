@@ -1,8 +1,23 @@
-"""What fictional worlds are made of: types and relations of entities, question frames, page frames.
+"""What fictional worlds are made of: syllables, types and relations of entities, question frames,
+page frames.
 
-In: nothing. Out: tables and HTML helpers that data/world.py, data/tasks.py and data/deep/ share.
-To try an idea, add a relation to LEAD or RECORDS, or a question form to FRAMES.
+In: nothing. Out: tables and HTML helpers that data/world.py, data/sites.py, data/tasks.py and
+data/deep/ share. To try an idea, add a relation to LEAD or RECORDS, or a question form to FRAMES.
 """
+
+import itertools
+import random
+
+
+def _syllables(seed: int, count: int) -> list[str]:
+    """Distinct consonant-vowel-consonant syllables: a name is read off three letters at a time."""
+    all_of_them = itertools.product("bdfghklmnprstvz", "aeiou", "klmnrst")
+    return random.Random(seed).sample(["".join(letters) for letters in all_of_them], count)
+
+
+SYLLABLES = 200  # of each kind; a multiple of the number of splits
+FIRST_SYLLABLES = [s.capitalize() for s in _syllables(1, SYLLABLES)]
+MIDDLE_SYLLABLES = LAST_SYLLABLES = _syllables(2, SYLLABLES)
 
 # type -> relation -> type of its value. LEAD facts show in the snippets of a search.
 LEAD = {
@@ -55,11 +70,6 @@ FRAMES = {split: frames.split(" | ") for split, frames in _FRAMES.items()}
 def number_relation(type: str) -> str:
     """The relation of a type whose value is a number that shows in a search snippet."""
     return next(relation for relation, kind in LEAD[type].items() if kind == "number")
-
-
-def link(path: str, label: str = "") -> str:
-    """A link to a page of the same world; names are letters and digits, so nothing is escaped."""
-    return f'<a href="/{path}">{label or path}</a>'
 
 
 def html_page(title: str, body: str, head: str = "") -> str:

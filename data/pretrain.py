@@ -5,8 +5,8 @@ names, worlds and question templates are apart from those of train, dev and test
 model, it has seen good behaviour among much bad. Which behaviour pays is left to RL.
 
 Stages: (1) a byte-level BPE tokenizer (data/base/tokenizer.py); (2) copy drills: random spans that
-come again (data/base/drills.py; induction heads appear within a few hundred steps, with the start
-of data/base/induction.py); (3) transcripts (data/base/explorers.py), shuffled with drills, with
+come again, facts, addresses of every form (data/base/drills.py; induction heads appear within a few
+hundred steps, with the start of data/base/induction.py); (3) transcripts (data/base/explorers.py), shuffled with drills, with
 loss on the explorer's own tokens and on a sample of the others. With `--deep_share` some of them
 are walks through the catalogues of deep worlds, too long for the window (data/base/walkers.py),
 under `--deep_manager`. A row is a segment.
@@ -37,8 +37,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from context import Chat
-from data.base.drills import Drill, copy_drill, empty_rows, fact_drill, plans, text_drill, walks
-from data.base.explorers import Row, write_transcripts
+from data.base.drills import (
+    Drill,
+    copy_drill,
+    empty_rows,
+    fact_drill,
+    plans,
+    text_drill,
+    visits,
+    walks,
+)
+from data.base.explorers import Row, write_transcripts, write_visits
 from data.base.induction import build_induction
 from data.base.tokenizer import tokenizer_corpus, train_tokenizer
 from data.base.walkers import write_walks
@@ -69,13 +78,18 @@ class Args:
     hidden: int = HfArg(default=128, help="width of the model")
     layers: int = HfArg(default=4, help="number of layers")
     heads: int = HfArg(default=4, help="attention heads")
-    drill_share: float = HfArg(default=0.1, help="share of drills among the transcripts' batches")
+    drill_share: float = HfArg(default=0.2, help="share of drills among the transcripts' batches")
     drill_steps: int = HfArg(default=800, help="optimizer steps on drills alone, at most")
     steps: int = HfArg(default=6000, help="optimizer steps on transcripts")
     batch_tokens: int = HfArg(default=4096, help="tokens in one optimizer step")
     learning_rate: float = HfArg(default=1.5e-3, help="peak; it decays to a thirtieth")
     minutes: float = HfArg(default=0.0, help="decay over this time instead of `steps` (0: off)")
+    measure: str = HfArg(default="", help="only measure how this model folder copies addresses")
     init: str = HfArg(default="", help="model folder to go on from, with its tokenizer")
+
+
+def chat_of(tokenizer: PreTrainedTokenizerFast) -> Chat:
+    return Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
 
 
 def new_model(args: Args, chat: Chat) -> LlamaForCausalLM:
@@ -145,7 +159,7 @@ class Lessons:
         self.args, self.chat, self.has_walks = args, chat, has_walks
         self.rng = np.random.default_rng(args.seed)
         self.batches, self.queue = batches_of(rows, args.batch_tokens, self.rng), []
-        self.drill_world = World(100 + args.worlds, 5000, "pretrain")
+        self.drill_world = World(100 + args.worlds, 5000, "pretrain", style="varied")
         self.can_copy = bool(args.init)
 
     def next(self, step: int, done: float, copied: float) -> tuple[str, Drill]:
@@ -165,8 +179,10 @@ class Lessons:
         size = (args.batch_tokens // 256, 256)
         if self.has_walks and self.can_copy and rng.random() < 0.5:
             return "walks", text_drill(walks, rng, self.chat, self.drill_world, *size)
-        if self.can_copy and rng.random() < 0.7:
+        if self.can_copy and rng.random() < 0.5:
             return "plans", text_drill(plans, rng, self.chat, self.drill_world, *size)
+        if rng.random() < 0.5:
+            return "visits", text_drill(visits, rng, self.chat, self.drill_world, *size)
         if rng.random() < 0.8:
             return "facts", fact_drill(rng, self.chat, *size)
         return "spans", copy_drill(rng, len(self.chat.tokenizer), *size)
@@ -178,13 +194,18 @@ def main():
         sys.exit("data/pretrain.py: --deep_share must be at least 0 and below 1")
     keep_memory()
     torch.manual_seed(args.seed)
+    if args.measure:
+        model = LlamaForCausalLM.from_pretrained(args.measure, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.measure)
+        print(addresses_copied(model, chat_of(tokenizer)))
+        return
     if args.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
     else:
         corpus = tokenizer_corpus(args.seed, min(args.worlds, 6), args.entities)
         tokenizer = train_tokenizer(corpus, 2560)
     tokenizer.save_pretrained(args.out)
-    chat = Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
+    chat = chat_of(tokenizer)
     where = (chat, args.seed, args.worlds)
     rows = write_transcripts(*where, args.entities, args.transcripts, args.skilled_share)
     walks, held_out_walks = [], []
@@ -271,15 +292,36 @@ def share(hits: list[bool]) -> str:
 
 
 @torch.no_grad()
+def addresses_copied(model: LlamaForCausalLM, chat: Chat) -> str:
+    """How many of the addresses that sensible explorers open are copied exactly, token for token: of
+    the forms in training, and of forms that it has not. The first token of a host decides which hit
+    is opened; what is copied once that is given stands in brackets."""
+    shares = []
+    for style in ("varied", "unseen-hosts"):
+        whole, begun, address = [], [], []
+        for row in write_visits(chat, style, 100):
+            for _, token, hit in tokens_of(model, chat, row)[1]:
+                if address and '"' in token:
+                    whole.append(all(address))
+                    begun.append(all(address[2:]))
+                    address = []
+                elif address or token.startswith("http"):
+                    address.append(hit)
+        shares.append(f"{share(whole)} ({share(begun)})")
+    return f"addresses copied {shares[0]}, of unseen forms {shares[1]}"
+
+
+@torch.no_grad()
 def report(model: LlamaForCausalLM, chat: Chat, transcripts: list[Row], walks: list[Row]) -> str:
     """How well held-out explorers are predicted, and how well values are copied.
 
-    These are facts out of results into thoughts, and in the walks the next page's address, found
-    names, and whole turns or notes.
+    These are facts out of results into thoughts, addresses out of results into calls, and in the
+    walks the next page's address, found names, and whole turns or notes.
     """
     losses, rows = zip(*[tokens_of(model, chat, row) for row in transcripts])
     facts = [hit for row in rows for before, _, hit in row if before == "ĠisĠ"]
     line = f"held-out loss {np.mean(losses):.3f} | fact copied {share(facts)}"
+    line += f" | {addresses_copied(model, chat)}"
     if not walks:
         return line
     losses, rows = zip(*[tokens_of(model, chat, row) for row in walks])

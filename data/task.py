@@ -7,6 +7,7 @@ to `Task` and its type to `FIELD_TYPES`.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +16,11 @@ import numpy as np
 
 Split = Literal["pretrain", "train", "dev", "test"]
 Kind = Literal["plain", "deep"]
+Style = Literal["single", "varied", "unseen-hosts", "unseen-layouts"]
+STYLES = get_args(Style)  # of a world's addresses and layouts, see data/world.py
 SPLITS = get_args(Split)  # worlds of different splits share no name, whatever their seeds
+DEFAULTS = {"kind": "plain", "style": "single", "hosts": []}  # what a world's arguments may omit
+HOST = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)+(/[\w-][\w.-]*)*"
 MAX_ENTITIES = 1_000_000  # a larger world would run out of names
 ANSWER_TYPES = ("name", "number", "date", "list")
 FIELD_TYPES = {"id": str, "family": str, "split": str, "hops": int, "evidence": list, "meta": dict}
@@ -44,18 +49,22 @@ def check_world(world) -> None:
     """
     if not isinstance(world, dict) or not {"seed", "entities", "split"} <= set(world):
         raise ValueError("a world is an object with seed, entities and split")
-    if unknown := set(world) - {"seed", "entities", "split", "kind"}:
+    if unknown := set(world) - {"seed", "entities", "split", *DEFAULTS}:
         raise ValueError(f"a world has no {min(unknown)!r}")
     seed, entities, split = world["seed"], world["entities"], world["split"]
-    kind = world.get("kind", "plain")
+    kind, style, hosts = ((DEFAULTS | world)[key] for key in DEFAULTS)
     if type(seed) is not int or abs(seed) >= 10**18:
         raise ValueError("the seed of a world is an integer of at most 18 digits")
     if type(entities) is not int or entities > MAX_ENTITIES:
         raise ValueError(f"'entities' of a world is an integer of at most {MAX_ENTITIES}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    if kind not in get_args(Kind):
-        raise ValueError(f"unknown kind {kind!r} of world; choose from {', '.join(get_args(Kind))}")
+    for key, value, choices in (("kind", kind, get_args(Kind)), ("style", style, STYLES)):
+        if value not in choices:
+            raise ValueError(f"unknown {key} {value!r} of world; choose from {', '.join(choices)}")
+    for host in hosts if isinstance(hosts, list) else [hosts]:
+        if not isinstance(host, str) or len(host) > 200 or not re.fullmatch(HOST, host, re.ASCII):
+            raise ValueError(f"{host!r} is no host such as kor.test or kor.test/maps")
     least = 300 if kind == "deep" else 20  # a deep world needs them for its catalogues
     if entities < least:
         raise ValueError(f"a {kind} world needs at least {least} entities, not {entities}")

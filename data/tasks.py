@@ -18,7 +18,7 @@ seen in training tasks: only in test. So is the last wording of each form in dat
 To try an idea, add a template to FRAMES (data/parts.py) or a family to `draw_task`.
 
     python data/tasks.py --world data/worlds/w7 --out my.jsonl
-    python data/tasks.py --shipped        # rebuilds data/train.jsonl, dev.jsonl, test.jsonl
+    python data/tasks.py --shipped train dev test      # rebuilds data/train.jsonl and so on
 """
 
 import hashlib
@@ -64,6 +64,20 @@ _DEEP = {
 DEEP_SHARES = {(f, level): share for f, levels in _DEEP.items() for level, share in levels.items()}
 
 
+# What ships in data/: worlds, number of tasks, forms (none: all). No policy learns one world by heart
+# among many small ones. Half of the test is in worlds whose addresses or layouts no training world
+# has. Walks of 30 steps are learned from the deep ones.
+_TEST_STYLES = ("varied", "varied", "unseen-hosts", "unseen-layouts")
+SHIPPED = {
+    "train": ([World(seed, 120, "train", style="varied") for seed in range(101, 133)], 4000, ()),
+    "dev": ([World(seed, 120, "dev", style="varied") for seed in range(201, 205)], 200, ()),
+    "test": ([World(300 + n, 120, "test", style=_TEST_STYLES[n % 4]) for n in range(8)], 500, ()),
+    "deep-train": ([World(n, 1000, "train", "deep", "varied") for n in range(4)], 240, ("list",)),
+    "deep-dev": ([World(4, 1000, "dev", "deep", "varied")], 60, ("list",)),
+    "deep-test": ([World(n, 1000, "test", "deep", "varied") for n in (5, 6)], 120, ("list",)),
+}
+
+
 @dataclass
 class Args:
     world: str = HfArg(default="", help="folder written by data/world.py")
@@ -81,7 +95,11 @@ class Args:
     )
     rejects: str = HfArg(default="", help="file for what the funnel rejected, with reasons")
     seed: int = HfArg(default=0, help="decides every draw")
-    shipped: bool = HfArg(default=False, help="rebuild the task files that are in data/")
+    shipped: list[str] = HfArg(
+        default_factory=list,
+        metadata={"choices": list(SHIPPED)},
+        help="rebuild these task files in data/",
+    )
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -177,7 +195,7 @@ def draw_task(
         family=family,
         split=world.split,
         hops=hops,
-        evidence=[f"http://{world.host}/{path}" for path in paths],
+        evidence=[world.address(path) for path in paths],
         meta=meta | {"world": world.description()},
     )
 
@@ -189,9 +207,6 @@ def form_of(task: Task) -> str:
 
 # ------------------------------------------------------------------------------------------- choice
 
-# The shipped files of plain worlds were made with these stages of the funnel alone; they stay as
-# they are, since results were measured on them.
-SHIPPED_STAGES = ("solver", "unique", "leak", "snippet", "repeat")
 HELD_OUT_SHARES = {"train": 0.0, "dev": 0.0, "test": 0.25, "pretrain": 0.3}
 
 
@@ -271,18 +286,6 @@ def make_tasks(
     return tasks, funnel
 
 
-# What ships in data/: world, number of tasks, forms (none: all). Walks of 30 steps are learned from
-# the deep ones.
-SHIPPED = {
-    "train": (World(1, 1000, "train"), 4000, ()),
-    "dev": (World(2, 400, "dev"), 200, ()),
-    "test": (World(3, 600, "test"), 500, ()),
-    "deep-train": (World(6, 3000, "train", "deep"), 240, ("list",)),
-    "deep-dev": (World(7, 1500, "dev", "deep"), 60, ("list",)),
-    "deep-test": (World(8, 1500, "test", "deep"), 120, ("list",)),
-}
-
-
 def print_funnel(tasks: list[Task], funnel: Funnel) -> None:
     print(f"drawn {len(tasks) + len(funnel.rejects)}\n{funnel.table()}\nkept {len(tasks)}")
     grades = Counter()
@@ -293,15 +296,30 @@ def print_funnel(tasks: list[Task], funnel: Funnel) -> None:
         print(f"  {family:11s} {grade:8s} {count:5d}  {count / len(tasks):.0%}")
 
 
-def make_shipped(seed: int) -> None:
-    """Rebuild the task files in data/."""
-    for name, (world, number, forms) in SHIPPED.items():
+def make_shipped(name: str, seed: int, number: int) -> list[Task]:
+    """The first tasks of a shipped file, the worlds taking turns; prints what the funnel rejected.
+
+    Args:
+        name: a key of SHIPPED.
+        seed: decides every draw.
+        number: how many tasks, at most as many as the file has.
+    """
+    worlds, _, forms = SHIPPED[name]
+    made, kept, whole = [], [], Funnel()
+    for skipped, world in enumerate(worlds):
+        # The worlds are at different places of one order of families, so that each part of the file
+        # has all of them.
+        count = -(-number // len(worlds)) + skipped
         folder = world_folder(world.description())
-        funnel = Funnel(folder, SHIPPED_STAGES) if world.kind == "plain" else None
-        tasks, funnel = make_tasks(world, folder, number, seed, forms=forms, funnel=funnel)
-        save_tasks(tasks, DATA / f"{name}.jsonl")
-        print(f"--- {name}")
-        print_funnel(tasks, funnel)
+        tasks, funnel = make_tasks(world, folder, count, seed, forms=forms)
+        made.append(tasks[skipped:])
+        kept += tasks
+        whole.looked += funnel.looked
+        whole.counts += funnel.counts
+        whole.rejects += funnel.rejects
+    print(f"--- {name}, the first {number} of these:")
+    print_funnel(kept, whole)
+    return [task for turn in zip(*made) for task in turn][:number]
 
 
 def main():
@@ -310,7 +328,9 @@ def main():
         sys.exit("data/tasks.py: give --world DIR and --out FILE, or --shipped (see --help)")
     try:
         if args.shipped:
-            make_shipped(args.seed)
+            for name in args.shipped:
+                tasks = make_shipped(name, args.seed, SHIPPED[name][1])
+                save_tasks(tasks, DATA / f"{name}.jsonl")
             return
         world = load_world(args.world)
         tasks, funnel = make_tasks(

@@ -1,31 +1,32 @@
 """A seeded, fictional web: nothing in it can be known by heart, so answers have to be looked up.
 
-`World(seed, entities, split)` is a *function* of its seed: `world.entity(i)` computes the i-th
+`World(seed, entities, split)` is a *function* of its arguments: `world.entity(i)` computes the i-th
 entity (its name, type and facts) from random numbers keyed by (seed, i), so a world of 100,000
 entities takes no more memory than one of 500. `page_html` writes an entity's page: navigation, a
 lead whose sentences are also the page's meta description (what a search engine shows as the
-snippet), a history with stale facts, and a table of records that stands deep in the page. A world
-of kind "deep" has catalogues, contradicting notices, roads and a calendar besides
-(data/deep/pages.py), for questions that take many pages.
+snippet), a history with stale facts, and records that need `browse`. Its style decides the hosts
+(data/sites.py) and layouts of its pages. A world of kind "deep" has catalogues, contradicting
+notices, roads and a calendar besides (data/deep/pages.py), for questions that take many pages.
 
 In: a seed. Out: a folder with `pages.db` (full-text index and HTML, see data/index.py) and
-`facts.jsonl` (the ground truth). To try an idea, add a relation to data/parts.py or a sentence
-form to `page_html`.
+`facts.jsonl` (the ground truth). To try an idea, add a relation to data/parts.py or a form of
+records to LAYOUTS.
 
     python data/world.py --seed 7 --entities 500 --out data/worlds/w7
 """
 
 import contextlib
+import copy
 import errno
 import functools
 import html
-import itertools
 import json
 import os
 import random
 import sqlite3
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,20 @@ from transformers.hf_argparser import HfArg
 
 from data.deep import pages as deep
 from data.index import build_index, in_processes, open_index
-from data.parts import LEAD, PLURALS, RECORDS, RELATIONS, TYPES, html_page, link
-from data.task import SPLITS, Kind, Split, check_world
+from data.parts import (
+    FIRST_SYLLABLES,
+    LAST_SYLLABLES,
+    LEAD,
+    MIDDLE_SYLLABLES,
+    PLURALS,
+    RECORDS,
+    RELATIONS,
+    SYLLABLES,
+    TYPES,
+    html_page,
+)
+from data.sites import SEEN, UNSEEN, draw_sites
+from data.task import DEFAULTS, SPLITS, Kind, Split, Style, check_world
 from support.flags import parse_flags
 from support.html_text import html_to_text
 
@@ -48,6 +61,16 @@ class Args:
     entities: int = HfArg(default=500, help="number of entities (pages)")
     split: Split = HfArg(default="train", help="worlds of different splits share no name")
     kind: Kind = HfArg(default="plain", help="deep: catalogues, notices, roads, calendar besides")
+    style: Style = HfArg(
+        default="varied",
+        help="single: one host and one layout; varied: hosts and layouts of the forms that training "
+        "has; unseen-hosts, unseen-layouts: forms that training has not",
+    )
+    host: list[str] = HfArg(
+        default_factory=list,
+        help="hosts to spread the pages over, each with a folder if you like, such as kor.test or "
+        "kor.test/maps (default: drawn from the seed)",
+    )
     processes: int = HfArg(default=os.cpu_count() or 1, help="how many make a large world's pages")
 
 
@@ -55,19 +78,9 @@ class Args:
 TYPE_OF_SLOT = "person city person company country river person book city festival".split()
 SLOTS = {type: [k for k, t in enumerate(TYPE_OF_SLOT) if t == type] for type in TYPES}
 WORLDS = Path(__file__).resolve().parent / "worlds"
+LONGEST_DEEP_SITE = 12
 LINKS_PER_LIST = 40
 PAGES_PER_JOB = 200  # what a process makes at a time
-
-
-def _syllables(seed: int, count: int) -> list[str]:
-    """Distinct consonant-vowel-consonant syllables: a name is read off three letters at a time."""
-    all_of_them = itertools.product("bdfghklmnprstvz", "aeiou", "klmnrst")
-    return random.Random(seed).sample(["".join(letters) for letters in all_of_them], count)
-
-
-SYLLABLES = 200  # of each kind; a multiple of the number of splits
-FIRST_SYLLABLES = [s.capitalize() for s in _syllables(1, SYLLABLES)]
-MIDDLE_SYLLABLES = LAST_SYLLABLES = _syllables(2, SYLLABLES)
 
 
 @dataclass
@@ -88,15 +101,27 @@ class World:
         split: one of SPLITS; worlds of different splits share no entity name.
         kind: "plain", or "deep" for the pages of data/deep/pages.py besides; names and facts are
             the same.
+        style: one of STYLES: which forms of addresses and layouts its pages have.
+        hosts: where the pages stand, such as "kor.test" or "kor.test/maps"; by default the style
+            and the seed decide.
 
     Raises:
         ValueError: an argument is of another type or out of range.
     """
 
-    def __init__(self, seed: int, entities: int, split: str = "train", kind: str = "plain"):
+    def __init__(
+        self,
+        seed: int,
+        entities: int,
+        split: str = "train",
+        kind: str = "plain",
+        style: str = "single",
+        hosts: Sequence[str] = (),
+    ):
         self.seed, self.entities, self.split, self.kind = seed, entities, split, kind
+        self.style, self.hosts = style, list(hosts)
         check_world(self.description())
-        self.host = f"w{seed}.test"
+        self.settle(f"sites-{seed}-{split}")
         # Names have two syllables while they suffice, three in large worlds. An affine
         # permutation scatters the numbers of the names; a step that is coprime with how many
         # names there are visits each once.
@@ -109,9 +134,29 @@ class World:
             self.name_step = rng.randrange(1, self.name_space)
 
     def description(self) -> dict:
-        """The arguments that make this world again; `kind` is named only where it is not plain."""
+        """The arguments that make this world again, without those that are as by default."""
         arguments = {"seed": self.seed, "entities": self.entities, "split": self.split}
-        return arguments if self.kind == "plain" else arguments | {"kind": self.kind}
+        others = {"kind": self.kind, "style": self.style, "hosts": self.hosts}
+        return arguments | {key: v for key, v in others.items() if v != DEFAULTS[key]}
+
+    def settle(self, key: str) -> None:
+        """Choose the sites of the pages (see data/sites.py) by a key."""
+        forms = UNSEEN if self.style == "unseen-hosts" else SEEN
+        # A page of a deep world's catalogue has eight addresses and is to fit into one view.
+        longest = LONGEST_DEEP_SITE if self.kind == "deep" else None
+        if self.hosts:
+            self.sites = [f"{host}/*" for host in self.hosts]
+        elif self.style == "single":
+            self.sites = [f"w{self.seed}.test/*"]
+        else:
+            self.sites = draw_sites(f"{key}-{self.style}", self.split, forms, longest)
+        self.host = self.sites[0].split("/")[0]  # of the home page
+
+    def elsewhere(self, key: str) -> "World":
+        """The same world at other addresses, chosen by a key."""
+        other = copy.copy(self)
+        other.settle(key)
+        return other
 
     def name(self, index: int) -> str:
         """The name of an entity, unique in the world."""
@@ -129,8 +174,33 @@ class World:
     def type(self, index: int) -> str:
         return TYPE_OF_SLOT[index % len(TYPE_OF_SLOT)]
 
+    def address(self, path: str) -> str:
+        """The address of a page.
+
+        Args:
+            path: what the page is called within the world: an entity's name, "cities-2"; "" is the
+                home page.
+        """
+        if not path:
+            return f"http://{self.host}/"
+        site = self.sites[zlib.crc32(path.encode()) % len(self.sites)]
+        return f"http://{site.replace('*', path)}"
+
     def url(self, index: int) -> str:
-        return f"http://{self.host}/{self.name(index)}"
+        return self.address(self.name(index))
+
+    def path(self, url: str) -> str | None:
+        """The inverse of `address`; None if the address is none of this world's."""
+        for site in self.sites:
+            before, after = site.split("*")
+            path = url.removeprefix(f"http://{before}").removesuffix(after)
+            if path and "/" not in path and self.address(path) == url:
+                return path
+        return "" if url == self.address("") else None
+
+    def link(self, path: str, label: str = "") -> str:
+        """A link to a page; our addresses and labels hold nothing that has to be escaped."""
+        return f'<a href="{self.address(path)}">{label or path}</a>'
 
     def random_entity(self, type: str, rng: random.Random) -> int:
         """Index of a random entity of this type."""
@@ -193,9 +263,39 @@ def lead_sentences(entity: Entity, shown: dict[str, str]) -> str:
     return f"{entity.name} is a {entity.type}." + "".join(facts)
 
 
+# The forms in which the records stand on a page: around all of them, and around each. Training sees
+# the first four.
+LAYOUTS = {
+    "table": ("<table>{}</table>", "<tr><td>{0}</td><td>{1}</td></tr>"),
+    "box": ('<table class="infobox">{}</table>', "<tr><td>{0}</td><td>{1}</td></tr>"),
+    "definitions": ("<dl>{}</dl>", "<dt>{0}</dt><dd>{1}</dd>"),
+    "sentences": ("<p>{}</p>", "The {0} of {2} is {1}. "),
+    "bullets": ("<ul>{}</ul>", "<li>{0}: {1}</li>"),
+    "headings": ("{}", "<h3>{0}</h3><p>{1}</p>"),
+}
+
+
+def records_html(entity: Entity, shown: dict[str, str], form: str) -> str:
+    """The records of an entity in one of the forms of LAYOUTS; `shown` as of `lead_sentences`."""
+    around, each = LAYOUTS[form]
+    records = [
+        each.format(relation, shown[relation], entity.name) for relation in RECORDS[entity.type]
+    ]
+    return f"<h2>Records</h2>{around.format(''.join(records))}"
+
+
+def draw_layout(world: World, index: int) -> tuple[str, bool]:
+    """The form of an entity's records, and whether the lead comes last on its page."""
+    if world.style == "single":
+        return "table", False
+    rng = random.Random(f"layout-{world.seed}-{world.split}-{index}")
+    forms = list(LAYOUTS)[4:] if world.style == "unseen-layouts" else list(LAYOUTS)[:4]
+    return rng.choice(forms), rng.random() < 0.5
+
+
 def page_html(world: World, entity: Entity) -> str:
     """The HTML page of an entity."""
-    rng = random.Random(f"page-{world.seed}-{entity.index}")
+    rng, link = random.Random(f"page-{world.seed}-{entity.index}"), world.link
     shown = entity.facts | {relation: link(entity.facts[relation]) for relation in entity.targets}
 
     def filler(count: int) -> str:
@@ -207,18 +307,23 @@ def page_html(world: World, entity: Entity) -> str:
         stale_value = str(rng.randint(100, 999))
     else:
         stale_value = link(world.name(world.random_entity(kind, rng)))
-    rows = "".join(
-        f"<tr><td>{relation}</td><td>{shown[relation]}</td></tr>"
-        for relation in RECORDS[entity.type]
-    )
+    form, lead_is_last = draw_layout(world, entity.index)
+    records = records_html(entity, shown, form)
+    sections = [
+        f"<p>{lead_sentences(entity, shown)}</p>",
+        f"<h2>Stories</h2><p>{filler(5)}</p><p>{filler(4)}</p><h2>History</h2>"
+        f"<p>Long ago the {stale} was {stale_value}. {filler(6)}</p><p>{filler(5)}</p>",
+        records,
+    ]
+    if lead_is_last:
+        sections.append(sections.pop(0))
+    if form == "box":
+        sections.insert(0, sections.pop(sections.index(records)))
     # Names and numbers are our own letters and digits: only the meta attribute needs escaping.
     return html_page(
         entity.name,
         f"<nav>{link('', 'Home')} {link(PLURALS[entity.type])}</nav><h1>{entity.name}</h1>"
-        f"<p>{lead_sentences(entity, shown)}</p>"
-        f"<h2>Stories</h2><p>{filler(5)}</p><p>{filler(4)}</p><h2>History</h2>"
-        f"<p>Long ago the {stale} was {stale_value}. {filler(6)}</p><p>{filler(5)}</p>"
-        f"<h2>Records</h2><table>{rows}</table><p>{filler(3)}</p>"
+        f"{''.join(sections)}<p>{filler(3)}</p>"
         f"{deep.sections(world, entity) if world.kind == 'deep' else ''}",
         f'<meta name="description" content="{html.escape(lead_sentences(entity, entity.facts))}">',
     )
@@ -227,7 +332,7 @@ def page_html(world: World, entity: Entity) -> str:
 def document(world: World, path: str, title: str, description: str, page: str) -> dict:
     """A page as data.index.build_index wants it."""
     return {
-        "url": f"http://{world.host}/{path}",
+        "url": world.address(path),
         "title": title,
         "description": description,
         "text": html_to_text(page),
@@ -251,14 +356,15 @@ def list_documents(world: World, type: str, numbers: range) -> list[dict]:
         places = range((number - 1) * LINKS_PER_LIST, number * LINKS_PER_LIST + 1)
         # One more than this page shows says whether there is another page.
         members = [i for i in (world.nth(type, place) for place in places) if i < world.entities]
-        items = "".join(f"<li>{link(world.name(i))}</li>" for i in members[:LINKS_PER_LIST])
+        items = "".join(f"<li>{world.link(world.name(i))}</li>" for i in members[:LINKS_PER_LIST])
         is_last = len(members) <= LINKS_PER_LIST
-        more = "" if is_last else f"<p>{link(f'{plural}-{number + 1}', f'more {plural}')}</p>"
+        path = plural if number == 1 else f"{plural}-{number}"
+        following = world.link(f"{plural}-{number + 1}", f"more {plural}")
+        more = "" if is_last else f"<p>{following}</p>"
         title = f"List of {plural} {number}"
         page = html_page(
-            title, f"<nav>{link('', 'Home')}</nav><h1>{title}</h1><ul>{items}</ul>{more}"
+            title, f"<nav>{world.link('', 'Home')}</nav><h1>{title}</h1><ul>{items}</ul>{more}"
         )
-        path = plural if number == 1 else f"{plural}-{number}"
         found.append(document(world, path, title, f"List of {plural}, part {number}.", page))
     return found
 
@@ -284,7 +390,7 @@ def documents(world: World, processes: int = 1) -> Iterator[dict]:
     # Starting a process takes as long as 1,000 pages.
     for made in in_processes(jobs, min(processes, len(jobs) // 20)):
         yield from made
-    home = "".join(f"<li>{link(PLURALS[type])}</li>" for type in TYPES)
+    home = "".join(f"<li>{world.link(PLURALS[type])}</li>" for type in TYPES)
     page = html_page("Home", f"<h1>Home</h1><ul>{home}</ul>")
     yield document(world, "", "Home", "The home page.", page)
     for page in deep.pages(world) if world.kind == "deep" else ():
@@ -347,7 +453,8 @@ def world_folder(arguments: dict) -> Path:
     check_world(arguments)
     world = World(**arguments)
     name = f"{world.split}-{world.seed}-{world.entities}"
-    name += "" if world.kind == "plain" else f"-{world.kind}"
+    for key, value in list(world.description().items())[3:]:
+        name += f"-{value if key != 'hosts' else zlib.crc32(repr(value).encode())}"
     cache = os.environ.get("NANO_RESEARCHER_CACHE") or Path.home() / ".cache" / "nano-researcher"
     folders = [WORLDS / name, Path(cache) / "worlds" / name]
     for folder in folders:
@@ -365,7 +472,7 @@ def world_folder(arguments: dict) -> Path:
 def main():
     (args,) = parse_flags((Args,), __doc__)
     try:
-        world = World(args.seed, args.entities, args.split, args.kind)
+        world = World(args.seed, args.entities, args.split, args.kind, args.style, args.host)
         write_world(world, args.out, args.processes)
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/world.py: {error}")

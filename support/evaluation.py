@@ -175,7 +175,7 @@ def write_evaluation(
 
 
 def format_table(result: dict) -> str:
-    """The figures as a text table: overall, then by family, by hops and by template.
+    """The figures as a text table: overall, then by family, hops, template and kind of pages.
 
     A part shows what the tasks state: no row for tasks without a family, hops or a template.
     """
@@ -186,7 +186,7 @@ def format_table(result: dict) -> str:
         lines.append(f"{name:14s} {row['n']:6d} {row['pass@1']:8.1%}   {low:.1%} to {high:.1%}")
 
     add("all", result)
-    for part in ("by_family", "by_hops", "by_template"):
+    for part in ("by_family", "by_hops", "by_template", "by_pages"):
         rows = {name: row for name, row in result[part].items() if name != "own"}
         if part == "by_hops":
             rows = {name: row for name, row in rows.items() if not name.endswith(" 0")}

@@ -259,6 +259,11 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
             start = max(start, starts[number - 1], lines + 1, sentences + 2 * (sentences >= 0))
             boundary = SENTENCE_END.search(text, last, starts[of_last])
             end = boundary.end() if boundary else starts[of_last]
+            shown = fold_words(text[start:end].strip("#*: \n"))[0]
+            if shown == wanted:  # a heading or term: what it names is next
+                limit = min(end + page_chars, len(text))
+                boundary = SENTENCE_END.search(text, end, limit)
+                end = boundary.end() if boundary else limit
             yield f"p{number}: {text[start:end].strip()}".replace("\n", " ")
         at = folded.find(wanted, max(at + 1, across(end, in_text, in_folded) - len(wanted) + 1))
 

@@ -26,10 +26,7 @@ def open_index_tools(
         search_results, page_chars: how much they show.
         service, web: a `WebSearch` and a `LiveWeb`, or None.
     """
-    hosts = {}
-    if db:
-        server = start_server(db)
-        hosts = dict.fromkeys(server.hosts, "127.0.0.1:%d" % server.server_address[1])
+    hosts = start_server(db).hosts if db else {}
     return Search(db, search_results, service), Browse(hosts, web or False, page_chars)
 
 

@@ -697,7 +697,7 @@ def test_connections_that_the_server_has_closed_meanwhile(world_dir, monkeypatch
 
     monkeypatch.setattr(PageHandler, "timeout", 0.1)
     server, world = start_server(world_dir / "pages.db"), load_world(world_dir)
-    browse = Browse({server.host: "127.0.0.1:%d" % server.server_address[1]})
+    browse = Browse(server.hosts)
     for n in range(3):
         assert f"{world.url(n)} (page 1" in browse(url=world.url(n))
         time.sleep(0.3)
@@ -792,6 +792,21 @@ def test_find_searches_the_whole_text():
     assert find(over).startswith("p1: ") and pieces[1][:12] in find(over)
     letters = "".join(chr(97 + n * n % 26) for n in range(1000))  # one word, cut in the middle
     assert view_page("", "", find=letters[390:410], text=letters).startswith("p1: ")
+
+
+@pytest.mark.parametrize(
+    "page, words, seen",
+    [
+        ("<dl><dt>Mayor<dd>Kor Bel<dt>River<dd>Lis</dl>", "mayor", "p1: Mayor Kor Bel"),
+        ("<h3>The mayor:</h3><p>Kor is. Bel was.", "the  Mayor:", "p1: ### The mayor: Kor is."),
+        ("<ul><li>mayor<li>river</ul>", "river", "p1: * river"),
+        ("<p>mayor</p><p>mayor</p><p>Kor", "mayor", "p1: mayor mayor"),
+        (f"<h2>mayor</h2><p>{'k' * 9999}", "mayor", f"p1: ## mayor {'k' * 387}"),
+        ("<p>mayors</p><p>Kor", "mayor", "p1: mayors"),
+    ],
+)
+def test_find_shows_what_a_heading_or_a_term_names(page, words, seen):
+    assert view_page(page, "", find=words) == seen
 
 
 @pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])

@@ -317,6 +317,23 @@ def test_the_table_has_headings_and_no_rows_for_what_a_users_tasks_do_not_state(
     assert not any(line.split()[0] == "own" for line in lines) and "  lookup 1" in "\n".join(lines)
 
 
+def test_kinds_of_pages_have_rows_of_their_own():
+    played = []
+    for n, style in enumerate(["varied", "varied", "unseen-hosts", "unseen-layouts"]):
+        world = {"seed": n, "entities": 60, "split": "test", "style": style}
+        task = Task(str(n), "q", "a", meta={"world": world})
+        played.append(Trajectory(task, (n,), status="answered", answer="ab"[n % 2]))
+    result = summarise(played, {})
+    shares = {name: row["pass@1"] for name, row in result["by_pages"].items()}
+    assert shares == {"varied": 0.5, "unseen-hosts": 1.0, "unseen-layouts": 0.0}
+    rows = format_table(result).split("by pages:")[1].splitlines()
+    assert [row.split()[:3] for row in rows[1:4]] == [
+        ["unseen-hosts", "1", "100.0%"],
+        ["unseen-layouts", "1", "0.0%"],
+        ["varied", "2", "50.0%"],
+    ]
+
+
 def test_odd_metadata_of_a_task_does_not_lose_the_figures():
     templates = [5, ["a"], {"b": 1}, None, "of"]
     tasks = [Task(str(n), "q", "a", meta={"template": t}) for n, t in enumerate(templates)]

@@ -2,13 +2,16 @@
 
 import hashlib
 import random
+import re
 
 import numpy as np
 import torch
 
-from data.base.drills import copy_drill, fact_drill, plans, text_drill, walks
+import data.pretrain
+from data.base.drills import copy_drill, fact_drill, plans, text_drill, visits, walks
 from data.base.explorers import open_site, write_transcripts
 from data.base.walkers import Walker, write_walks
+from data.pretrain import addresses_copied
 from data.tasks import draw_task, form_of
 from data.world import World, load_world
 from rollout import RolloutArgs
@@ -62,8 +65,32 @@ def test_walk_drills_are_learned_where_their_rule_decides(deep_dir, chat):
     )
 
 
-DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "f80d847dd7ee"]
-TRANSCRIPTS, WALKS = "863fd6ada832", ("becd3716005e", "02e0f5d49587")
+def test_visit_drills_are_learned_at_the_address_and_what_follows(chat):
+    world = World(116, 5000, "pretrain", style="varied")
+    ids, labels = text_drill(visits, np.random.default_rng(0), chat, world, 4, 256)
+    for row in range(4):
+        shown = chat.decode(ids[row][labels[row] < 0].tolist())
+        learned = chat.decode(ids[row][labels[row] >= 0].tolist())
+        calls = re.findall(r'"url": "(.*?)"', learned)
+        assert calls and len(set(calls)) == len(calls)
+        assert all(f" {url}\n" in shown for url in calls)
+
+
+def test_the_measure_counts_addresses_that_are_copied_whole(chat, monkeypatch):
+    def said(model, chat, row):
+        tokens = chat.tokenizer.convert_ids_to_tokens(row[0][row[1]].tolist())
+        return 0.0, [("", token, token not in wrong) for token in tokens]
+
+    monkeypatch.setattr(data.pretrain, "tokens_of", said)
+    wrong = set()
+    assert addresses_copied(None, chat).count("100.0% of 100 (100.0% of 100)") == 2
+    wrong = {"test"}  # this token stands in most addresses, and nowhere else
+    shares = re.findall(r"([\d.]+)% of 100", addresses_copied(None, chat))
+    assert len(shares) == 4 and all(0 < float(share) < 60 for share in shares)
+
+
+DRILLS = ["b3834507477a", "bcf0a6110c59", "2c8871b00084", "9b75dc01b8f4", "8bc3f275c649"]
+TRANSCRIPTS, WALKS = "eed0c326835a", ("347ee23ada12", "2cc033ca4242")
 
 
 def digest(rows) -> str:
@@ -78,8 +105,15 @@ def test_the_recipe_writes_the_rows_that_the_shipped_models_learned_from(chat):
         copy_drill(np.random.default_rng(0), len(chat.tokenizer), 4, 256),
         fact_drill(np.random.default_rng(0), chat, 4, 256),
         *(
-            text_drill(source, np.random.default_rng(0), chat, World(116, 5000, "pretrain"), 8, 256)
-            for source in (plans, walks)
+            text_drill(
+                source,
+                np.random.default_rng(0),
+                chat,
+                World(116, 5000, "pretrain", style="varied"),
+                8,
+                256,
+            )
+            for source in (plans, visits, walks)
         ),
     ]
     assert [digest([drill]) for drill in drills] == DRILLS

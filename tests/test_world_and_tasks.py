@@ -14,6 +14,7 @@ import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ from conftest import ROOT
 import data.world
 from data.deep import pages as deep
 from data.deep.funnel import Funnel
-from data.deep.solve import solutions
+from data.deep.solve import read_fact, solutions
 from data.index import (
     build_index,
     in_processes,
@@ -32,15 +33,15 @@ from data.index import (
     page_html_of,
     search_index,
 )
-from data.parts import FRAMES
+from data.parts import FRAMES, RECORDS
 from data.serve import start_server
-from data.task import load_tasks, parse_tasks
-from data.tasks import SHIPPED, SHIPPED_STAGES, form_of, make_tasks
-from data.world import SPLITS, World, load_world, page_html, write_world
+from data.task import STYLES, load_tasks, parse_tasks
+from data.tasks import form_of, make_shipped, make_tasks
+from data.world import SPLITS, World, draw_layout, load_world, page_html, write_world
 from rollout import RolloutArgs
 from support.html_text import html_to_text, view_page
 from support.toolbox import Toolbox, open_index_tools
-from tools import urls_in
+from tools import Browse, urls_in
 
 
 def command(script, *arguments, cwd=None):
@@ -101,12 +102,101 @@ def test_a_catalogue_page_fits_into_one_view(chat):
     rich = World(5, 300, kind="deep")
     for path, title, _, page in deep.pages(rich):
         if title.startswith(("Catalogue", "More")):
-            view = view_page(page, f"http://{rich.host}/{path}")
+            view = view_page(page, rich.address(path))
             assert (
                 "(page 1 of 1)" in view
                 and len(chat.untrusted(view)) <= 192
                 and len(urls_in(view)) >= 8
             )
+
+
+@pytest.mark.parametrize("kind", ["plain", "deep"])
+@pytest.mark.parametrize("style", STYLES)
+def test_each_page_has_an_address_of_its_own(style, kind):
+    for seed in range(20):
+        world = World(seed, 300, "test", kind, style)
+        paths = ["", "cities-2", *(world.name(i) for i in range(300))]
+        addresses = [world.address(path) for path in paths]
+        assert len(set(addresses)) == len(addresses)
+        assert [world.path(address) for address in addresses] == paths
+        for url in ("http://elsewhere.test/", f"{addresses[2]}/x", addresses[2].upper(), "", "x"):
+            assert world.path(url) is None
+        used = {urlsplit(address).hostname for address in addresses}
+        assert len(used) == 1 if style == "single" else 2 <= len(used) <= 4
+        again = World(**world.description())
+        assert [again.address(path) for path in paths] == addresses
+        moved = world.elsewhere("1")
+        assert style == "single" or moved.address(paths[5]) != addresses[5]
+        assert world.address(paths[5]) == addresses[5] and moved.entity(5) == world.entity(5)
+
+
+def test_hosts_are_of_many_forms_and_splits_share_none():
+    hosts, forms = {}, {}
+    for split, style in [("train", "varied"), ("test", "varied"), ("test", "unseen-hosts")]:
+        sites = [site for n in range(300) for site in World(n, 60, split, style=style).sites]
+        hosts.setdefault(split, set()).update(site.split("/")[0] for site in sites)
+        digits = [re.sub(r"\d+", "1", re.sub("[a-z]+", "a", site.split("/")[0])) for site in sites]
+        forms[style, split] = set(digits)
+        if style == "varied":
+            assert {site.count("/") for site in sites} == {1, 2, 3, 4}
+    assert not hosts["train"] & hosts["test"]
+    assert forms["varied", "train"] == forms["varied", "test"] and len(forms["varied", "train"]) > 8
+    assert not forms["varied", "train"] & forms["unseen-hosts", "test"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_records_of_every_layout_are_found_and_read(style):
+    world, seen = World(3, 150, "test", style=style), set()
+    for index in range(60):
+        entity, layout = world.entity(index), draw_layout(world, index)
+        page = page_html(world, entity)
+        seen.add(layout)
+        for relation in RECORDS[entity.type]:
+            found = view_page(page, world.url(index), find=relation)
+            for text in (html_to_text(page), re.sub(r"(?m)^p\d+: ", "", found)):
+                assert read_fact(text, entity.name, relation) == entity.facts[relation]
+        sections = html_to_text(page)
+        assert layout[1] == (sections.index("Stories") < sections.index(f"{entity.name} is a"))
+    count = {"single": 1, "unseen-layouts": 4}
+    assert len(seen) == count.get(style, 8)
+
+
+def test_chosen_hosts(tmp_path):
+    done = command(
+        "data/world.py",
+        "--entities",
+        "60",
+        "--host",
+        "kor.test/maps",
+        "a-1.bul.example",
+        "--out",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    world, server = load_world(tmp_path), start_server(tmp_path / "pages.db")
+    assert set(server.hosts) == {"kor.test", "a-1.bul.example"}
+    browse, opened = Browse(server.hosts), set()
+    for index in range(60):
+        url = world.url(index)
+        assert browse(url=url).startswith(f"{url} (page 1") and world.name(index) in browse(url=url)
+        opened.add(url.rsplit("/", 1)[0])
+    assert opened == {"http://kor.test/maps", "http://a-1.bul.example"}
+    assert browse(url=f"http://kor.test/{world.name(0)}").startswith("error 404")
+    assert "persons" in browse(url="http://kor.test/")
+    server.shutdown()
+
+
+def test_pages_of_several_hosts_with_one_path(tmp_path):
+    """Each is found at its own host, and under https too; other hosts are no site of the corpus."""
+    pages = [("http://a.test/x", "ants"), ("https://b.test/x", "bees"), ("http://b.test:80/y", "z")]
+    lines = [json.dumps({"url": url, "text": text}) for url, text in pages]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    build_index(jsonl_documents(tmp_path / "c.jsonl", "http://c.test/", True), tmp_path / "c.db")
+    server = start_server(tmp_path / "c.db")
+    browse = Browse(server.hosts)
+    assert "ants" in browse(url="http://a.test/x") and "bees" in browse(url="https://b.test/x")
+    assert "no such site" in browse(url="http://c.test/x")
+    server.shutdown()
 
 
 def test_large_world_needs_no_memory():
@@ -188,7 +278,7 @@ def test_second_solver_reads_pages_only_and_finds_corrupted_truth(world_dir):
     tasks, _ = make_tasks(world, world_dir, 60, seed=1)
     index = open_index(world_dir / "pages.db")
     read = lambda name: (lambda page: html_to_text(page) if page else None)(
-        page_html_of(index, f"http://{world.host}/{name}")
+        page_html_of(index, world.address(name))
     )
     solve = lambda question: solutions(question, read, lambda phrase: [])
     assert all(solve(t.question) == [t.answer] for t in tasks)
@@ -305,12 +395,9 @@ def test_a_read_only_checkout_keeps_its_worlds_in_the_cache(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name, number", [("dev", 60), ("deep-dev", 6)])
-def test_shipped_tasks_can_be_made_again(name, number, tmp_path):
-    world, _, forms = SHIPPED[name]
-    write_world(world, tmp_path)
-    funnel = Funnel(tmp_path, SHIPPED_STAGES) if world.kind == "plain" else None
-    tasks, _ = make_tasks(world, tmp_path, number, 0, forms=forms, funnel=funnel)
-    assert tasks == load_tasks(ROOT / "data" / f"{name}.jsonl")[:number]
+def test_shipped_tasks_can_be_made_again(name, number, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.world, "WORLDS", tmp_path)
+    assert make_shipped(name, 0, number) == load_tasks(ROOT / "data" / f"{name}.jsonl")[:number]
 
 
 def test_pages_and_search_over_http(world_dir):
@@ -334,6 +421,7 @@ def test_pages_and_search_over_http(world_dir):
         (["data/tasks.py", "--world", "nowhere", "--out", "x.jsonl"], "no world at nowhere"),
         (["data/world.py", "--entities", "2", "--out", "x"], "at least"),
         (["data/world.py", "--out", "x", "--kind", "wide"], "invalid choice"),
+        (["data/world.py", "--out", "x", "--host", "kor"], "'kor' is no host such as"),
         (["data/tasks.py", "--families", "poems", "--out", "x"], "invalid choice"),
         (["data/index.py", "--html", ".", "--jsonl", "x", "--out", "x.db"], "or --jsonl"),
         (["data/serve.py", "--port", "x"], "--port"),
@@ -382,6 +470,12 @@ def with_world(**changes) -> str:
         (with_world(split="eval"), "unknown split"),
         (with_world(kind=["deep"]), "unknown kind"),
         (with_world(size=3), "no 'size'"),
+        (with_world(style="wide"), "unknown style"),
+        (with_world(hosts=["Kor.test"]), "'Kor.test' is no host"),
+        (with_world(hosts=["kor.test/../x"]), "is no host"),
+        (with_world(hosts=["http://kor.test"]), "is no host"),
+        (with_world(hosts=[3]), "3 is no host"),
+        (with_world(hosts=3), "3 is no host"),
     ],
 )
 def test_a_broken_line_17_is_named(tmp_path, line, words):

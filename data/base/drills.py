@@ -99,7 +99,7 @@ def text_drill(
     """Rows of text; what goes beyond the length is cut.
 
     Args:
-        source: `plans` or `walks`, a generator of chunks for each row.
+        source: `plans`, `visits` or `walks`, a generator of chunks for each row.
     """
     ids, labels = empty_rows(rows, length)
     for row in range(rows):
@@ -174,6 +174,20 @@ def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
     return [*pieces, (turn_text(fact, subject), True)]
 
 
+def visits(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
+    """Results of a search and the call that opens one of them, mostly the first: its address is to
+    be copied, whatever its form. No host comes twice."""
+    while True:
+        place, relation = world.elsewhere(str(rng.random())), str(rng.choice(ALL_RELATIONS))
+        names, hits = [random_name(rng, world) for _ in range(rng.integers(1, 4))], ""
+        for number, name in enumerate(names, start=1):
+            fact = f"The {rng.choice(ALL_RELATIONS)} of {name} is {random_value(rng, world)}."
+            hits += f"[{number}] {name} {place.address(name)}\n" + rng.choice(["", f"{fact}\n"])
+        name = names[0] if rng.random() < 0.8 else str(rng.choice(names))
+        said = f"<tool_response>{hits}</tool_response><think>{name}: {relation}.</think>"
+        yield [(said, False), (call_text(browse(place.address(name), find=relation)), True)]
+
+
 def walks(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
     """Walks in small: notes, then pages of one to four entries, a chunk each. Each thought says
     what was found so far, each call follows "Next:".
@@ -182,7 +196,7 @@ def walks(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
     is learned slowly.
     """
     while True:
-        host, is_extreme = f"http://w{rng.integers(100, 400)}.test", rng.random() < 0.1
+        place, is_extreme = world.elsewhere(str(rng.random())), rng.random() < 0.1
         if is_extreme:
             word = rng.choice(["greatest", "smallest"])
             found = [f"{random_name(rng, world)} {rng.integers(100, 1000)}"]
@@ -195,8 +209,8 @@ def walks(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
         while not is_last and len(found) < 6 and rng.random() < 0.95:
             entries = random_entries(rng, world, None if is_extreme else word)
             following, is_last = random_name(rng, world), rng.random() < 0.25
-            page = "".join(f"{c} {n} {p} {host}/{n}\n" for n, c, p in entries)
-            page += "The catalogue ends here." if is_last else f"Next: {host}/{following}"
+            page = "".join(f"{c} {n} {p} {place.address(n)}\n" for n, c, p in entries)
+            page += "The catalogue ends here." if is_last else f"Next: {place.address(following)}"
             if is_extreme:
                 prices = [*found, *(f"{name} {price}" for name, _, price in entries)]
                 choose = max if word == "greatest" else min
@@ -206,7 +220,7 @@ def walks(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
                 found += [name for name, colour, _ in entries if colour == word]
                 state = listed(word, found)
             answer = ", ".join(item.split()[0] for item in found) or following
-            action = answer if is_last else browse(f"{host}/{following}")
+            action = answer if is_last else browse(place.address(following))
             response = f"<tool_response>{page}</tool_response>"
             yield [(response, False), (turn_text(state, action), True)]
 

@@ -5,7 +5,8 @@ stop too early or go round in circles; a minority behaves sensibly. So the base 
 calls, can copy names and read a fact off a page, and solves few tasks.
 
 In: worlds of the split "pretrain". Out: transcripts as token ids, with a mask on the explorer's own
-tokens. To try an idea, change `sensible_move` or `random_move`.
+tokens. Each explorer finds its world at addresses of its own, so that none can be learned by heart.
+To try an idea, change `sensible_move` or `random_move`.
 """
 
 import json
@@ -36,15 +37,15 @@ class Site:
 
     world: World
     search: Search
-    pages: dict[str, str]  # URL -> HTML
+    pages: dict[str, str]  # path -> HTML
     types: dict[str, str]  # name -> type of the entity
 
 
 def open_site(world: World) -> Site:
     """The site of a world, which is written on first use."""
-    pages = {world.url(i): page_html(world, world.entity(i)) for i in range(world.entities)}
+    pages = {world.name(i): page_html(world, world.entity(i)) for i in range(world.entities)}
     if world.kind == "deep":
-        pages |= {f"http://{world.host}/{path}": page for path, _, _, page in deep.pages(world)}
+        pages |= {path: page for path, _, _, page in deep.pages(world)}
     types = {world.name(i): world.type(i) for i in range(world.entities)}
     return Site(world, Search(world_folder(world.description()) / "pages.db"), pages, types)
 
@@ -90,10 +91,11 @@ class Explorer:
 
     def __init__(self, task: Task, site: Site, chat: Chat, rng: random.Random, skill: float):
         self.task, self.site, self.chat, self.rng, self.skill = task, site, chat, rng, skill
+        self.world = site.world.elsewhere(str(rng.random()))
         self.relations = task.meta.get("relations", [])
         # These names stand in the question.
         named = task.evidence[: 2 if task.family == "compute" else 1]
-        self.names = [url.rsplit("/", 1)[1] for url in named]
+        self.names = [site.world.path(url) for url in named]
         self.seen_names, self.seen_urls, self.numbers = list(self.names), [], []
         self.facts: dict[tuple[str, str], str] = {}  # (name, relation) -> value, as read so far
         self.last_facts: list[tuple[str, str]] = []  # those of the last result
@@ -126,7 +128,7 @@ class Explorer:
         if not left:
             return thought or notes[-1], value
         thought = f"{thought} {value}: {', '.join(left)}.".strip()
-        url = f"http://{self.site.world.host}/{value}"
+        url = self.world.address(value)
         if left[0] in RECORDS.get(self.site.types.get(value), {}) and url in self.seen_urls:
             return thought, browse(url, find=left[0])
         return thought, search_for(f"{left[0]} of {value}")
@@ -183,17 +185,28 @@ class Explorer:
         """The result of a call, as the agent's tools would give it."""
         arguments = call["arguments"]
         if call["name"] == "search":
-            return self.site.search(**arguments)
+            return self.moved(self.site.search(**arguments))
         if call["name"] == "python":
             a, sign, b = re.search(r"(\d+) ([-+*]) (\d+)", arguments["code"]).groups()
             values = {"+": int(a) + int(b), "-": abs(int(a) - int(b)), "*": int(a) * int(b)}
             self.computed = str(values[sign])
             return self.computed
         url = arguments["url"]
-        if url not in self.site.pages:
+        path = self.world.path(url)
+        if path not in self.site.pages:
             return f"error 404 for {url}"
         page, find = arguments.get("page", 1), arguments.get("find")
-        return view_page(self.site.pages[url], url, page, find, arguments.get("links", False))
+        links = arguments.get("links", False)
+        return self.moved(view_page(self.site.pages[path], url, page, find, links))
+
+    def moved(self, text: str) -> str:
+        """A result with each address of the site where this explorer finds the page."""
+
+        def move(url: re.Match) -> str:
+            path = self.site.world.path(url[0])
+            return url[0] if path is None else self.world.address(path)
+
+        return re.sub(r"https?://\S+", move, text)
 
     def read(self, text: str) -> None:
         """Take in a tool result: names, URLs, numbers and facts that a reader would find in it."""
@@ -207,12 +220,12 @@ class Explorer:
         for line in text.splitlines():
             if "http" in line:
                 url = next(w for w in line.split() if w.startswith("http"))
-                title = url.rsplit("/", 1)[-1]
+                title = self.world.path(url)
                 if title in types and url not in self.seen_urls:
                     self.seen_urls.append(url)
             elif title in types:
                 for relation, _, _ in RELATIONS[types[title]]:
-                    if value := read_fact(line.split(": ", 1)[-1], title, relation):
+                    if value := read_fact(re.sub(r"^p\d+: ", "", line), title, relation):
                         self.facts[title, relation] = value
                         self.last_facts.append((title, relation))
 
@@ -265,7 +278,7 @@ def write_transcripts(
     families, weights = zip(*SHARES["pretrain"].items())
     progress = tqdm(total=per_world * worlds, desc="explorers", unit="transcript", mininterval=5)
     for world_seed in range(100, 100 + worlds):
-        site = open_site(World(world_seed, entities, "pretrain"))
+        site = open_site(World(world_seed, entities, "pretrain", style="varied"))
         for _ in range(per_world):
             family, hops = rng.choices(families, weights)[0]
             task = draw_task(site.world, family, hops, rng, rng.random() < 0.25)
@@ -282,3 +295,15 @@ def write_transcripts(
         {name: f"{np.mean(hits):.0%}" for name, hits in sorted(right_by_family.items())},
     )
     return transcripts
+
+
+def write_visits(chat: Chat, style: str, number: int) -> list[Row]:
+    """Transcripts of sensible explorers who open pages, in a world of this style."""
+    rng = random.Random(f"visits-{style}")
+    site = open_site(World(99, 120, "pretrain", style=style))
+    rows = []
+    for _ in range(number):
+        task = draw_task(site.world, "browse", 1, rng)
+        ids, mask, _ = Explorer(task, site, chat, rng, 1.0).play()
+        rows.append((np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)))
+    return rows

@@ -15,12 +15,13 @@ from data.world import World, page_html
 from support.chat_template import CHATML
 from support.html_text import html_to_text
 
-# Words, numbers and everything else are never in one token. A space belongs to the lower-case word
-# beside it and never to a name or number (" of " in "mayor of Belin"), so those are cut alike after
-# a space, a quote, a slash or a bracket.
+# Words, numbers, the start of an address and everything else are never in one token. A space belongs
+# to the lower-case word beside it and never to a name, number or address (" of " in "mayor of
+# Belin"), so those are cut alike after a space, a quote, a slash or a bracket. A name is cut into its
+# syllables: two tokens, for all names alike.
 PIECES = (
-    r" ?[a-z]+ (?=[A-Z0-9])| [a-z]+|[a-z]+|[A-Z][a-z]*|\d{1,3}"
-    r"|[^A-Za-z0-9]+?(?= [a-z])|[^A-Za-z0-9]+"
+    r"https?://| (?=https?://)| ?[a-z]+ (?=[A-Z0-9])| [a-z]+|[a-z]+|[A-Z][a-z]{0,2}|\d{1,3}"
+    r"|[^A-Za-z0-9]+?(?= [a-z]|https?://)|[^A-Za-z0-9]+"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = [
@@ -79,11 +80,12 @@ def tokenizer_corpus(seed: int, worlds: int, entities: int) -> Iterator[str]:
     for number in range(1000):
         yield f"{number} {number} " * 20
     for world_seed in range(100, 100 + worlds):
-        world = World(world_seed, entities, "pretrain")
+        world = World(world_seed, entities, "pretrain", style="varied")
         for index in range(entities):
             yield html_to_text(page_html(world, world.entity(index)))
         for _ in range(300):
             family, hops = rng.choice(list(SHARES["pretrain"]))
             task = draw_task(world, family, hops, rng, rng.random() < 0.3)
-            yield f"{task.question} http://{world.host}/{world.name(0)} "
+            address = world.elsewhere(str(rng.random())).url(rng.randrange(entities))
+            yield f"{task.question} {address} "
             yield from CALLS

@@ -159,7 +159,7 @@ class Walker(Explorer):
         page = text if text.startswith("http") else ""
         urls = re.findall(r"https?://\S+", text)
         self.seen_urls += [url for url in urls if url not in self.seen_urls]
-        catalogue = f"http://{self.site.world.host}/{self.keeper}-catalogue"
+        catalogue = self.world.address(f"{self.keeper}-catalogue")
         if self.keeper and catalogue in urls:
             self.catalogue_url = catalogue
         self.entries = read_entries(page)
@@ -248,7 +248,7 @@ def write_walks(
     walks, held_out, right = [], [], []
     progress = tqdm(total=rows, desc="walkers", unit="segment", mininterval=5)
     for number in range(worlds):
-        site = open_site(World(100 + number, entities, "pretrain", "deep"))
+        site = open_site(World(100 + number, entities, "pretrain", "deep", "varied"))
         while len(walks) < rows * min(1, (number + 1) / worlds):
             skill = 0.995 if rng.random() < skilled_share else rng.uniform(0.0, 0.7)
             walker = Walker(draw_walk(site.world, rng), site, chat, rng, skill)
@@ -257,7 +257,7 @@ def write_walks(
             right.append(is_right)
             progress.update(len(segments))
     progress.close()
-    site = open_site(World(100 + worlds, entities, "pretrain", "deep"))
+    site = open_site(World(100 + worlds, entities, "pretrain", "deep", "varied"))
     while len(held_out) < 40:
         held_out += Walker(draw_walk(site.world, rng), site, chat, rng, 1.0).walk(args)[0]
     length = np.mean([len(ids) for ids, _ in walks])

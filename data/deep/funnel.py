@@ -28,9 +28,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from data.deep.solve import parse_question, solutions
-from data.index import open_index, search_index, sites_of
+from data.index import open_index, search_index
 from data.parts import FRAMES
 from data.task import Task, check_task, parse_tasks
+from data.world import load_world
 from support.answers import correct, normalize, parse_date, parse_number
 from support.toolbox import open_index_tools
 from support.words import index_words
@@ -60,10 +61,6 @@ def stands_in(answer: str | list[str], text: str) -> bool:
         re.search(rf"(?<![^\W_]){re.escape(item)}(?![^\W_])", text, re.IGNORECASE)
         for item in items(answer)
     )
-
-
-def path_of(url: str) -> str:
-    return unquote(urlsplit(url).path).lstrip("/")
 
 
 def words_of(text: str) -> set[str]:
@@ -143,8 +140,8 @@ def leak(task: Task, funnel: "Funnel") -> str | None:
     # The evidence of a collection is the pages of all its entries, the answer's among them.
     if task.family == "collection" or task.answer_type == "list":
         return None
-    paths = [unquote(urlsplit(url).path) for url in task.evidence]
-    if any(stands_in(item, path) for path in paths for item in set(items(task.answer))):
+    urls = [unquote(url) for url in task.evidence]
+    if any(stands_in(item, url) for url in urls for item in set(items(task.answer))):
         return "the answer stands in the address or title of a page on the way"
     return None
 
@@ -180,7 +177,7 @@ def tools_needed(task: Task, funnel: "Funnel") -> str | None:
     if any(correct(str(answer), task.answer, task.answer_type) for answer in closed_book):
         return "the question itself is enough"
     if task.family == "compute":
-        pages = [funnel.read(path_of(url)) or "" for url in task.evidence]
+        pages = [funnel.read(url) or "" for url in task.evidence]
         if any(stands_in(task.answer, page) for page in pages):
             return "the result can be copied from a page"
     if task.family != "lookup" and is_one_search(task, funnel):
@@ -257,14 +254,13 @@ class Funnel:
 
     def __init__(self, folder: Path | str | None = None, stages=tuple(STAGES)):
         self.stages = [name for name in STAGES if name in stages]
-        self.index, self.base = None, ""
+        self.index = None
         if folder:
             db = Path(folder) / "pages.db"
-            self.index = open_index(db)
+            self.index, self.world = open_index(db), load_world(folder)
             # These are the tools as the agent has them, over HTTP; only the pieces of a page are
             # larger, to read it in one call.
             self.search, self.browse = open_index_tools(db, page_chars=10_000_000)
-            self.base = f"{sites_of(self.index)[0]}/"
         self.questions, self.contents, self.answers = set(), {}, defaultdict(Counter)
         self.looked, self.counts, self.rejects = Counter(), Counter(), []
         # Memories are bounded, so that the funnel stays small on any world.
@@ -274,8 +270,10 @@ class Funnel:
         self.solutions = functools.lru_cache(maxsize=8)(self.solutions)
 
     def read(self, path: str) -> str | None:
-        """Text of a page through the browse tool."""
-        text = self.browse(self.base + path) if self.index else "error"
+        """Text of a page, named by its path or address, through the browse tool."""
+        if not self.index:
+            return None
+        text = self.browse(path if "://" in path else self.world.address(path))
         return None if text.startswith("error") else text.split("\n", 1)[1]
 
     def find(self, phrase: str) -> list[str]:
@@ -286,7 +284,7 @@ class Funnel:
         query = (f'text : "{words}"',)
         page = "select url from words join pages on id = words.rowid where words match ?"
         rows = self.index.execute(page, query)
-        return [path_of(url) for (url,) in rows]
+        return [self.world.path(url) for (url,) in rows]
 
     def links(self, url: str) -> frozenset[str] | None:
         """The addresses that a page links to; None if it cannot be opened."""
@@ -297,7 +295,8 @@ class Funnel:
 
     def searchable(self, url: str) -> bool:
         """Whether a search for the page's own name shows it."""
-        return f" {url}\n" in self.search(queries=[path_of(url).replace("-", " ")]) + "\n"
+        name = (self.world.path(url) or url).replace("-", " ")
+        return f" {url}\n" in self.search(queries=[name]) + "\n"
 
     def snippets(self, query: str, count: int) -> list[str]:
         return [hit["snippet"] for hit in search_index(self.index, query, count)]

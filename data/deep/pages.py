@@ -18,7 +18,7 @@ import datetime
 import random
 from collections.abc import Iterator
 
-from data.parts import LEAD, html_page, link
+from data.parts import LEAD, html_page
 
 # A page fits into one view of the browse tool (400 characters, 192 tokens of the nano model).
 ENTRIES_ON_PAGE = 7
@@ -150,7 +150,7 @@ def sections(world, entity) -> str:
     name, index, parts = entity.name, entity.index, []
     if entity.type == "city" and world.position(index) is not None:
         sentences = [
-            f"The road from {name} to {link(world.name(other))} is {miles} miles long."
+            f"The road from {name} to {world.link(world.name(other))} is {miles} miles long."
             for other, miles in roads(world, index).items()
         ]
         parts.append(f"<h2>Roads</h2><p>{' '.join(sentences)}</p>")
@@ -159,14 +159,14 @@ def sections(world, entity) -> str:
         held = f"{name} is held from day {first} to day {last} of each year."
         parts.append(f"<h2>Calendar</h2><p>{held}</p>")
     if count := len(notices(world, index)):
-        links = [link(f"{name}-notice-{n}", f"notice {n}") for n in range(1, count + 1)]
+        links = [world.link(f"{name}-notice-{n}", f"notice {n}") for n in range(1, count + 1)]
         parts.append(
             f"<h2>Dispute</h2><p>Some notices dispute the {disputed(world, index)} given here: "
             f"{', '.join(links)}. "
-            f"Which one is valid follows from the {link('rules', 'rules of the register')}.</p>"
+            f"Which one is valid follows from the {world.link('rules', 'rules of the register')}.</p>"
         )
     if entity.type == "company" and index <= world.nth("company", catalogues(world) - 1):
-        parts.append(f"<p>{name} keeps a {link(f'{name}-catalogue', 'catalogue')}.</p>")
+        parts.append(f"<p>{name} keeps a {world.link(f'{name}-catalogue', 'catalogue')}.</p>")
     return "".join(parts)
 
 
@@ -196,7 +196,7 @@ def rules_page(world) -> tuple[str, str, str, str]:
 
 def notice_pages(world, index: int) -> Iterator[tuple[str, str, str, str]]:
     name, relation, found = world.name(index), disputed(world, index), notices(world, index)
-    links = [link(f"{name}-notice-{n}", f"notice {n}") for n in range(1, len(found) + 1)]
+    links = [world.link(f"{name}-notice-{n}", f"notice {n}") for n in range(1, len(found) + 1)]
     for number, notice in enumerate(found, start=1):
         retracts = ""
         if notice["retracts"]:
@@ -207,8 +207,8 @@ def notice_pages(world, index: int) -> Iterator[tuple[str, str, str, str]]:
             f"{name}-notice-{number}",
             f"Notice {number}",
             f"<p>Published on {notice['date']} by the {notice['office']}. "
-            f"It puts the {relation} of {link(name)} at {notice['value']}.</p>{retracts}"
-            f"<p>See also {others} and the {link('rules', 'rules of the register')}.</p>",
+            f"It puts the {relation} of {world.link(name)} at {notice['value']}.</p>{retracts}"
+            f"<p>See also {others} and the {world.link('rules', 'rules of the register')}.</p>",
         )
 
 
@@ -218,9 +218,9 @@ def catalogue_pages(world, number: int) -> Iterator[tuple[str, str, str, str]]:
         rows = ""
         for index, colour, price in entries[k * ENTRIES_ON_PAGE : (k + 1) * ENTRIES_ON_PAGE]:
             name = world.name(index)
-            rows += f"<p>{colour} {name} {price} {link(name, world.url(index))}</p>"
+            rows += f"<p>{colour} {name} {price} {world.link(name, world.address(name))}</p>"
         if k + 1 < len(paths):
-            rows += f"<p>Next: {link(paths[k + 1], f'http://{world.host}/{paths[k + 1]}')}</p>"
+            rows += f"<p>Next: {world.link(paths[k + 1], world.address(paths[k + 1]))}</p>"
         else:
             rows += "<p>The catalogue ends here.</p>"
         if k == 0:

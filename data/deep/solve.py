@@ -5,8 +5,8 @@ It imports nothing of the generator (data/tasks.py, data/deep/families.py) or th
 (data/world.py, data/deep/pages.py), so that an error in one is not repeated in the other, and it
 gives *all* answers that fit: none means it cannot tell, two or more that the question is ambiguous.
 
-In: a question, `read(path)` -> text of a page or None, `find(phrase)` -> paths of all pages with
-that phrase. Out: a list of answers. To try an idea, write a function
+In: a question, `read(path)` -> text of a page (of its address too) or None, `find(phrase)` -> paths
+of all pages with that phrase. Out: a list of answers. To try an idea, write a function
 `(question, read, find) -> list of answers` and add its pattern to FORMS.
 """
 
@@ -43,7 +43,8 @@ def parse_question(question: str) -> tuple[str | None, list[tuple[str, list[str]
 def read_fact(text: str, name: str, relation: str) -> str | None:
     """The value of a relation in the text of the page of `name`; None where it does not say."""
     match = re.search(rf"\b[Tt]he {relation} of {name} is (\w+)\.", text)
-    match = match or re.search(rf"^\s*{relation}\s*\|\s*(\w+)", text, re.MULTILINE)
+    # In a table, a list or below a heading, where the value is a name or a number.
+    match = match or re.search(rf"^\W*{relation}\W+([A-Z\d]\w*)", text, re.MULTILINE)
     return match.group(1) if match else None
 
 
@@ -105,7 +106,7 @@ def walk_catalogue(keeper: str, read) -> list[tuple[str, str, int]]:
     path, entries = f"{keeper}-catalogue", []
     while path and (text := read(path)):
         entries += read_entries(text)
-        following = re.search(r"Next: https?://[^/\s]+/(\w+)", text)
+        following = re.search(r"Next: (\S+)", text)
         path = following.group(1) if following else None
         if path is None and "ends here" not in text:
             return []
@@ -333,7 +334,7 @@ def solutions(question: str, read, find) -> list:
 
     Args:
         question: the task's question.
-        read: function from the path of a page ("Kalbor") to its text, or None.
+        read: function from the path of a page ("Kalbor"), or its address, to its text, or None.
         find: function from a phrase to the paths of all pages that contain it.
     """
     solve = next(function for pattern, function in FORMS if re.search(pattern, question))

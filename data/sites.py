@@ -1,0 +1,71 @@
+"""Where the pages of a fictional web stand: hosts and paths of every form.
+
+A *site* is an address without its scheme, with * where the page's own name goes: "kor.test/maps/*".
+In: a random generator. Out: sites. To try an idea, add a form to HOSTS or PATHS: L becomes a
+letter, W a made-up word, N a number.
+"""
+
+import functools
+import random
+import re
+import zlib
+
+from data.parts import LAST_SYLLABLES
+from data.task import SPLITS
+
+SEEN, UNSEEN = "seen", "unseen"  # the unseen forms stand in test worlds only
+HOSTS = {
+    SEEN: "LN W W WN W-N W-W W.W LN.W W-N.W W.W-W N.W".split(),
+    UNSEEN: "NW W-W-W W.W.W W-N-W L.N-W LNLN WNW".split(),
+}
+PATHS = {
+    SEEN: "* * * * L/* N/* W/* W-W/* L/N/* W/W/* W/L/N/* */L */N W/*/W *.W".split(),
+    UNSEEN: "*.html W/*.html N-W/* W.N/* L/*/N WN/W/L/* N/*/W-W".split(),
+}
+ENDINGS = ("test", "test", "test", "example")  # no real site can have these names
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def fill(form: str, rng: random.Random) -> str:
+    """A form with its letters, words and numbers drawn."""
+
+    def draw(kind: re.Match) -> str:
+        if kind[0] == "L":
+            return rng.choice(LETTERS)
+        if kind[0] == "N":
+            return str(rng.randrange(10 ** rng.randint(1, 5)))
+        if rng.random() < 0.25:
+            return "".join(rng.choices(LETTERS, k=rng.randint(2, 6)))
+        return "".join(rng.choices(LAST_SYLLABLES, k=rng.choice((1, 1, 2))))
+
+    return re.sub("[LWN]", draw, form)
+
+
+def draw_host(rng: random.Random, split: str, forms: str) -> str:
+    """A host; splits share none. In pretraining it may end in any word, since nobody asks there."""
+    host = ""
+    while zlib.crc32(host.encode()) % len(SPLITS) != SPLITS.index(split) or not host:
+        ending = "W" if split == "pretrain" and rng.random() < 0.2 else rng.choice(ENDINGS)
+        host = fill(f"{rng.choice(HOSTS[forms])}.", rng) + fill(ending, rng)
+    return host
+
+
+@functools.lru_cache(maxsize=1024)
+def draw_sites(key: str, split: str, forms: str, longest: int | None = None) -> list[str]:
+    """Two to four sites.
+
+    Args:
+        key: decides the draws.
+        forms: SEEN or UNSEEN.
+        longest: characters of a site, if it is to be short; one more after 500 that were too long.
+    """
+    sites: list[str] = []
+    rng, too_long = random.Random(key), 0
+    wanted = rng.randint(2, 4)
+    while len(sites) < wanted:
+        site = f"{draw_host(rng, split, forms)}/{fill(rng.choice(PATHS[forms]), rng)}"
+        if longest and len(site) > longest + too_long // 500:
+            too_long += 1
+        elif site not in sites:
+            sites.append(site)
+    return sites
