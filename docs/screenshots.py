@@ -33,7 +33,9 @@ ONLY_CURVES = """titles => {
     node.remove();
   const figures = [...document.querySelectorAll("figure")], box = figures[0].parentNode;
   box.append(...titles.map(title => figures.find(f => f.textContent.startsWith(title))));
-  for (const figure of figures) if (!titles.includes(figure.firstChild.textContent)) figure.remove();
+  for (const figure of figures) {
+    if (!titles.includes(figure.firstChild.textContent)) figure.remove();
+  }
 }"""
 SIDE_BY_SIDE = """() => {
   for (const right of shown.filter(r => r.right && r.turns.length === 3)) {

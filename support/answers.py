@@ -31,8 +31,8 @@ GROUPED = re.compile(  # digits in groups: 12,345 or 12 345 or 12'345 or 1,23,45
     r"(?<![\d.,'])\d{1,3}(?:([, '])\d{3}(?:\1\d{3})*|(?:,\d\d)+,\d{3})(?![\d,'])"
 )
 NUMBER = re.compile(
-    r"([-+]?)([$€£¥]?)\s*(\d+(?:\.\d+)?(?:e[-+]?\d{1,3})?)\s*"
-    r"([^\d\s^.,][^\d^]{0,20}(?:\^[-\d]{1,3})?)?"  # the unit
+    r"([-+]?)([$€£¥]?)\s*(\d+(?:\.\d+)?(?:e[-+]?\d{1,3})?)"
+    r"(\s*[^\d\s^.,][^\d^]{0,20}(?:\^[-\d]{1,3})?)?\s*"  # the unit
 )
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6}
 SCALES |= {"crore": 10**7, "billion": 10**9, "trillion": 10**12}
@@ -64,27 +64,27 @@ def normalize(text: str) -> str:
 
 
 def parse_number(text: str) -> tuple[Decimal, str] | None:
-    """(value, unit) of a text that is a number, perhaps with a unit ("12 km", "$5"), else None."""
+    """(value, unit) of a text that is a number, perhaps with a unit ("12 km", "$5"), else None. A
+    unit that stands apart from the number begins with a space.
+    """
     match = NUMBER.fullmatch(ungrouped(fold(text).strip()).rstrip(". "))
     if match is None:
         return None
     sign, currency, digits, unit = match.groups(default="")
-    scale, _, rest = unit.partition(" ")
+    scale, space, rest = unit.strip().partition(" ")
     try:
         value = Decimal(sign + digits) * SCALES.get(scale, 1)
     except InvalidOperation:
         return None
-    unit = rest if scale in SCALES else unit
-    unit = "%" if unit in ("percent", "per cent") else unit
-    return value, " ".join(filter(None, (currency, unit.strip())))
+    unit = space + rest if scale in SCALES else " " * unit[:1].isspace() + " ".join(unit.split())
+    return value, currency + ("%" if unit.strip() in ("percent", "per cent") else unit)
 
 
 def same_number(guess: tuple[Decimal, str], truth: tuple[Decimal, str]) -> bool:
     """Whether value and unit are equal. "42 people" is 42, too; "5 k" may be 5,000 and is not 5."""
-    counted = not truth[1] and all(
-        re.fullmatch("[a-z]{2,}", word) and word not in NO_UNIT for word in guess[1].split()
-    )
-    return guess[0] == truth[0] and (guess[1] == truth[1] or counted)
+    is_counted = re.fullmatch("( [a-z]{2,})+", guess[1]) and not NO_UNIT & set(guess[1].split())
+    is_same_unit = guess[1].split() == truth[1].split() or (is_counted and not truth[1])
+    return guess[0] == truth[0] and bool(is_same_unit)
 
 
 def parse_date(text: str) -> tuple[int, ...] | None:

@@ -1,7 +1,9 @@
 """trajectories.jsonl: all that is known of a trajectory, on one line of JSON.
 
-train.py and `evaluate.py --trajectories` write such lines, and report.py shows them. docs/metrics.md
-says what each key means. In: finished trajectories. Out: dicts, and lines of JSON.
+train.py and `evaluate.py --trajectories` write such lines, and report.py shows them.
+docs/metrics.md says what each key means.
+
+In: finished trajectories. Out: dicts, and lines of JSON.
 """
 
 import itertools

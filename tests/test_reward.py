@@ -224,6 +224,7 @@ def test_right_answers(prediction, truth, kind):
         ("5 dozen", "5", "number"),
         ("5 halves", "5", "number"),
         ("42 people", "42 km", "number"),
+        ("42Sikgok", "42", "number"),
         ("42", "42 km", "number"),
         ("21 twenty", "21", "number"),
         ("21 or more", "21", "number"),

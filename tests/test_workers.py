@@ -20,7 +20,6 @@ from context import Turn
 from engine import Engine
 from rollout import AgentLoop, RolloutArgs, new_group, play
 from support import run_folder
-from support.toolbox import Toolbox
 from tools import Python, ToolCall
 from workers import (
     AsyncArgs,
@@ -516,20 +515,3 @@ def test_python_sessions_go_on_in_another_worker(make_pool, tiny, tokenizer, tmp
     assert_each_exactly_once(steps, tasks, 2)
     for t in (t for step in steps for group in step for t in group.trajectories):
         assert results_of(t) == [str(n) for n in range(1, len(t.turns))]
-
-
-def test_workers_get_the_tools_that_the_flags_ask_for(monkeypatch):
-    """Not one flag may be lost between the trainer's tools and a worker's."""
-    monkeypatch.setattr("support.toolbox.Toolbox", lambda **given: given)
-    args = RolloutArgs(
-        corpus="c.db",
-        live=True,
-        search_results=7,
-        page_chars=8,
-        search="searxng",
-        search_url="http://s.test",
-        unsafe_python=True,
-        python="cpython",
-    )
-    given = Toolbox(Setup("nano", args).args)
-    assert given == {name: getattr(args, name) for name in given} and len(given) == 8
