@@ -1,8 +1,8 @@
 """Honest evaluation of any policy on any task file: Pass@1 with an interval, pass@k, by family.
 
 In: a model (local) or an OpenAI-style endpoint (`--api`), a task file. Out: a table, and JSON with
-`--json`. Local models go through the same `rollout` as in training: same template, limits, tools
-and context manager. A trajectory that is cut off, faulty or badly formatted counts as wrong.
+`--json`. Local models go through the same agent loop as in training: same template, limits,
+tools and context manager. A trajectory that is cut off, faulty or badly formatted counts as wrong.
 To try an idea (another statistic), change `summarise`.
 
     python evaluate.py --model nano --tasks data/test.jsonl --samples 4 --json out.json
