@@ -62,8 +62,9 @@ def read_run(folder: Path) -> dict:
     Raises:
         FileNotFoundError, ValueError: there is no run in the folder, or a damaged one.
     """
-    if not (folder / "metrics.jsonl").exists():
-        raise FileNotFoundError(f"{folder}: no run there, it has no metrics.jsonl")
+    metrics = read_lines(folder / "metrics.jsonl")
+    if not metrics:
+        raise FileNotFoundError(f"{folder}: no run there, no metrics.jsonl with an update")
     tokenizer = folder / "checkpoint" / "tokenizer.json"
     pieces = Pieces(Tokenizer.from_file(str(tokenizer)) if tokenizer.exists() else None)
     packed, behaviours = read_trajectories(folder / "trajectories.jsonl", pieces)
@@ -71,7 +72,7 @@ def read_run(folder: Path) -> dict:
     return {
         "name": folder.resolve().name,
         "config": json.loads(config.read_text()) if config.exists() else {},
-        "metrics": read_lines(folder / "metrics.jsonl"),
+        "metrics": metrics,
         "evaluations": read_lines(folder / "evaluations.jsonl"),
         "packed": packed,
         "behaviours": behaviours,
@@ -331,8 +332,11 @@ def main():
     args = parser.parse_args()
     try:
         write_report(args.runs, args.out)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
+    except Exception as error:  # a log may hold anything
+        folders = ", ".join(map(str, args.runs))
+        sys.exit(f"report.py: damaged logs in {folders} ({type(error).__name__}: {error})")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
     if args.open:
         webbrowser.open(args.out.resolve().as_uri())

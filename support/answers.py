@@ -38,11 +38,12 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "millio
 SCALES |= {"crore": 10**7, "billion": 10**9, "trillion": 10**12}
 # Words after a number that are not what it counts: they change it, or they add a second guess.
 NO_UNIT = set(
-    "and or to not but nor plus minus times point over by half halves third thirds quarter quarters"
-    " squared cubed percent per cent mn mln mio mil mille millions millones milliard milliards mrd"
-    " bn billions tn trillions hundreds thousands dozens lakhs crores bps zero one two three four"
-    " five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-    " eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "and or no to not but nor except less more is was wrong percentage plus minus times point"
+    " over by half halves third thirds quarter quarters squared cubed percent per cent mn mln"
+    " mio mil mille millions millones milliard milliards mrd score gross lac lacs myriad"
+    " permille bn billions tn trillions hundreds thousands dozens lakhs crores bps zero one two"
+    " three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    " seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
 )
 SEVERAL = re.compile(r"[,;|\n/、،]")  # signs between several answers
 
@@ -58,7 +59,7 @@ def normalize(text: str) -> str:
     a number (-5, 3.5, 1/2), and + # % ^ and currencies (C++, C#, 5%)."""
     text = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", ungrouped(fold(text)))
     # \w of the module `regex` takes the vowel signs of a word for a part of it.
-    kept = r"(?<!\w)-(?=\d)|(?<=\d)[./:](?=\d)"
+    kept = r"(?<!\w)-(?=\d)|(?<=\d)[./:](?=\d)|[<>=≠≤≥×÷±](?=\s*\d)"
     words = regex.sub(rf"(?!{kept})[^\w\s+#%^$€£¥°]", " ", text).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
@@ -71,18 +72,22 @@ def parse_number(text: str) -> tuple[Decimal, str] | None:
     if match is None:
         return None
     sign, currency, digits, unit = match.groups(default="")
-    scale, space, rest = unit.strip().partition(" ")
+    words, apart = unit.split(), unit[:1].isspace()
+    scale = 1
+    while words and words[0] in SCALES:
+        scale, apart = scale * SCALES[words.pop(0)], True
     try:
-        value = Decimal(sign + digits) * SCALES.get(scale, 1)
+        value = Decimal(sign + digits) * scale
     except InvalidOperation:
         return None
-    unit = space + rest if scale in SCALES else " " * unit[:1].isspace() + " ".join(unit.split())
+    unit = " " * bool(apart and words) + " ".join(words)
     return value, currency + ("%" if unit.strip() in ("percent", "per cent") else unit)
 
 
 def same_number(guess: tuple[Decimal, str], truth: tuple[Decimal, str]) -> bool:
     """Whether value and unit are equal. "42 people" is 42, too; "5 k" may be 5,000 and is not 5."""
-    is_counted = re.fullmatch("( [a-z]{2,})+", guess[1]) and not NO_UNIT & set(guess[1].split())
+    is_counted = re.fullmatch("(?!.*(?:illi|ths?$))( [a-z]{2,}){1,2}", guess[1])
+    is_counted = is_counted and not NO_UNIT & set(guess[1].split())
     is_same_unit = guess[1].split() == truth[1].split() or (is_counted and not truth[1])
     return guess[0] == truth[0] and bool(is_same_unit)
 

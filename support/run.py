@@ -339,8 +339,11 @@ class Run:
         if not self.is_main:
             return
         draw_curves(self.out)
-        write_report([self.out], self.out / "report.html")
-        print(f"curves and every trajectory: {self.out}/report.html")
+        try:
+            write_report([self.out], self.out / "report.html")
+            print(f"curves and every trajectory: {self.out}/report.html")
+        except Exception as error:  # logs of an earlier run, or a full disk; the figures come first
+            print(f"no report.html: {type(error).__name__}: {error}", file=sys.stderr)
         more = f"python evaluate.py --model {self.out}/checkpoint"
         if not after:
             print(f"{self.done} steps are done; the held-out Pass@1 was not measured: {more}")

@@ -153,7 +153,9 @@ def save_config(out: Path, parts: list) -> None:
     config = flags_of(parts)
     if config["reward"]:
         file = Path(file_and_name(config["reward"])[0])
-        (out / file.name).write_bytes(file.read_bytes())
+        code = file.read_bytes()
+        (out / file.name).unlink(missing_ok=True)  # it may be a link to another file
+        (out / file.name).write_bytes(code)
     temporary = out / "config.json.new"
     temporary.write_text(json.dumps(config | {"commit": commit, "packages": packages}, indent=1))
     os.replace(temporary, out / "config.json")
@@ -175,11 +177,11 @@ def cut_lines(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text("utf-8", "replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     temporary = path.with_name(path.name + ".new")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -486,6 +486,26 @@ def test_the_command_writes_one_file_that_asks_for_nothing(chat, tmp_path):
     assert len({run["name"] for run in data["runs"]}) == 2
 
 
+DAMAGED = [
+    ("metrics.jsonl", '{"step": 2}\n[1, 2]\n{"step": 3, "rew'),
+    ("evaluations.jsonl", '{"step": 2, "split": "test", "pass@1": NaN, "pass@1_ci": null}\n'),
+    ("trajectories.jsonl", '{"step": 1, "turns": [1]}\n'),
+    ("config.json", "[1]"),
+]
+
+
+@pytest.mark.parametrize("name, text", DAMAGED)
+def test_damaged_logs_are_said_in_one_line_or_left_out(chat, tmp_path, name, text):
+    write_run(tmp_path / "run", chat, ["r"])
+    with open(tmp_path / "run" / name, "a" if name == "metrics.jsonl" else "w") as file:
+        file.write(text)
+    done = run_report(tmp_path / "run", "--out", tmp_path / "page.html")
+    assert len(done.stderr.splitlines()) == done.returncode and "Traceback" not in done.stderr
+    if done.returncode == 0:
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert "NaN" not in page.split('id="data">')[1].split("</script>")[0]
+
+
 @pytest.mark.parametrize("damage", ["absent", "empty", "older"])
 def test_a_folder_without_a_run_is_said_in_one_line(chat, tmp_path, damage):
     folder = tmp_path / "run"
