@@ -121,9 +121,10 @@ class PageServer(ThreadingHTTPServer):
         self.db = db
         with contextlib.closing(open_index(db)) as index:
             sites = sites_of(index)
-        self.hosts = dict.fromkeys(urlsplit(site).hostname or "" for site in sites)
-        self.base_url, self.host = sites[0], next(iter(self.hosts))
         super().__init__(("127.0.0.1", port), PageHandler)
+        here = "127.0.0.1:%d" % self.server_address[1]
+        self.hosts = {urlsplit(site).hostname or "": here for site in sites}
+        self.base_url, self.host = sites[0], next(iter(self.hosts))
 
     def server_bind(self) -> None:
         """Leave out HTTPServer's reverse lookup, which can stall where there is no name server."""
@@ -138,8 +139,8 @@ def start_server(db: Path | str) -> PageServer:
     """Serve an index from a background thread on a free port of loopback.
 
     Returns:
-        The server: `.hosts` are the corpus's own host names, the first one is `.host`;
-        `.server_address` is where it really listens. It ends with the process.
+        The server: `.hosts` maps each host name of the corpus to where it really listens, and
+        `.host` is the first of them. It ends with the process.
     """
     server = PageServer(db)
     threading.Thread(target=server.serve_forever, name=f"serve {server.host}", daemon=True).start()

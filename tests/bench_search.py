@@ -91,7 +91,7 @@ def main():
     )
     rows["first hit is the entity asked for"] = f"{right} of 300"
     server = start_server(db)
-    browse = Browse({server.host: "127.0.0.1:%d" % server.server_address[1]})
+    browse = Browse(server.hosts)
     urls = [world.url(rng.randrange(args.entities)) for _ in range(args.queries)]
     for name, call, inputs in (
         ("search", lambda query: search(queries=[query]), queries),

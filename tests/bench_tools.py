@@ -140,7 +140,7 @@ def main():
         server = start_server(Path(folder) / "pages.db")
         search, browse = (
             Search(Path(folder) / "pages.db"),
-            Browse({server.host: "127.0.0.1:%d" % server.server_address[1]}),
+            Browse(server.hosts),
         )
         urls = [world.url(n) for n in range(300)]
         rows["browse: a page for the first time"] = summary(

@@ -697,7 +697,7 @@ def test_connections_that_the_server_has_closed_meanwhile(world_dir, monkeypatch
 
     monkeypatch.setattr(PageHandler, "timeout", 0.1)
     server, world = start_server(world_dir / "pages.db"), load_world(world_dir)
-    browse = Browse({server.host: "127.0.0.1:%d" % server.server_address[1]})
+    browse = Browse(server.hosts)
     for n in range(3):
         assert f"{world.url(n)} (page 1" in browse(url=world.url(n))
         time.sleep(0.3)

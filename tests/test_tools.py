@@ -268,7 +268,7 @@ def test_embedded_pages_come_whole_over_one_connection(world_dir):
 
     server, world = Counting(world_dir / "pages.db"), load_world(world_dir)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    browse = Browse({server.host: "127.0.0.1:%d" % server.server_address[1]})
+    browse = Browse(server.hosts)
     for number in range(10):
         url, page = world.url(number), page_html(world, world.entity(number))
         for arguments in ({}, {"page": 2}, {"page": 3}, {"find": "the"}, {"links": True}):
