@@ -306,7 +306,7 @@ def main():
                 "train_s": time.perf_counter() - clock,
                 "tokens_per_s": counts["tokens"] / rollout_s,
             }
-            run.log(metrics, groups, outcomes, kept, by_turns)
+            run.log(metrics, groups, rows, outcomes, kept, by_turns)
             if args.eval_every and run.done % args.eval_every == 0 and run.done < args.steps:
                 run.evaluate("dev", dev_tasks)
             if run.done % args.save_every == 0 or run.done == args.steps:

@@ -614,7 +614,7 @@ def logged(tmp_path, monkeypatch, capsys, **metrics) -> list[str]:
     run.out, run.accelerator = tmp_path, Accelerator(cpu=True)
     usual = dict(pass_rate=0.5, reward=0.5, turns=2.0, entropy=0.3, rollout_s=1.0, train_s=1.0)
     for run.done in (1, 2, 3):
-        run.log(usual | {"grad_norm": 0.1} | metrics, [], [])
+        run.log(usual | {"grad_norm": 0.1} | metrics, [], [], [])
     printed, errors = capsys.readouterr()
     assert drawn == [tmp_path]  # curves.png is there after the first update
     assert [line.split(":")[0] for line in printed.splitlines()] == [
