@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 
 from evaluate import bootstrap_interval, wilson_interval
 from support.behaviour import behaviour_of
-from support.curves import read_lines
 from support.page import Pieces, pack, write_page
+from support.run_folder import read_lines, whole_lines
 
 PERCENT = ("pass_rate", "share", "kept_negatives", "zero_variance")  # starts of names of shares
 NOT_COMPARED = {"out", "resume", "log_with", "processes", "threads"}  # flags that change no run
@@ -43,16 +43,12 @@ def read_trajectories(path: Path, pieces: Pieces) -> tuple[dict, dict]:
     The file may be large, so one update at a time is in memory.
     """
     packed, behaviours = {}, {}
-    if not path.exists():
-        return packed, behaviours
-    with open(path, encoding="utf-8") as file:
-        null = {"parse_constant": lambda name: None}  # NaN is no JSON that a page can read
-        records = (json.loads(line, **null) for line in file if line.endswith("\n"))
-        records = (r for r in records if isinstance(r.get("turns"), list))  # else an older run's
-        for step, group in itertools.groupby(records, key=lambda record: record["step"]):
-            group = sorted(group, key=lambda record: (record["group"], record["index"]))
-            behaviours[step] = [(record["id"], behaviour_of(record)) for record in group]
-            packed[step] = pack(group, pieces)
+    records = (record for _, record in whole_lines(path))
+    records = (r for r in records if isinstance(r.get("turns"), list))  # else an older run's
+    for step, group in itertools.groupby(records, key=lambda record: record["step"]):
+        group = sorted(group, key=lambda record: (record["group"], record["index"]))
+        behaviours[step] = [(record["id"], behaviour_of(record)) for record in group]
+        packed[step] = pack(group, pieces)
     return packed, behaviours
 
 

@@ -17,12 +17,14 @@ MONTHS = (
     "january february march april may june july august september october november december".split()
 )
 # A month is its name or its first three letters.
-MONTH = rf"({'|'.join(f'{name[:3]}(?:{name[3:]})?' for name in MONTHS)}|sept)\.?"
+MONTH = rf"(?P<month>{'|'.join(f'{name[:3]}(?:{name[3:]})?' for name in MONTHS)}|sept)\.?"
 WEEKDAY = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day|\.)?,?\s+)?"
-DAY, YEAR = r"(?:the\s+)?(\d{1,2})(?:st|nd|rd|th)?", r"(\d{3,4})"
-DAY_FIRST = re.compile(rf"{WEEKDAY}(?:{DAY}[\s/-]+(?:of\s+)?)?{MONTH},?[\s/-]+(?:of\s+)?{YEAR}")
-MONTH_FIRST = re.compile(rf"{WEEKDAY}{MONTH}[\s-]+{DAY},?[\s-]+{YEAR}")
-YEAR_AND_NAME = re.compile(rf"{YEAR},?[\s-]+{MONTH}(?:[\s-]+{DAY})?")
+DAY, YEAR = r"(?:the\s+)?(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<year>\d{3,4})"
+NAMED_MONTH = [  # 12 March 1990; March 12, 1990; 1990 March 12
+    re.compile(rf"{WEEKDAY}(?:{DAY}[\s/-]+(?:of\s+)?)?{MONTH},?[\s/-]+(?:of\s+)?{YEAR}"),
+    re.compile(rf"{WEEKDAY}{MONTH}[\s-]+{DAY},?[\s-]+{YEAR}"),
+    re.compile(rf"{YEAR},?[\s-]+{MONTH}(?:[\s-]+{DAY})?"),
+]
 # 1990, 1990-03, 1990-03-12, 1990/03/12, 1990年3月12日; but 1990/03 may be a season.
 YEAR_FIRST = re.compile(
     rf"{YEAR}(?:-(\d\d?)|([-/.])(\d\d?)\3(\d\d?)|[年년](?:\s*(\d\d?)[月월](?:\s*(\d\d?)[日일])?)?)?"
@@ -104,14 +106,8 @@ def parse_date(text: str) -> tuple[int, ...] | None:
     found = set()
     if match := YEAR_FIRST.fullmatch(text):
         found.add(tuple(int(part) for part in match.groups() if part and part.isdecimal()))
-    if match := DAY_FIRST.fullmatch(text):
-        day, month, year = match.groups()
-        found.add((int(year), 1 + names.index(month[:3]), *([int(day)] if day else [])))
-    if match := MONTH_FIRST.fullmatch(text):
-        month, day, year = match.groups()
-        found.add((int(year), 1 + names.index(month[:3]), int(day)))
-    if match := YEAR_AND_NAME.fullmatch(text):
-        year, month, day = match.groups()
+    for match in filter(None, (form.fullmatch(text) for form in NAMED_MONTH)):
+        day, month, year = match.group("day", "month", "year")
         found.add((int(year), 1 + names.index(month[:3]), *([int(day)] if day else [])))
     if match := YEAR_LAST.fullmatch(text):
         one, _, other, year = match.groups()

@@ -3,8 +3,6 @@
 To draw something else, change PANELS or `draw_curves`.
 """
 
-import contextlib
-import json
 import os
 from pathlib import Path
 
@@ -15,24 +13,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from support.run_folder import read_lines
+
 PANELS = {  # key in metrics.jsonl -> title
     "turns": "turns a trajectory",
     "entropy": "entropy of the policy, nats a token",
     "reward": "mean reward, and its parts",
 }
 STYLES = {"dev": ("o-", "C0"), "test": ("s--", "C3")}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines, or none if there is no such file. A line that is no
-    object is left out: a run that was killed may have left half of its last one.
-    """
-    found = []
-    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [record for record in found if isinstance(record, dict)]
 
 
 def draw_held_out(axis, evaluations: list[dict]) -> None:

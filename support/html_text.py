@@ -81,9 +81,8 @@ def parse(page: str) -> etree._Element:
     return etree.Element("html") if tree is None else tree
 
 
-def parse_text(page: str) -> etree._Element:
-    """The tree of a page without what is not its text: title, scripts, marks of headings."""
-    tree = parse(page)
+def text_alone(tree: etree._Element) -> etree._Element:
+    """The tree without what is not its text: title, scripts, marks of headings. It is changed."""
     marks = "//*[contains(concat(' ', normalize-space(@class), ' '), ' headerlink ')]"
     for element in [*tree.iter(*DROPPED), *tree.xpath(marks)]:
         element.clear(keep_tail=True)
@@ -126,9 +125,8 @@ def start_of(element: etree._Element, steps: int) -> str:
     return "".join(text(*step) or "" for step in walk)
 
 
-def title_and_description(page: str) -> tuple[str, str]:
+def title_and_description(tree: etree._Element) -> tuple[str, str]:
     """What a page says of itself in its head, each on one line; "" if it does not."""
-    tree = parse(page)
     title, told = tree.find(".//title"), tree.xpath("//meta[@name='description']/@content")
     texts = ("" if title is None else start_of(title, 9), "".join(told[:1]))
     return tuple(" ".join(text[:2000].split()) for text in texts)
@@ -136,7 +134,7 @@ def title_and_description(page: str) -> tuple[str, str]:
 
 def links_of(page: str, url: str) -> list[tuple[str, str]]:
     """The links of a page at `url` in order, each once: (address, label)."""
-    found, room, tree = {}, MAX_LINKS, parse_text(page)
+    found, room, tree = {}, MAX_LINKS, text_alone(parse(page))
     for base in tree.xpath("(//base[@href])[1]/@href"):  # it holds for the whole page
         with contextlib.suppress(ValueError):
             url = urljoin(url, base[:MAX_ADDRESS].strip())
@@ -161,7 +159,12 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: a line a paragraph, `a | b` a table row, no links, no scripts."""
-    tree, converter = parse_text(page), html2text.HTML2Text(bodywidth=0)
+    return tree_to_text(parse(page))
+
+
+def tree_to_text(tree: etree._Element) -> str:
+    """The text of a parsed page, which is changed on the way."""
+    tree, converter = text_alone(tree), html2text.HTML2Text(bodywidth=0)
     converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
     parts = main_parts(tree)
     if tree.xpath("count(//*)") > MAX_ELEMENTS:  # html2text would take seconds
