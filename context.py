@@ -1,8 +1,8 @@
 """What the policy sees before each turn: messages as token ids, and the context manager.
 
 Token-in, token-out: what the policy sampled is kept as ids. It is never decoded and encoded again.
-Everything else (question, tool results, error texts) is *untrusted text*. A second tokenizer that
-has no control tokens at all encodes it, so a page that contains `<|im_end|>` or `<tool_call>` gives
+Text from outside (question, tool results, error texts) is *untrusted*. A second tokenizer that has
+no control tokens at all encodes it, so a page that contains `<|im_end|>` or `<tool_call>` gives
 ordinary pieces of text. Role tags come from the model's own chat template, once, as constant ids.
 
 The context manager is the transition function of Kimi-Researcher's loop: s_{t+1} =
@@ -80,11 +80,11 @@ class Trajectory:
     turns: list[Turn] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     status: str = "running"  # answered, format_error, over_context, over_turns, tool_fault
-    error: str = ""  # the kind of a format error
+    error: str = ""  # the kind of a format error, or what a server said
     answer: str | None = None
-    memory: dict = field(default_factory=dict)  # what context manager and tools want to keep
-    urls: list[str] = field(default_factory=list)  # addresses that it saw in results, or opened
-    pages: list[str] = field(default_factory=list)  # addresses of the pages that it opened
+    memory: dict = field(default_factory=dict)  # what context manager, tools and judge keep
+    urls: list[str] = field(default_factory=list)  # addresses that it asked for, or saw in results
+    pages: list[str] = field(default_factory=list)  # addresses that it opened, once for each piece
 
 
 class Chat:
@@ -108,12 +108,12 @@ class Chat:
 
         self.end_id = tokenizer.convert_tokens_to_ids(end_of_turn)
         system = SYSTEM_PROMPT.format(signatures="; ".join(signatures))
-        self.around_question = before_system + system + before_question, before_action
+        self.around_question = (before_system + system + before_question, before_action)
         self.before_question = self.encode(self.around_question[0], start=True)
         self.before_action = self.trusted(before_action)
         # A thought that the generation prompt has opened counts as said by the policy.
         self.opened = "".join(before_action.partition("<think>")[1:])
-        self.before_result = self.encode(end_of_turn + before_result)[1:]
+        self.before_result = self.encode(end_of_turn + before_result)[1:]  # that end was sampled
         self.before_next_action = self.trusted(before_next_action)
         self.open_response = self.trusted("<tool_response>")
         self.close_response = self.trusted("</tool_response>")

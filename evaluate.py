@@ -1,8 +1,8 @@
 """Honest evaluation of any policy on any task file: Pass@1 with an interval, pass@k, by family.
 
 In: a model (local) or an OpenAI-style endpoint (`--api`), a task file. Out: a table, and JSON with
-`--json`. Local models go through the same `rollout` as in training: same template, limits, tools
-and context manager. A trajectory that is cut off, faulty or badly formatted counts as wrong.
+`--json`. Local models go through the same agent loop as in training: same template, limits,
+tools and context manager. A trajectory that is cut off, faulty or badly formatted counts as wrong.
 To try an idea (another statistic), change `summarise`.
 
     python evaluate.py --model nano --tasks data/test.jsonl --samples 4 --json out.json
@@ -28,7 +28,7 @@ from context import Chat, Trajectory
 from data.task import load_tasks
 from engine import Engine, keep_memory, load_policy
 from reward import correct
-from rollout import EVALUATION, AgentLoop, RolloutArgs, new_group, play
+from rollout import AgentLoop, RolloutArgs, play
 from support.api_policy import api_rollout
 from support.baselines import play_baseline
 from support.benchmarks import SUFFIXES, gaia_correct, load_benchmark
@@ -37,6 +37,7 @@ from support.evaluation import (
     EvaluateArgs,
     check_args,
     format_table,
+    make_trajectories,
     mean,
     open_tools,
     usage,
@@ -168,8 +169,7 @@ def main():
         sys.exit(f"evaluate.py: {error}")
 
     started, samples = time.time(), args.samples if args.baseline == "none" else 1
-    groups = [new_group(t, n, samples, args.seed, stream=EVALUATION) for n, t in enumerate(tasks)]
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    trajectories = make_trajectories(tasks, samples, args.seed)
     attempt(trajectories, args, rollout_args, toolbox, policy)
     if args.judge:
         ask_judge = functools.partial(judge, url=args.judge, model=args.judge_model)

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 
 from evaluate import bootstrap_interval, wilson_interval
 from support.behaviour import behaviour_of
-from support.curves import read_lines
 from support.page import Pieces, pack, write_page
+from support.run_folder import read_lines, whole_lines
 
 PERCENT = ("pass_rate", "share", "kept_negatives", "zero_variance")  # starts of names of shares
 NOT_COMPARED = {"out", "resume", "log_with", "processes", "threads"}  # flags that change no run
@@ -43,16 +43,12 @@ def read_trajectories(path: Path, pieces: Pieces) -> tuple[dict, dict]:
     The file may be large, so one update at a time is in memory.
     """
     packed, behaviours = {}, {}
-    if not path.exists():
-        return packed, behaviours
-    with open(path, encoding="utf-8") as file:
-        null = {"parse_constant": lambda name: None}  # NaN is no JSON that a page can read
-        records = (json.loads(line, **null) for line in file if line.endswith("\n"))
-        records = (r for r in records if isinstance(r.get("turns"), list))  # else an older run's
-        for step, group in itertools.groupby(records, key=lambda record: record["step"]):
-            group = sorted(group, key=lambda record: (record["group"], record["index"]))
-            behaviours[step] = [(record["id"], behaviour_of(record)) for record in group]
-            packed[step] = pack(group, pieces)
+    records = (record for _, record in whole_lines(path))
+    records = (r for r in records if isinstance(r.get("turns"), list))  # else an older run's
+    for step, group in itertools.groupby(records, key=lambda record: record["step"]):
+        group = sorted(group, key=lambda record: (record["group"], record["index"]))
+        behaviours[step] = [(record["id"], behaviour_of(record)) for record in group]
+        packed[step] = pack(group, pieces)
     return packed, behaviours
 
 
@@ -62,8 +58,9 @@ def read_run(folder: Path) -> dict:
     Raises:
         FileNotFoundError, ValueError: there is no run in the folder, or a damaged one.
     """
-    if not (folder / "metrics.jsonl").exists():
-        raise FileNotFoundError(f"{folder}: no run there, it has no metrics.jsonl")
+    metrics = read_lines(folder / "metrics.jsonl")
+    if not metrics:
+        raise FileNotFoundError(f"{folder}: no run there, no metrics.jsonl with an update")
     tokenizer = folder / "checkpoint" / "tokenizer.json"
     pieces = Pieces(Tokenizer.from_file(str(tokenizer)) if tokenizer.exists() else None)
     packed, behaviours = read_trajectories(folder / "trajectories.jsonl", pieces)
@@ -71,7 +68,7 @@ def read_run(folder: Path) -> dict:
     return {
         "name": folder.resolve().name,
         "config": json.loads(config.read_text()) if config.exists() else {},
-        "metrics": read_lines(folder / "metrics.jsonl"),
+        "metrics": metrics,
         "evaluations": read_lines(folder / "evaluations.jsonl"),
         "packed": packed,
         "behaviours": behaviours,
@@ -331,8 +328,11 @@ def main():
     args = parser.parse_args()
     try:
         write_report(args.runs, args.out)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
+    except Exception as error:  # a log may hold anything
+        folders = ", ".join(map(str, args.runs))
+        sys.exit(f"report.py: damaged logs in {folders} ({type(error).__name__}: {error})")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
     if args.open:
         webbrowser.open(args.out.resolve().as_uri())

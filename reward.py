@@ -40,7 +40,7 @@ class Reward:
 
 # HACK HERE: this is the default of --reward. Another one takes a finished trajectory, too.
 def reward(trajectory: Trajectory) -> Reward:
-    """Kimi-Researcher's rule: 1 for the right answer, else 0, and of a format failure only that."""
+    """Kimi-Researcher's rule: 1 for the right answer, else 0; a format failure is only flagged."""
     if trajectory.status in FORMAT_FAILURES:
         return Reward(0.0, 0.0, format_ok=False)
     task, answered = trajectory.task, trajectory.status == "answered"

@@ -8,8 +8,8 @@
     run_tools      the calls run in a thread, while the engine decodes the others
     join_results   their results become the observation, and the trajectory is at a turn boundary
 
-The same loop runs in the trainer (`SyncRollouts`) and in rollout processes (workers.py), whose
-docstring shows who sends what to whom. Turn-level partial rollout (`--partial`, in workers.py) is
+The same loop runs in the trainer (`SyncRollouts`) and in rollout processes; the docstring of
+workers.py shows who sends what to whom. Turn-level partial rollout (`--partial`, in workers.py) is
 `hold` in `step`: while it is true, no turn begins. A parked trajectory stays in its slot; only
 after a lost worker or --resume does it come back through `add`. A turn is atomic: all its tokens
 come from one version of the weights, which is written in it.
@@ -39,7 +39,7 @@ from tools import FormatError, ToolCall, parse_action, run_calls, urls_in
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
 Service = Literal["embedded", "searxng", "brave", "serper", "tavily"]
 Interpreter = Literal["monty", "cpython"]
-TRAINING, EVALUATION = 0, 1  # streams of tasks, whose random draws have nothing in common
+TRAINING, EVALUATION = 0, 1  # their random draws have nothing in common
 
 
 @dataclass
@@ -57,7 +57,7 @@ class RolloutArgs:
     kv_tokens: int = HfArg(default=0, help="KV memory in tokens (0: slots x max_context)")
     tool_steps: int = HfArg(default=8, help="engine steps between two joins of tool results")
     tool_timeout_s: float = HfArg(default=60.0, help="limit for the calls of a turn, in seconds")
-    trajectory_timeout_s: float = HfArg(default=3600.0, help="of decoding and tools: tool_fault")
+    trajectory_timeout_s: float = HfArg(default=3600.0, help="seconds in all; then tool_fault")
     search_results: int = HfArg(default=2, help="results a query")
     page_chars: int = HfArg(default=400, help="characters of a page that one browse call shows")
     corpus: str = HfArg(default="", help="index (data/index.py) for tasks that name no world")
@@ -128,7 +128,7 @@ def next_prompt(trajectory: Trajectory, chat: Chat, args: RolloutArgs) -> list[i
     if len(trajectory.turns) >= args.max_turns:
         trajectory.status = "over_turns"
     elif seconds > args.trajectory_timeout_s:
-        trajectory.status = "tool_fault"  # nobody is punished: the environment is slow
+        trajectory.status = "tool_fault"  # nobody is punished for time
     elif len(prompt) + args.max_new_tokens > args.max_context:
         trajectory.status = "over_context"
     else:
@@ -159,8 +159,8 @@ def take_results(trajectory: Trajectory, results: list[tuple[str, bool]]) -> Non
     """Write the results of the last turn's calls into the trajectory.
 
     Args:
-        results: (text, whether the environment failed) of each call. Three turns in a row with a
-            failure end the trajectory as tool_fault, which nobody is punished for.
+        results: (text, whether the environment failed) of each call. MAX_FAULTY_TURNS turns
+            with one in a row end the trajectory as tool_fault, which nobody is punished for.
     """
     turn = trajectory.turns[-1]
     turn.results = [text for text, _ in results]
@@ -187,7 +187,7 @@ class AgentLoop:
     Args:
         engine, chat, toolbox, args: the policy, its chat template, the tools, the limits.
         lockstep: whether a result joins at a step that follows from the step of its call alone: the
-            first join that is `tool_steps` steps later, or the next one if nothing is left to
+            first join at least `tool_steps` steps later, or the next one if nothing is left to
             decode. The engine waits for it there, so batches, and every last bit of the log-probs,
             do not depend on how fast a tool was (sync mode). Else a result joins when it has come.
     """
@@ -305,7 +305,7 @@ class AgentLoop:
             if run.results.done():
                 self.observe(run.slot, run.results.result(), seconds)
             elif seconds >= self.args.tool_timeout_s:
-                run.slot.trajectory.memory = run.memory  # the calls that go on change a dead copy
+                run.slot.trajectory.memory = run.memory  # late calls write to the old dict
                 late = f"error: no answer within {self.args.tool_timeout_s:g} s"
                 calls = run.slot.trajectory.turns[-1].calls
                 self.observe(run.slot, [(late, True)] * len(calls), seconds)
@@ -314,7 +314,7 @@ class AgentLoop:
         self.tool_runs = still_running
 
     def observe(self, slot: Slot, results: list[tuple[str, bool]], seconds: float) -> None:
-        """What the tools said follows the last turn."""
+        """Make the results the observation of the last turn."""
         trajectory, turn = slot.trajectory, slot.trajectory.turns[-1]
         take_results(trajectory, results)
         turn.observation_ids = self.chat.observation(turn.results, self.args.observation_tokens)

@@ -8,7 +8,7 @@ In: the text of one turn. Out: `parse_action` gives tool calls or an answer, or 
 `run_calls` gives the results in call order. What goes wrong is one of three things, and the
 difference decides what is rewarded:
 
-    FormatError     the policy's action cannot be read: the trajectory ends and is penalised
+    FormatError     the action cannot be read, or is no call of a tool: the trajectory is penalised
     a plain result  what the policy can see and correct: no such page, a traceback of its own code
     ToolFault       the environment failed (a server is down): shown, counted, never punished
 
@@ -19,10 +19,10 @@ class with `name`, `signature`, `check` and `__call__`, and one line in TOOLS at
     class Dice:
         name, signature = "dice", "dice(sides)"
         def check(self, arguments):  # what is wrong with them, or None
-            good = set(arguments) == {"sides"} and isinstance(arguments["sides"], int)
-            return None if good else "dice takes 'sides', a number"
+            good = set(arguments) == {"sides"} and arguments["sides"] in (6, 20)
+            return None if good else "dice takes 'sides', 6 or 20"
         def __call__(self, sides):  # several threads may call it at once
-            return str(1 + hash(sides) % sides)
+            return str(random.randint(1, sides))
 """
 
 import json

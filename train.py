@@ -6,15 +6,16 @@ rewards the trajectories (reward.py), and follows the policy gradient
     grad J = 1/N * sum over trajectories k, turns i, tokens t of
              A(k, i) * grad log pi(token t | everything before it)
 
-with N constant and A(k, i) = R(k, i) - leave-one-out baseline, where R(k, i) = r_k * gamma**(T_k -
-i) for turn i of the T_k turns of a correct trajectory, and R(k, i) = r_k for the others. Only
-tokens that the policy sampled are in the sum. There is no value network, no KL term and no clipping
-of ratios: data are used once, by the weights that sampled them. (With --partial, in workers.py,
-older weights may have sampled some turns of a trajectory; --stale says what happens to those.)
+    A(k, i) = R(k, i) - leave-one-out baseline
+    R(k, i) = r_k * gamma**(T_k - i) for turn i of the T_k turns of a correct trajectory, else r_k
 
-In: a model, a task file. Out: runs/NAME/ with config.json, metrics.jsonl, trajectories.jsonl,
-report.html, curves.png, checkpoint/ (a plain save_pretrained folder) and state/ (for --resume). To
-try an idea, look for HACK HERE, in here and in the other files.
+with N constant. Only tokens that the policy sampled are in the sum. There is no value network, no
+KL term and no ratio: data are used once, by the weights that sampled them. (With --partial, in
+workers.py, older weights may have sampled some turns; --stale says what happens to those.)
+
+In: a model, task files. Out: runs/NAME/ with config.json, the logs metrics.jsonl, evaluations.jsonl
+and trajectories.jsonl, curves.png, report.html, checkpoint/ (a plain save_pretrained folder) and
+state/ (for --resume). To try an idea, look for HACK HERE, in here and in the other files.
 
 Letters in the comments on shapes: B rows of a batch, L tokens of a row, V tokens of the vocabulary.
 
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Before torch: threads that wait soon leave their core to others (docs/rollouts.md).
+# Before torch: waiting threads give up their core early (docs/rollouts.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings about names of this host
 
@@ -62,8 +63,8 @@ DATA = Path(__file__).resolve().parent / "data"
 Switch = Literal["on", "off"]
 Mode = Literal["sync", "async"]
 # What happens to tokens that older weights sampled: "mask" leaves them out of the loss, "keep"
-# trains on them unchanged, "is" multiplies each by the importance ratio min(IS_CAP, p_now /
-# p_sampler).
+# trains on them unchanged, "is" multiplies each by its importance ratio p_now / p_sampler, at most
+# IS_CAP.
 Stale = Literal["mask", "is", "keep"]
 IS_CAP = 2.0
 
@@ -89,19 +90,19 @@ class TrainArgs:
     curriculum: Switch = HfArg(default="off", help="on: tasks that fail come more often")
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
-    negatives: float = HfArg(default=2.0, help="kept for each positive of a group; inf: all")
+    negatives: float = HfArg(default=2.0, help="negatives kept for each positive; inf: all")
     reward: str = HfArg(default="", help="file.py:function, a reward of your own")
     nominal_tokens: int = HfArg(default=128, help="assumed for a trajectory in the constant N")
     micro_tokens: int = HfArg(default=4096, help="padded tokens in one forward and backward pass")
     rollout: Mode = HfArg(default="sync", help="async: in processes beside this one")
-    stale: Stale = HfArg(default="mask", help="tokens of older weights: out, x ratio, unchanged")
-    check_logprobs: bool = HfArg(default=False, help="compare trainer and sampler; on CPUs stop")
+    stale: Stale = HfArg(default="mask", help="tokens of older weights: leave out, reweight, keep")
+    check_logprobs: bool = HfArg(default=False, help="against the sampler's; a gap ends a CPU run")
     eval_every: int = HfArg(default=15, help="updates between evaluations on dev (0: never)")
     eval_tasks: int = HfArg(default=128, help="test tasks, and half as many of dev (0: none)")
     save_every: int = HfArg(default=10, help="updates between checkpoints")
     processes: int = HfArg(default=0, help="on CPUs (0: one a core, as memory and tasks allow)")
     threads: int = HfArg(default=0, help="CPU threads of a process (0: its share of the cores)")
-    keep_trajectories: int = HfArg(default=60, help="updates, evenly spread, written whole")
+    keep_trajectories: int = HfArg(default=60, help="updates whose trajectories are written")
     log_with: str = HfArg(default="", help="tracker of Accelerate: tensorboard, wandb, …")
 
 
@@ -139,7 +140,7 @@ class Row:
 
     segment: Segment
     advantages: list[float]
-    reweighted: list[bool]  # stale tokens that --stale is gives an importance ratio
+    reweighted: list[bool]  # stale tokens to which "--stale is" gives a ratio
 
 
 def rows_of(
@@ -159,10 +160,10 @@ def rows_of(
     rows = []
     for segment in trajectory.segments:
         row = Row(segment, [], [])
-        for turn in segment.turn_of:  # -1: the policy did not sample this token
-            is_stale = turn >= 0 and trajectory.turns[turn].version != version
-            in_loss = turn >= 0 and not (is_stale and stale == "mask")
-            row.advantages.append(turn_advantages[turn] if in_loss else 0.0)
+        for number in segment.turn_of:  # -1: the policy did not sample this token
+            is_stale = number >= 0 and trajectory.turns[number].version != version
+            in_loss = number >= 0 and not (is_stale and stale == "mask")
+            row.advantages.append(turn_advantages[number] if in_loss else 0.0)
             row.reweighted.append(is_stale and stale == "is")
         if any(row.advantages):
             rows.append(row)
@@ -211,12 +212,12 @@ def gradient(
     empty = [Row(Segment([0, 0]), [0.0, 1.0], [False, False])]
     for number in range(count):
         endings.check()
-        batch, share = (batches[number], 1.0) if number < len(batches) else (empty, 0.0)
+        batch, weight = (batches[number], 1.0) if number < len(batches) else (empty, 0.0)
         # Gradients travel between processes once, in the last pass.
         is_last = number == count - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(policy):
             with accelerator.autocast():
-                loss = loss_of(policy, batch, accelerator.device) * share / denominator
+                loss = loss_of(policy, batch, accelerator.device) * weight / denominator
             # Data parallelism takes the mean over processes, and we want the sum.
             accelerator.backward(loss * accelerator.num_processes)
     norm = float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
@@ -277,12 +278,12 @@ def main():
             for group in groups:
                 sound = [t for t in group.trajectories if t.status != "tool_fault"]
                 rewards = [penalised(reward_of(t), args.format_penalty) for t in sound]
-                per_turn = [
+                returns = [
                     turn_rewards(r, len(t.turns), args.gamma) for r, t in zip(rewards, sound)
                 ]
                 outcomes.append(rewards)
                 kept.append(control_negatives(rewards, args.negatives))
-                by_turns.append(advantages(per_turn))
+                by_turns.append(advantages(returns))
                 for trajectory, by_turn, is_kept in zip(sound, by_turns[-1], kept[-1]):
                     if is_kept:
                         rows += rows_of(trajectory, by_turn, update, args.stale)
@@ -305,7 +306,7 @@ def main():
                 "train_s": time.perf_counter() - clock,
                 "tokens_per_s": counts["tokens"] / rollout_s,
             }
-            run.log(metrics, groups, outcomes, kept, by_turns)
+            run.log(metrics, groups, rows, outcomes, kept, by_turns)
             if args.eval_every and run.done % args.eval_every == 0 and run.done < args.steps:
                 run.evaluate("dev", dev_tasks)
             if run.done % args.save_every == 0 or run.done == args.steps:

@@ -35,7 +35,7 @@ from transformers.hf_argparser import HfArg
 
 from data.task import parse_object
 from support.flags import parse_flags
-from support.html_text import decode_page, html_to_text, title_and_description
+from support.html_text import decode_page, parse, title_and_description, tree_to_text
 from support.web import plain_address
 from support.words import across, fold_words, index_words, query_words, without_accents
 
@@ -353,11 +353,12 @@ def html_document(path: Path, folder: Path, base_url: str) -> dict | None:
         page = decode_page(path.read_bytes())
         if re.search("&#[0-9]{9}", page):  # an attack on parsers, which do not agree about it
             raise ValueError("a reference to a character that does not exist")
-        title, description = title_and_description(page)
+        tree = parse(page)
+        title, description = title_and_description(tree)
         return {
             "url": url,
             "html": page,
-            "text": html_to_text(page),
+            "text": tree_to_text(tree),
             "title": title or relative,
             "description": description,
         }

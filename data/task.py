@@ -105,6 +105,9 @@ def check_task(record: dict) -> None:
     meta = record.get("meta", {})
     if not isinstance(meta.get("template", ""), str):
         raise ValueError("'template' in 'meta' must be a string")
+    for text in (record.get("id", ""), record.get("family", ""), meta.get("template", "")):
+        if text != text.encode("utf-8", "replace").decode("utf-8"):
+            raise ValueError(f"{text!r} is no text that can be written")
     if "world" in meta:
         check_world(meta["world"])
 

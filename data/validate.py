@@ -21,8 +21,9 @@ from transformers.hf_argparser import HfArg
 from data.deep.funnel import STAGES, Funnel
 from data.task import Task, save_lines, save_tasks
 from evaluate import open_policy
-from rollout import EVALUATION, AgentLoop, RolloutArgs, new_group, play
+from rollout import AgentLoop, RolloutArgs, play
 from support.answers import correct
+from support.evaluation import make_trajectories
 from support.flags import parse_flags
 from support.toolbox import Toolbox
 
@@ -47,10 +48,9 @@ def pass_window(tasks: list[Task], funnel: Funnel, args: Args) -> list[Task]:
     rollout_args = RolloutArgs(max_turns=args.max_turns, corpus=corpus)
     _, chat, engine = open_policy(args.model, rollout_args)
     loop = AgentLoop(engine, chat, Toolbox(rollout_args), rollout_args, lockstep=True)
-    groups = [new_group(t, n, args.pass_n, 0, stream=EVALUATION) for n, t in enumerate(tasks)]
     solved = Counter(
         t.task.id
-        for t in play(loop, [t for group in groups for t in group.trajectories])
+        for t in play(loop, make_trajectories(tasks, args.pass_n, seed=0))
         if t.status == "answered" and correct(t.answer, t.task.answer, t.task.answer_type)
     )
     funnel.looked["pass@n"] = len(tasks)

@@ -17,11 +17,14 @@ MONTHS = (
     "january february march april may june july august september october november december".split()
 )
 # A month is its name or its first three letters.
-MONTH = rf"({'|'.join(f'{name[:3]}(?:{name[3:]})?' for name in MONTHS)}|sept)\.?"
-WEEKDAY = r"(?:(?:mon|tue|wednes|thurs|fri|satur|sun)day,?\s+)?"
-DAY, YEAR = r"(?:the\s+)?(\d{1,2})(?:st|nd|rd|th)?", r"(\d{3,4})"
-DAY_FIRST = re.compile(rf"{WEEKDAY}(?:{DAY}[\s-]+(?:of\s+)?)?{MONTH},?[\s-]+{YEAR}")
-MONTH_FIRST = re.compile(rf"{WEEKDAY}{MONTH}\s+{DAY},?\s+{YEAR}")
+MONTH = rf"(?P<month>{'|'.join(f'{name[:3]}(?:{name[3:]})?' for name in MONTHS)}|sept)\.?"
+WEEKDAY = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day|\.)?,?\s+)?"
+DAY, YEAR = r"(?:the\s+)?(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?P<year>\d{3,4})"
+NAMED_MONTH = [  # 12 March 1990; March 12, 1990; 1990 March 12
+    re.compile(rf"{WEEKDAY}(?:{DAY}[\s/-]+(?:of\s+)?)?{MONTH},?[\s/-]+(?:of\s+)?{YEAR}"),
+    re.compile(rf"{WEEKDAY}{MONTH}[\s-]+{DAY},?[\s-]+{YEAR}"),
+    re.compile(rf"{YEAR},?[\s-]+{MONTH}(?:[\s-]+{DAY})?"),
+]
 # 1990, 1990-03, 1990-03-12, 1990/03/12, 1990年3月12日; but 1990/03 may be a season.
 YEAR_FIRST = re.compile(
     rf"{YEAR}(?:-(\d\d?)|([-/.])(\d\d?)\3(\d\d?)|[年년](?:\s*(\d\d?)[月월](?:\s*(\d\d?)[日일])?)?)?"
@@ -38,11 +41,12 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "millio
 SCALES |= {"crore": 10**7, "billion": 10**9, "trillion": 10**12}
 # Words after a number that are not what it counts: they change it, or they add a second guess.
 NO_UNIT = set(
-    "and or to not but nor plus minus times point over by half halves third thirds quarter quarters"
-    " squared cubed percent per cent mn mln mio mil mille millions millones milliard milliards mrd"
-    " bn billions tn trillions hundreds thousands dozens lakhs crores bps zero one two three four"
-    " five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-    " eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "and or no to not but nor except less more is was wrong percentage plus minus times point"
+    " over by half halves third thirds quarter quarters squared cubed percent per cent mn mln"
+    " mio mil mille millions millones milliard milliards mrd score gross lac lacs myriad"
+    " permille bn billions tn trillions hundreds thousands dozens lakhs crores bps zero one two"
+    " three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+    " seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
 )
 SEVERAL = re.compile(r"[,;|\n/、،]")  # signs between several answers
 
@@ -58,7 +62,7 @@ def normalize(text: str) -> str:
     a number (-5, 3.5, 1/2), and + # % ^ and currencies (C++, C#, 5%)."""
     text = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", ungrouped(fold(text)))
     # \w of the module `regex` takes the vowel signs of a word for a part of it.
-    kept = r"(?<!\w)-(?=\d)|(?<=\d)[./:](?=\d)"
+    kept = r"(?<!\w)-(?=\d)|(?<=\d)[./:](?=\d)|[<>=≠≤≥×÷±](?=\s*\d)"
     words = regex.sub(rf"(?!{kept})[^\w\s+#%^$€£¥°]", " ", text).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
@@ -71,18 +75,22 @@ def parse_number(text: str) -> tuple[Decimal, str] | None:
     if match is None:
         return None
     sign, currency, digits, unit = match.groups(default="")
-    scale, space, rest = unit.strip().partition(" ")
+    words, apart = unit.split(), unit[:1].isspace()
+    scale = 1
+    while words and words[0] in SCALES:
+        scale, apart = scale * SCALES[words.pop(0)], True
     try:
-        value = Decimal(sign + digits) * SCALES.get(scale, 1)
+        value = Decimal(sign + digits) * scale
     except InvalidOperation:
         return None
-    unit = space + rest if scale in SCALES else " " * unit[:1].isspace() + " ".join(unit.split())
+    unit = " " * bool(apart and words) + " ".join(words)
     return value, currency + ("%" if unit.strip() in ("percent", "per cent") else unit)
 
 
 def same_number(guess: tuple[Decimal, str], truth: tuple[Decimal, str]) -> bool:
     """Whether value and unit are equal. "42 people" is 42, too; "5 k" may be 5,000 and is not 5."""
-    is_counted = re.fullmatch("( [a-z]{2,})+", guess[1]) and not NO_UNIT & set(guess[1].split())
+    is_counted = re.fullmatch("(?!.*(?:illi|ths?$))( [a-z]{2,}){1,2}", guess[1])
+    is_counted = is_counted and not NO_UNIT & set(guess[1].split())
     is_same_unit = guess[1].split() == truth[1].split() or (is_counted and not truth[1])
     return guess[0] == truth[0] and bool(is_same_unit)
 
@@ -98,12 +106,9 @@ def parse_date(text: str) -> tuple[int, ...] | None:
     found = set()
     if match := YEAR_FIRST.fullmatch(text):
         found.add(tuple(int(part) for part in match.groups() if part and part.isdecimal()))
-    if match := DAY_FIRST.fullmatch(text):
-        day, month, year = match.groups()
+    for match in filter(None, (form.fullmatch(text) for form in NAMED_MONTH)):
+        day, month, year = match.group("day", "month", "year")
         found.add((int(year), 1 + names.index(month[:3]), *([int(day)] if day else [])))
-    if match := MONTH_FIRST.fullmatch(text):
-        month, day, year = match.groups()
-        found.add((int(year), 1 + names.index(month[:3]), int(day)))
     if match := YEAR_LAST.fullmatch(text):
         one, _, other, year = match.groups()
         found |= {(int(year), int(one), int(other)), (int(year), int(other), int(one))}

@@ -86,23 +86,27 @@ def template_pieces(tokenizer) -> tuple[list[str], str]:
     return [*start.groups(), behind.removeprefix(end_of_turn), later[2]], end_of_turn
 
 
-def plain_tokenizer(tokenizer, no_space: list[tuple[str, str]]) -> Tokenizer:
-    """The same vocabulary without control tokens.
+def plain_tokenizers(tokenizer, *no_space: list[tuple[str, str]]) -> list[Tokenizer]:
+    """The same vocabulary without control tokens, once for each of `no_space`. Where these change
+    nothing, as for most tokenizers, all are one object: a large vocabulary takes a second to read.
 
     With `split_special_tokens=True` a tag such as <tool_call> would still become a control token,
     since it is an added token but not a special one (transformers#29279).
 
     Args:
-        no_space: replacements in the tokenizer's description, AT_START or ANYWHERE.
+        no_space: replacements in the tokenizer's description: none, AT_START or ANYWHERE.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    for part in ("normalizer", "pre_tokenizer"):
-        text = json.dumps(described[part])
-        for pattern, replacement in no_space:
+    made, texts = {}, []
+    for replacements in no_space:
+        text = json.dumps({name: described[name] for name in ("normalizer", "pre_tokenizer")})
+        for pattern, replacement in replacements:
             text = re.sub(pattern, replacement, text)
-        described[part] = json.loads(text)
-    return Tokenizer.from_str(json.dumps(described))
+        if text not in made:
+            made[text] = Tokenizer.from_str(json.dumps(described | json.loads(text)))
+        texts.append(text)
+    return [made[text] for text in texts]
 
 
 class Encoder:
@@ -127,9 +131,8 @@ class Encoder:
         self.tokenizer, vocabulary = tokenizer, tokenizer.get_added_vocab()
         self.cut = functools.lru_cache(self.cut)
         self.control_ids = set(vocabulary.values()) - {tokenizer.unk_token_id}
-        self.at_start = plain_tokenizer(tokenizer, [])
-        self.of_section = plain_tokenizer(tokenizer, AT_START)
-        self.plain = plain_tokenizer(tokenizer, ANYWHERE)
+        readers = plain_tokenizers(tokenizer, [], AT_START, ANYWHERE)
+        self.at_start, self.of_section, self.plain = readers
         tags = TAG.findall("".join(pieces) + OUR_TAGS)
         # Tags that are no control tokens here: text from outside could forge them.
         self.spelled = re.compile("|".join({re.escape(t) for t in tags if t not in vocabulary}))

@@ -3,7 +3,6 @@
 To draw something else, change PANELS or `draw_curves`.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -14,19 +13,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from support.run_folder import read_lines
+
 PANELS = {  # key in metrics.jsonl -> title
     "turns": "turns a trajectory",
     "entropy": "entropy of the policy, nats a token",
     "reward": "mean reward, and its parts",
 }
 STYLES = {"dev": ("o-", "C0"), "test": ("s--", "C3")}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines, or none if there is no such file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def draw_held_out(axis, evaluations: list[dict]) -> None:

@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 
 from context import Chat, Trajectory
 from data.task import Task
-from rollout import RolloutArgs
+from rollout import EVALUATION, RolloutArgs, new_group
 from support.baselines import Baseline, weaken
 from support.checks import check_rollout_args
 from support.endpoint import probe
@@ -99,6 +99,12 @@ def open_tools(args: EvaluateArgs, rollout_args: RolloutArgs, tasks: list[Task])
         print(f"python tool: {toolbox.isolation()}", file=sys.stderr)
     toolbox.prepare(tasks)
     return toolbox
+
+
+def make_trajectories(tasks: list[Task], samples: int, seed: int) -> list[Trajectory]:
+    """Fresh attempts at all tasks, task by task."""
+    groups = [new_group(task, n, samples, seed, stream=EVALUATION) for n, task in enumerate(tasks)]
+    return [trajectory for group in groups for trajectory in group.trajectories]
 
 
 def mean(values) -> float:

@@ -8,6 +8,7 @@ what counts as the main part of a page is `main_parts`.
 
 import bisect
 import codecs
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -75,14 +76,15 @@ def parse(page: str) -> etree._Element:
     parser = etree.HTMLParser(
         encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True
     )
+    page = re.sub("(?i)</(?:body|html)\\s*>", "", page)  # lxml would not read what follows
     tree = etree.fromstring(page.encode("utf-8", "replace"), parser)
     return etree.Element("html") if tree is None else tree
 
 
-def parse_text(page: str) -> etree._Element:
-    """The tree of a page without what is not its text: title, scripts, marks of headings."""
-    tree = parse(page)
-    for element in [*tree.iter(*DROPPED), *tree.xpath("//*[contains(@class, 'headerlink')]")]:
+def text_alone(tree: etree._Element) -> etree._Element:
+    """The tree without what is not its text: title, scripts, marks of headings. It is changed."""
+    marks = "//*[contains(concat(' ', normalize-space(@class), ' '), ' headerlink ')]"
+    for element in [*tree.iter(*DROPPED), *tree.xpath(marks)]:
         element.clear(keep_tail=True)
         element.tag, element.text = "dropped", " "
     etree.strip_tags(tree, "dropped")  # joins the space with the text around it
@@ -110,7 +112,8 @@ def main_parts(tree: etree._Element) -> list[etree._Element]:
 
 def refresh_target(meta: etree._Element) -> str:
     """Where a <meta http-equiv="refresh"> leads to; "" for any other <meta>."""
-    found = re.search(r"(?i)url\s*=\s*[\"']?([^\"'\s]+)", (meta.get("content") or "")[:2000])
+    content = (meta.get("content") or "")[:2000]
+    found = re.search(r"(?i)(?:[;,]\s*(?:url\s*=)?|url\s*=)\s*[\"']?([^\"'\s]+)", content)
     refresh = (meta.get("http-equiv") or "").strip().lower() == "refresh"
     return found.group(1) if refresh and found else ""
 
@@ -122,9 +125,8 @@ def start_of(element: etree._Element, steps: int) -> str:
     return "".join(text(*step) or "" for step in walk)
 
 
-def title_and_description(page: str) -> tuple[str, str]:
+def title_and_description(tree: etree._Element) -> tuple[str, str]:
     """What a page says of itself in its head, each on one line; "" if it does not."""
-    tree = parse(page)
     title, told = tree.find(".//title"), tree.xpath("//meta[@name='description']/@content")
     texts = ("" if title is None else start_of(title, 9), "".join(told[:1]))
     return tuple(" ".join(text[:2000].split()) for text in texts)
@@ -132,17 +134,17 @@ def title_and_description(page: str) -> tuple[str, str]:
 
 def links_of(page: str, url: str) -> list[tuple[str, str]]:
     """The links of a page at `url` in order, each once: (address, label)."""
-    found, room = {}, MAX_LINKS
-    for element in parse_text(page).iter("base", "meta", "a"):
+    found, room, tree = {}, MAX_LINKS, text_alone(parse(page))
+    for base in tree.xpath("(//base[@href])[1]/@href"):  # it holds for the whole page
+        with contextlib.suppress(ValueError):
+            url = urljoin(url, base[:MAX_ADDRESS].strip())
+    for element in tree.iter("meta", "a", "area"):
         href = refresh_target(element) if element.tag == "meta" else element.get("href")
         if not href or len(href) > MAX_ADDRESS:
             continue
         try:
             address = urljoin(url, href.strip())
         except ValueError:  # no address at all: http://[
-            continue
-        if element.tag == "base":
-            url = address
             continue
         label = "this page leads to" if element.tag == "meta" else start_of(element, 400)
         found[address, " ".join(label[:2000].split())] = None
@@ -157,7 +159,12 @@ def links_of(page: str, url: str) -> list[tuple[str, str]]:
 
 def html_to_text(page: str) -> str:
     """HTML as compact plain text: a line a paragraph, `a | b` a table row, no links, no scripts."""
-    tree, converter = parse_text(page), html2text.HTML2Text(bodywidth=0)
+    return tree_to_text(parse(page))
+
+
+def tree_to_text(tree: etree._Element) -> str:
+    """The text of a parsed page, which is changed on the way."""
+    tree, converter = text_alone(tree), html2text.HTML2Text(bodywidth=0)
     converter.ignore_links = converter.ignore_images = converter.ignore_emphasis = True
     parts = main_parts(tree)
     if tree.xpath("count(//*)") > MAX_ELEMENTS:  # html2text would take seconds
@@ -195,7 +202,8 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
         # html2text is to see neither <head> nor <abbr>, nor lists in many lists.
         if tag not in ("head", "abbr") and (tag not in LISTS or open_lists <= MAX_LISTS):
             seen = "div" if tag in LAYOUT else tag
-            converter.handle_tag(seen, {}, opens)
+            start = {"start": element.get("start", "1")[:9]} if tag == "ol" else {}
+            converter.handle_tag(seen, start, opens)
         if not opens:
             open_pre -= tag == "pre"
             open_lists -= tag in LISTS

@@ -19,6 +19,7 @@ def counts_of_group(outcomes: list, kept: list[bool]) -> dict:
     below = [is_negative(outcome, outcomes) for outcome in outcomes]
     right = sum(outcome.correct for outcome in outcomes)
     return {
+        "right": right,
         "negatives": sum(below),
         "kept": sum(keep for keep, is_below in zip(kept, below) if is_below),
         "zero_variance": not any(below),
@@ -42,15 +43,15 @@ def counts_of(
     trajectories = [t for group in groups for t in group.trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
     rewards = [outcome for group in outcomes for outcome in group]
-    of_groups = Counter(negatives=0, kept=0, zero_variance=0, all_right=0, all_wrong=0)
+    of_groups = Counter(right=0, negatives=0, kept=0, zero_variance=0, all_right=0, all_wrong=0)
     families, right, tries, hits = (Counter() for _ in range(4))
     for group, outcomes_of, kept_of in zip(groups, outcomes, kept):
-        task, hits_here = group.trajectories[0].task, sum(each.correct for each in outcomes_of)
-        of_groups.update(counts_of_group(outcomes_of, kept_of))
+        task, counts = group.trajectories[0].task, counts_of_group(outcomes_of, kept_of)
+        of_groups.update(counts)
         families[task.family] += len(group.trajectories)
-        right[task.family] += hits_here
+        right[task.family] += counts["right"]
         tries[task.id] += len(outcomes_of)
-        hits[task.id] += hits_here
+        hits[task.id] += counts["right"]
     parts, versions = Counter(), Counter()
     for outcome in rewards:
         parts.update(outcome.parts)
@@ -60,7 +61,6 @@ def counts_of(
         "trajectories": len(trajectories),
         "reward": sum(outcome.total for outcome in rewards),
         "outcomes": len(rewards),
-        "right": sum(right.values()),
         "turns": len(turns),
         "tokens": sum(versions.values()),
         "surprise": -sum(p for turn in turns for p in turn.logprobs),

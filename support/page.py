@@ -8,6 +8,7 @@ and tables. Out: a file that works without a network.
 import base64
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -141,6 +142,23 @@ def show_record(record: dict, spread: float, about_group: str, pieces: Pieces) -
         turn["parts"] = [(kind, tokens[first:last]) for kind, first, last in parts]
 
 
+def without_infinities(data):
+    """The data with None in the place of numbers that are no JSON."""
+    if isinstance(data, dict):
+        return {key: without_infinities(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [without_infinities(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def to_json(data) -> str:
+    """Compact JSON that every browser reads."""
+    try:
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return to_json(without_infinities(data))
+
+
 def pack(records: list[dict], pieces: Pieces) -> str:
     """The trajectories of an update, as the page unpacks them: JSON, deflated, in base 64."""
     for _, group in itertools.groupby(records, key=lambda record: record["group"]):
@@ -151,7 +169,7 @@ def pack(records: list[dict], pieces: Pieces) -> str:
         words = f"{group[0]['family']} · {right} of {len(group)} correct · variance {spread:.2f}"
         for record in group:
             show_record(record, spread, words, pieces)
-    text = json.dumps(records, separators=(",", ":"))
+    text = to_json(records)
     return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
 
 
@@ -162,7 +180,7 @@ def write_page(path: str | Path, data: dict) -> None:
         data: what report.html reads: title, runs, panels and tables.
     """
     # ASCII without "<": no text can end the script element that holds it.
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    text = to_json(data).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("DATA_OF_THE_RUNS", text, 1)
     temporary = Path(f"{path}.new")
     temporary.write_text(page, encoding="utf-8")

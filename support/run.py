@@ -271,16 +271,17 @@ class Run:
         if self.skipped == SKIPS:
             self.fail(f"{SKIPS} steps in a row without a finite gradient: lower --learning_rate")
 
-    def log(self, metrics: dict, groups: list[Group], *scores: list) -> None:
+    def log(self, metrics: dict, groups: list[Group], rows: list, *scores: list) -> None:
         """Write an update's line, and the trajectories of all ranks.
 
         Args:
+            rows: what the loss saw of them.
             scores: for each group the Reward, whether it was kept, and the advantages of each
                 trajectory, without those that the environment failed.
         """
         args, lines = self.args, []
         if is_written(self.done, args.steps, args.keep_trajectories):
-            records = update_records(self.done, groups, *scores, args.stale, self.learner.chat)
+            records = update_records(self.done, groups, rows, *scores, self.learner.chat)
             lines = gather_object(to_lines(records))
         if self.is_main:
             run_folder.append_line(self.out / "metrics.jsonl", {"step": self.done} | metrics)
@@ -339,8 +340,11 @@ class Run:
         if not self.is_main:
             return
         draw_curves(self.out)
-        write_report([self.out], self.out / "report.html")
-        print(f"curves and every trajectory: {self.out}/report.html")
+        try:
+            write_report([self.out], self.out / "report.html")
+            print(f"curves and every trajectory: {self.out}/report.html")
+        except Exception as error:  # logs of an earlier run, or a full disk; the figures come first
+            print(f"no report.html: {type(error).__name__}: {error}", file=sys.stderr)
         more = f"python evaluate.py --model {self.out}/checkpoint"
         if not after:
             print(f"{self.done} steps are done; the held-out Pass@1 was not measured: {more}")

@@ -5,6 +5,7 @@ In: the learner's state. Out: files that appear whole or not at all. Nothing her
 policy learns.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -26,15 +27,10 @@ from support.user_code import file_and_name
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ("metrics.jsonl", "trajectories.jsonl", "evaluations.jsonl")
 # What --resume may be given: how long, how often and with which means, but not what is learned.
-MAY_CHANGE = "steps eval_every eval_tasks dev_tasks test_tasks save_every processes threads workers"
-MAY_CHANGE = [
-    *MAY_CHANGE.split(),
-    "slots",
-    "kv_tokens",
-    "micro_tokens",
-    "check_logprobs",
-    "log_with",
-]
+MAY_CHANGE = (
+    "steps eval_every eval_tasks dev_tasks test_tasks save_every processes threads workers slots"
+    " kv_tokens micro_tokens check_logprobs log_with"
+).split()
 # What runs code, or lowers a guard. A run's folder may come from somebody else.
 GUARDS = ["reward", "python", "unsafe_python", "live", "search", "search_url"]
 RESUME_HELP = (
@@ -153,7 +149,9 @@ def save_config(out: Path, parts: list) -> None:
     config = flags_of(parts)
     if config["reward"]:
         file = Path(file_and_name(config["reward"])[0])
-        (out / file.name).write_bytes(file.read_bytes())
+        code = file.read_bytes()
+        (out / file.name).unlink(missing_ok=True)  # it may be a link to another file
+        (out / file.name).write_bytes(code)
     temporary = out / "config.json.new"
     temporary.write_text(json.dumps(config | {"commit": commit, "packages": packages}, indent=1))
     os.replace(temporary, out / "config.json")
@@ -168,6 +166,26 @@ def append(path: Path, lines: list[str]) -> None:
         file.writelines(lines)
 
 
+def whole_lines(path: Path):
+    """(line, object) of each line of a log, none if there is no such file. A line that is no object
+    is left out: a run that was killed may have left half of its last one. NaN, which is no JSON,
+    is read as None.
+    """
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line, parse_constant=lambda name: None)
+                if isinstance(record, dict):
+                    yield line.rstrip("\n"), record
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a log."""
+    return [record for _, record in whole_lines(path)]
+
+
 def cut_lines(path: Path, last_step: int) -> None:
     """Drop the lines after update `last_step` from a log: those updates will be done again. A line
     that was not written to its end goes too.
@@ -175,12 +193,9 @@ def cut_lines(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            continue
+    for line, record in whole_lines(path):
+        if isinstance(record.get("step"), (int, float)) and record["step"] <= last_step:
+            kept.append(line + "\n")
     temporary = path.with_name(path.name + ".new")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

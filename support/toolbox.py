@@ -45,6 +45,7 @@ class Toolbox:
     def __init__(self, args):
         self.args = args
         self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file; "" is the web alone
+        self.folders: dict[str, Path] = {}  # of the worlds, by their arguments
         self.sessions: dict[tuple, object] = {}  # of CPython, by trajectory key
         self.open_cpython = self.service = None
         if args.python == "cpython":
@@ -91,7 +92,10 @@ class Toolbox:
     def index_of(self, task) -> tuple[Search, Browse]:
         world = task.meta.get("world")
         if world:
-            return self.open(world_folder(world) / "pages.db")
+            key = str(sorted(world.items()))
+            if key not in self.folders:  # looked for once, since each turn asks
+                self.folders[key] = world_folder(world)
+            return self.open(self.folders[key] / "pages.db")
         if not self.args.corpus and not self.service:
             raise ValueError(
                 f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes one)"

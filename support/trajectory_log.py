@@ -61,17 +61,18 @@ def without_texts(record: dict, canary: str | None) -> dict:
 
 
 def update_records(
-    step: int, groups: list, outcomes: list, kept: list, advantages: list, stale: str, chat: Chat
+    step: int, groups: list, rows: list, outcomes: list, kept: list, advantages: list, chat: Chat
 ) -> list[dict]:
     """The records of an update.
 
     Args:
         groups: `Group` objects that it trains on.
+        rows: what the loss saw of them (`train.Row`): a token without an advantage is not in it.
         outcomes: the Reward of each trajectory of each group that the environment did not fail.
         kept: whether negative control kept it.
         advantages: of each of its turns.
-        stale: train.py's flag; it says whether tokens of older weights are in the loss.
     """
+    by_token = {id(row.segment): row.advantages for row in rows}
     records, nothing = [], (None, False, itertools.repeat(0.0))
     for group, *scores in zip(groups, outcomes, kept, advantages):
         scored = zip(*scores)
@@ -79,10 +80,14 @@ def update_records(
             is_sound = t.status != "tool_fault"
             reward, is_kept, by_turn = next(scored) if is_sound else nothing
             record = {"step": step, "group": group.position, "index": index} | record_of(t, chat)
-            for turn, advantage in zip(record["turns"], by_turn):
-                is_stale = turn["version"] != step - 1
-                in_loss = is_kept and advantage != 0 and not (is_stale and stale == "mask")
-                turn |= {"advantage": round(advantage, DIGITS), "in_loss": in_loss}
+            trained = {
+                number
+                for segment in t.segments
+                for number, advantage in zip(segment.turn_of, by_token.get(id(segment), ()))
+                if advantage
+            }
+            for number, (turn, advantage) in enumerate(zip(record["turns"], by_turn)):
+                turn |= {"advantage": round(advantage, DIGITS), "in_loss": number in trained}
             record["kept"] = is_kept
             record["correct"] = reward.correct if reward else None
             record["reward"] = reward.total if reward else None

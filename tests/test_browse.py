@@ -1263,3 +1263,28 @@ def test_https_checks_the_name_on_the_pinned_address(web, monkeypatch, tmp_path)
         assert "the page was cut" in hurried.reader.fetch("https://secure.example/drip").html
         assert time.monotonic() - started < 3
         secure.shutdown()
+
+
+@pytest.mark.parametrize(
+    "page, text",
+    [
+        ("<html><body><p>x</p></body></html>Marlow <p>more</p>", "x\nMarlow\nmore"),
+        ("<p class='x headerlink-off'>Marlow</p>", "Marlow"),
+        ("<ol start=5><li>e<li>f</ol>", "5. e\n6. f"),
+    ],
+)
+def test_nothing_is_lost_of_odd_pages(page, text):
+    assert html_to_text(page).strip() == text
+
+
+@pytest.mark.parametrize(
+    "page, addresses",
+    [
+        ("<a href=x><base href=/lib/><base href=/no/><a href=y>", ["lib/x", "lib/y"]),
+        ("<meta http-equiv=refresh content='0;/next'>", ["next"]),
+        ("<map><area href=z></map>", ["a/z"]),
+    ],
+)
+def test_links_lead_where_a_browser_goes(page, addresses):
+    found = [address for address, _ in links_of(page, "http://h.test/a/")]
+    assert found == [f"http://h.test/{address}" for address in addresses]

@@ -365,10 +365,9 @@ def test_a_baseline_whose_search_fails_counts_as_wrong():
 
 
 def test_figures_are_written_before_anything_is_printed(tmp_path, monkeypatch, world_dir):
-    """A family that the terminal cannot show does not lose the figures."""
-    (tmp_path / "own.jsonl").write_text(
-        json.dumps({"question": "q", "answer": "a", "family": "\ud800"})
-    )
+    """A table that the terminal cannot show does not lose the figures."""
+    (tmp_path / "own.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}))
+    monkeypatch.setattr(evaluate, "format_table", lambda result: "\ud800".encode())
     flags = ["--baseline", "top_snippet", "--corpus", str(world_dir / "pages.db")]
     fixed = ["evaluate.py", "--tasks", str(tmp_path / "own.jsonl"), *flags]
     monkeypatch.setattr("sys.argv", [*fixed, "--json", str(tmp_path / "o.json")])

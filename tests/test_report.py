@@ -25,6 +25,7 @@ from support.behaviour import behaviour_of
 from support.page import Pieces, parts_of
 from support.run_folder import cut_lines
 from support.trajectory_log import is_written, record_of, to_lines, update_records, without_texts
+from train import rows_of
 
 HOSTILE = [
     "</script><script>window.hit = 1</script>",
@@ -82,6 +83,16 @@ REWARDS = [Reward(1.0, 1.0, parts={"correct": 1.0}), Reward(0.0, 0.0), Reward(-0
 CREDITS = [[0.9, 0.95, 1.0], [-0.25], [-0.75]]
 
 
+def recorded(chat, step, groups, kept, credits, stale) -> list[dict]:
+    """The records of an update, whose rows train.py makes."""
+    rows = []
+    for group, kept_of, by_turns in zip(groups, kept, credits):
+        sound = [t for t in group.trajectories if t.status != "tool_fault"]
+        for t, is_kept, by_turn in zip(sound, kept_of, by_turns):
+            rows += rows_of(t, by_turn, step - 1, stale) if is_kept else []
+    return update_records(step, groups, rows, [REWARDS] * len(groups), kept, credits, chat)
+
+
 def write_run(folder, chat, results, steps=(1, 2, 3), scores=(1.0, 0.0, 0.0)):
     """The folder of a run, as train.py leaves it: a group for each of these results an update."""
     (folder / "checkpoint").mkdir(parents=True)
@@ -90,8 +101,8 @@ def write_run(folder, chat, results, steps=(1, 2, 3), scores=(1.0, 0.0, 0.0)):
     for step in steps:
         groups = [group_of(chat, step * 10 + n, result) for n, result in enumerate(results)]
         count = len(groups)
-        scored = ([REWARDS] * count, [[True, True, False]] * count, [CREDITS] * count)
-        lines += to_lines(update_records(step, groups, *scored, "keep", chat))
+        scored = ([[True, True, False]] * count, [CREDITS] * count)
+        lines += to_lines(recorded(chat, step, groups, *scored, "keep"))
     (folder / "trajectories.jsonl").write_text("".join(lines))
     metrics = [
         {
@@ -120,7 +131,7 @@ def test_a_line_holds_everything_that_is_known_of_a_trajectory(chat):
     group = group_of(chat, 3, "Belin is in Kor.")
     fault = Trajectory(group.trajectories[0].task, (0, 0, 7, 3, 0), status="tool_fault")
     group.trajectories.insert(1, fault)
-    records = update_records(5, [group], [REWARDS], [[True, False, True]], [CREDITS], "mask", chat)
+    records = recorded(chat, 5, [group], [[True, False, True]], [CREDITS], "mask")
     right, failed, dropped, bad = map(json.loads, to_lines(records))
     assert (right["step"], right["group"], right["index"]) == (5, 3, 0)
     assert [turn["advantage"] for turn in right["turns"]] == [0.9, 0.95, 1.0]
@@ -141,14 +152,14 @@ def test_a_line_holds_everything_that_is_known_of_a_trajectory(chat):
 @pytest.mark.parametrize("stale, in_loss", [("mask", False), ("is", True), ("keep", True)])
 def test_tokens_of_older_weights_are_in_the_loss_as_the_flag_says(chat, stale, in_loss):
     group = group_of(chat, 3, "r")
-    records = update_records(6, [group], [REWARDS], [[True] * 3], [CREDITS], stale, chat)
+    records = recorded(chat, 6, [group], [[True] * 3], [CREDITS], stale)
     assert {turn["in_loss"] for record in records for turn in record["turns"]} == {in_loss}
 
 
 def test_no_advantage_is_not_in_the_loss(chat):
     credits = [[0.0, 0.5, 0.0], [0.0], [0.0]]
     [group] = [group_of(chat, 3, "r")]
-    right = update_records(5, [group], [REWARDS], [[True] * 3], [credits], "mask", chat)[0]
+    right = recorded(chat, 5, [group], [[True] * 3], [credits], "mask")[0]
     assert [turn["in_loss"] for turn in right["turns"]] == [False, True, False]
 
 
@@ -421,6 +432,7 @@ def test_the_timeline_has_a_row_a_slot(page):
     page.evaluate("go(2, [], 0)")
     page.locator("#slots summary").click()
     bars = page.locator("#slots svg path[stroke='var(--decode)']")
+    bars.first.wait_for(state="attached")  # it is drawn after the click
     assert bars.count() == 2 * (3 + 1 + 1)
     page.locator("#slots svg g").last.dispatch_event("click")
     until(page, "location.hash.startsWith('#plain/2/2')")
@@ -484,6 +496,26 @@ def test_the_command_writes_one_file_that_asks_for_nothing(chat, tmp_path):
     assert not re.search(r"""(src|href)=|@import|url\(""", text)
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert len({run["name"] for run in data["runs"]}) == 2
+
+
+DAMAGED = [
+    ("metrics.jsonl", '{"step": 2}\n[1, 2]\n{"step": 3, "rew'),
+    ("evaluations.jsonl", '{"step": 2, "split": "test", "pass@1": NaN, "pass@1_ci": null}\n'),
+    ("trajectories.jsonl", '{"step": 1, "turns": [1]}\n'),
+    ("config.json", "[1]"),
+]
+
+
+@pytest.mark.parametrize("name, text", DAMAGED)
+def test_damaged_logs_are_said_in_one_line_or_left_out(chat, tmp_path, name, text):
+    write_run(tmp_path / "run", chat, ["r"])
+    with open(tmp_path / "run" / name, "a" if name == "metrics.jsonl" else "w") as file:
+        file.write(text)
+    done = run_report(tmp_path / "run", "--out", tmp_path / "page.html")
+    assert len(done.stderr.splitlines()) == done.returncode and "Traceback" not in done.stderr
+    if done.returncode == 0:
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert "NaN" not in page.split('id="data">')[1].split("</script>")[0]
 
 
 @pytest.mark.parametrize("damage", ["absent", "empty", "older"])

@@ -614,7 +614,7 @@ def logged(tmp_path, monkeypatch, capsys, **metrics) -> list[str]:
     run.out, run.accelerator = tmp_path, Accelerator(cpu=True)
     usual = dict(pass_rate=0.5, reward=0.5, turns=2.0, entropy=0.3, rollout_s=1.0, train_s=1.0)
     for run.done in (1, 2, 3):
-        run.log(usual | {"grad_norm": 0.1} | metrics, [], [])
+        run.log(usual | {"grad_norm": 0.1} | metrics, [], [], [])
     printed, errors = capsys.readouterr()
     assert drawn == [tmp_path]  # curves.png is there after the first update
     assert [line.split(":")[0] for line in printed.splitlines()] == [
@@ -766,7 +766,8 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
 def test_lines_of_undone_steps_are_cut(tmp_path):
     path = tmp_path / "m.jsonl"
     lines = [json.dumps({"step": n, "reward_parts": {"correct": 1.0}}) for n in range(1, 6)]
-    path.write_text("\n".join(lines) + '\n{"step": 6, "to')
+    deep = '{"step":' + "[" * 100_000
+    path.write_bytes("\n".join([deep, *lines]).encode() + b'\n\xff\n{"step": 6, "to')
     cut_lines(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]

@@ -450,6 +450,7 @@ def with_world(**changes) -> str:
         ('{"question": "q", "answer": "a", "answer_type": "poem"}', "answer_type"),
         ('{"question": "q", "answer": "a", "meta": []}', "'meta'"),
         ('{"question": "q", "answer": "a", "hops": "2"}', "'hops'"),
+        ('{"question": "q", "answer": "a", "family": "\\ud800"}', "no text"),
         ('{"question": "question 3", "answer": "a"}', "earlier line"),
         ('{"id": 7, "question": "q", "answer": "a"}', "'id'"),
         (b'{"question": "\xff", "answer": "a"}', "17"),
