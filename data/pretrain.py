@@ -143,6 +143,7 @@ def loss_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean cross-entropy, and predictions and targets at the labelled positions (logits are
     computed there only)."""
+    ids, labels = ids.to(model.device), labels.to(model.device)
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, D)
     targets = labels[:, 1:]
     keep = targets >= 0
@@ -215,7 +216,7 @@ def main():
         walks, held_out_walks = write_walks(
             *where, args.deep_entities, count, args.deep_skilled_share, window
         )
-    model = new_model(args, chat)
+    model = new_model(args, chat).to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = len(chat.before_question)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, prompt {prompt} tokens")
     train(model, args, chat, rows[:-200] + walks, bool(walks), (rows[-200:], held_out_walks))
@@ -268,7 +269,7 @@ def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_
             average[f"{name} copied"] = 0.9 * average.get(f"{name} copied", hit) + 0.1 * hit
         shown = {name: f"{value:.3f}" for name, value in average.items()}
         progress.set_postfix(shown | {"M tokens": f"{tokens / 1e6:.1f}"})
-        if step % 200 == 199 and step < total - 1:
+        if step % 500 == 499 and step < total - 1:
             save(step)
     save(step)
 
