@@ -14,6 +14,7 @@ from data.parts import LAST_SYLLABLES
 from data.task import SPLITS
 
 SEEN, UNSEEN = "seen", "unseen"  # the unseen forms stand in test worlds only
+COMPOSED = "composed"  # put together at random, for pretraining; the unseen ones are not among them
 HOSTS = {
     SEEN: "LN W W WN W-N W-W W.W LN.W W-N.W W.W-W N.W".split(),
     UNSEEN: "NW W-W-W W.W.W W-N-W L.N-W LNLN WNW".split(),
@@ -22,6 +23,20 @@ PATHS = {
     SEEN: "* * * * L/* N/* W/* W-W/* L/N/* W/W/* W/L/N/* */L */N W/*/W *.W".split(),
     UNSEEN: "*.html W/*.html N-W/* W.N/* L/*/N WN/W/L/* N/*/W-W".split(),
 }
+
+
+def compose(joints: list[str], has_page: bool, rng: random.Random) -> str:
+    """A random form of one to four parts with these joints between; one part may be the page."""
+    parts = rng.choices("LWN", k=rng.randint(1, 4))
+    if has_page:
+        parts[rng.randrange(len(parts))] = "*"
+    return parts[0] + "".join(rng.choice(joints) + part for part in parts[1:])
+
+
+for known, joints in ((HOSTS, ["", "-", "."]), (PATHS, ["", "-", ".", "/", "/", "/"])):
+    rng = random.Random(0)
+    drawn = (compose(joints, known is PATHS, rng) for _ in range(400))
+    known[COMPOSED] = [form for form in drawn if form not in known[UNSEEN]]
 ENDINGS = ("test", "test", "test", "example")  # no real site can have these names
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -56,7 +71,7 @@ def draw_sites(key: str, split: str, forms: str, longest: int | None = None) -> 
 
     Args:
         key: decides the draws.
-        forms: SEEN or UNSEEN.
+        forms: SEEN, UNSEEN or COMPOSED.
         longest: characters of a site, if it is to be short; one more after 500 that were too long.
     """
     sites: list[str] = []

@@ -48,7 +48,7 @@ from data.parts import (
     TYPES,
     html_page,
 )
-from data.sites import SEEN, UNSEEN, draw_sites
+from data.sites import COMPOSED, SEEN, UNSEEN, draw_sites
 from data.task import DEFAULTS, SPLITS, Kind, Split, Style, check_world
 from support.flags import parse_flags
 from support.html_text import html_to_text
@@ -141,7 +141,8 @@ class World:
 
     def settle(self, key: str) -> None:
         """Choose the sites of the pages (see data/sites.py) by a key."""
-        forms = UNSEEN if self.style == "unseen-hosts" else SEEN
+        forms = COMPOSED if self.split == "pretrain" else SEEN
+        forms = UNSEEN if self.style == "unseen-hosts" else forms
         # A page of a deep world's catalogue has eight addresses and is to fit into one view.
         longest = LONGEST_DEEP_SITE if self.kind == "deep" else None
         if self.hosts:

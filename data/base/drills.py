@@ -13,7 +13,8 @@ from context import Chat
 from data.base.explorers import browse, call_text, compute, search_for, turn_text
 from data.base.walkers import listed
 from data.deep.pages import COLOURS, RARE_COLOUR
-from data.parts import ALL_RELATIONS, OPERATIONS
+from data.parts import ALL_RELATIONS, FRAMES, OPERATIONS
+from data.tasks import noun_phrase
 from data.world import World
 
 Drill = tuple[torch.Tensor, torch.Tensor]  # ids (B, T), labels (B, T)
@@ -58,6 +59,9 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
     the, dot = encode("The"), encode(".")
     is_, bar = encode("A is A")[1:-1], encode("A| A")[1:-1]
 
+    def random_tokens(least: int, most: int) -> list[int]:
+        return rng.integers(0, len(chat.tokenizer), rng.integers(least, most + 1)).tolist()
+
     def random_pair() -> list[int]:
         return rng.integers(270, len(chat.tokenizer), 2).tolist()
 
@@ -75,11 +79,15 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
         if rng.random() < 0.5:
             rng.shuffle(order)
         is_table = len(names) == 2 and rng.random() < 0.5
+        # Tables have a bar. Other layouts have other signs, so those of a row are drawn, too.
+        before, between = random_tokens(0, 2), random_tokens(0, 2)
+        if rng.random() < 0.3:
+            before, between = [], bar
         for n, k in order:
             if not is_table:
                 text += the + in_sentence[k] + names[n] + is_ + facts[n, k] + dot
             elif n == 0:  # the rows of a table have no name in them, so it is one entity's
-                text += in_table[k] + bar + facts[n, k] + dot
+                text += before + in_table[k] + between + facts[n, k] + dot
         while len(text) < length:
             n, k = list(facts)[rng.integers(len(facts))]
             if is_table and n == 1:
@@ -114,14 +122,15 @@ def text_drill(
 
 
 def plans(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
-    """Plans worked off in thoughts alone: a fact is noted, the plan gets shorter, the next query
-    follows from it. Each chunk is a whole plan, with names and relations drawn at random.
+    """Plans made from questions and worked off in thoughts alone: a fact is noted, the plan gets
+    shorter, the next query follows from it. Each chunk is a whole plan, with names and relations
+    drawn at random.
 
     "Kor: mayor, teacher." and "The mayor of Kor is Bel." give "The mayor of Kor is Bel. Bel:
     teacher." and the query "teacher of Bel"; two numbers give the sum to compute.
     """
     while True:
-        yield sum_plan(rng, world) if rng.random() < 0.3 else hop_plan(rng, world)
+        yield sum_plan(rng, world) if rng.random() < 0.4 else hop_plan(rng, world)
 
 
 def random_name(rng: np.random.Generator, world: World) -> str:
@@ -141,9 +150,14 @@ def response(rng: np.random.Generator, world: World, facts: list[str]) -> tuple[
     return f"<tool_response>{' '.join(rng.permutation(facts + others))}</tool_response>", False
 
 
+def ask(rng: np.random.Generator, phrase: str) -> tuple[str, bool]:
+    return str(rng.choice(FRAMES["pretrain"])).format(np=phrase) + "\n", False
+
+
 def sum_plan(rng: np.random.Generator, world: World) -> Chunk:
     operation, relation = rng.choice(sorted(OPERATIONS)), rng.choice(ALL_RELATIONS)
-    names = [random_name(rng, world) for _ in range(2)]
+    names, possessive = [random_name(rng, world) for _ in range(2)], rng.random() < 0.4
+    one, other = (noun_phrase(name, [relation], possessive) for name in names)
     numbers = [str(rng.integers(100, 1000)) for _ in range(2)]
     queries = [f"{relation} of {name}" for name in names]
     facts = [f"The {query} is {number}." for query, number in zip(queries, numbers)]
@@ -151,7 +165,8 @@ def sum_plan(rng: np.random.Generator, world: World) -> Chunk:
     (a, b), sign = numbers, OPERATIONS[operation]
     thought = f"{' '.join(facts)} {operation}: {a}, {b}."
     return [
-        (f"<think>{plan}</think>", False),
+        ask(rng, f"the {operation} of {one} and {other}"),
+        (f"<think>{plan}</think>", True),
         (call_text(search_for(*queries)), True),
         response(rng, world, facts),
         (turn_text(thought, compute(a, sign, b)), True),
@@ -161,16 +176,16 @@ def sum_plan(rng: np.random.Generator, world: World) -> Chunk:
 def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
     subject = random_name(rng, world)
     left = list(rng.choice(ALL_RELATIONS, rng.integers(1, 5)))
-    pieces, thought, is_learned = [], f"{subject}: {', '.join(left)}.", False
+    pieces = [ask(rng, noun_phrase(subject, left, rng.random() < 0.4))]
+    thought = f"{subject}: {', '.join(left)}."
     while left:
         query = f"{left.pop(0)} of {subject}"
-        # The plan is given at first, and follows from the last result afterwards.
-        pieces.append((f"<think>{thought}</think>", is_learned))
+        pieces.append((f"<think>{thought}</think>", True))
         pieces.append((call_text(search_for(query)), True))
         subject = random_name(rng, world) if left else random_value(rng, world)
         fact = f"The {query} is {subject}."
         pieces.append(response(rng, world, [fact]))
-        thought, is_learned = f"{fact} {subject}: {', '.join(left)}.", True
+        thought = f"{fact} {subject}: {', '.join(left)}."
     return [*pieces, (turn_text(fact, subject), True)]
 
 
