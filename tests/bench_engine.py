@@ -1,4 +1,4 @@
-"""What the engine costs: turn t against t, tokens a second and memory against slots.
+r"""What the engine costs: turn t against t, tokens a second and memory against slots.
 
 In: flags. Out: text tables and, with --json, the figures. Greedy decoding with no end token, so
 every turn has the same number of tokens; observations are random ids. Runs of one comparison take
@@ -7,7 +7,8 @@ reads more keys and values, which is no overhead but work. Its seconds are measu
 attention calls of the model's own shape, and taken off.
 
     python tests/bench_engine.py --quick --json engine.json
-    python tests/bench_engine.py --device cuda --model random-135m --slots 64,256,1024 --generate
+    python tests/bench_engine.py --device cuda --model random-135m \
+        --slots 64,256,1024 --generate 256
 """
 
 import copy
@@ -51,7 +52,10 @@ class BenchArgs:
         default="cpu", help="cuda: prompts of 512, 256 new tokens"
     )
     precision: Precision = HfArg(default="bf16", help="on a GPU")
-    generate: bool = HfArg(default=False, help="on a GPU: transformers' model.generate beside it")
+    generate: int = HfArg(
+        default=0,
+        help="on a GPU: transformers' model.generate in turn with so many slots (0: never)",
+    )
     turns: int = HfArg(default=50, help="turns of a trajectory")
     new_tokens: int = HfArg(default=16, help="sampled tokens of a turn; observations have as many")
     slots: str = HfArg(default="8,32,64,128", help="numbers of slots to compare")
@@ -302,7 +306,7 @@ def bench_gpu(args: BenchArgs, model, prompt: int = 512, new_tokens: int = 256) 
         runs, others = [], []
         for _ in range(1 if args.quick else args.repeats):  # in turn
             runs.append(gpu_run(model, slots, args.precision, prompt, new_tokens))
-            if args.generate:
+            if args.generate == slots:
                 others.append(generate_run(model, slots, args.precision, prompt, new_tokens))
         row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         row["bandwidth_share"] = row["bytes_per_step"] / row["step_ms"] * 1e3 / bandwidth

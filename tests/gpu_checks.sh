@@ -18,7 +18,7 @@ for part in $parts; do
         ;;
     bench)
         $python tests/bench_engine.py --device cuda --model random-135m --slots 64,256,1024 \
-            --generate --json "$out/engine.json"
+            --generate 256 --json "$out/engine.json"
         ;;
     run)
         for precision in bf16 fp32; do
