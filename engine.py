@@ -11,6 +11,7 @@ plain sampling from softmax(logits / T). To try an idea (another sampler, say), 
 distribution.
 """
 
+import copy
 import ctypes
 import sys
 import time
@@ -23,10 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 
 from context import Chat, Trajectory
+from decode_graphs import StaticDecoder
 from support.flags import did_you_mean
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
-PREFILL_TOKENS = 2048  # of prompts in one pass, padding included
+PREFILL_TOKENS = 2048  # of prompts in one pass, padding included; on a GPU so many times as many:
+ON_GPU = 16
 PIECES_GAP = 1e-3  # between log-probs of one context, read at once or in pieces; float32
 PADDING_TOKENS = 64  # of padding in one pass of prompts; more padding costs more than another pass
 
@@ -210,6 +213,9 @@ class Engine:
     trajectory with the least in its row is evicted, and what it had is computed again in its next
     turn. A row in the middle of a turn is never taken; if all are, a new turn waits.
 
+    On a GPU a copy of the model in bfloat16 samples (`--precision bf16`), by the fixed shapes of
+    decode_graphs.py.
+
     Args:
         model: its weights may change between turns, see `new_weights`.
         chat: its template. `chat.end_id` ends a turn. `chat.before_question` begins all prompts,
@@ -226,14 +232,19 @@ class Engine:
         known = model.get_input_embeddings().num_embeddings
         if (used := max([chat.end_id, *chat.before_question])) >= known:
             raise ValueError(f"the model knows {known} tokens, its tokenizer more: token {used}")
-        self.model, self.end_id, self.device = model, chat.end_id, model.device
+        self.learner, self.end_id, self.device = model, chat.end_id, model.device
         self.temperature, self.max_new_tokens = args.temperature, args.max_new_tokens
         self.slots: list[Slot | None] = [None] * args.slots
         rows = args.slots
         if args.kv_tokens:
             rows = min(rows, max(1, args.kv_tokens // args.max_context))
-        self.check_agreement()
+        self.check_agreement(model)
+        on_gpu = self.device.type == "cuda"
+        is_half = on_gpu and args.precision == "bf16"
+        self.model = copy.deepcopy(model).to(torch.bfloat16) if is_half else model
         self.cache = SlotCache(rows + 1, args.max_context)  # the last row holds the shared prefix
+        self.static = StaticDecoder(self.model, self.cache) if on_gpu else None
+        self.most_prefill = PREFILL_TOKENS * (ON_GPU if on_gpu else 1)
         self.users: list[Slot | None] = [None] * rows  # who used each row last; it may have left
         self.queue: list[Slot] = []  # turns that have no row yet
         self.shared_prefix, self.prefix_ready, self.version = chat.before_question, False, 0
@@ -241,13 +252,13 @@ class Engine:
         self.stats |= dict.fromkeys(("sampled", "prefilled", "evicted"), 0)  # tokens, tokens, rows
 
     @torch.no_grad()
-    def check_agreement(self) -> None:
+    def check_agreement(self, model) -> None:
         """Read a few ids in pieces, as the engine does, and at once, as the trainer does.
 
         Raises:
             ValueError: the model cannot do that, or its log-probs differ.
         """
-        self.cache, self.autocast = SlotCache(2, 16), False
+        self.model, self.cache = model, SlotCache(2, 16)
         why = "its log-probs depend on whether it reads a context at once or in pieces"
         rows, cuts = [range(2, 14), range(5, 12)], [(0, 0), (6, 2), (11, 6), (12, 7)]
         try:
@@ -258,20 +269,21 @@ class Engine:
             for row, logprobs in zip(rows, logits.log_softmax(-1)):
                 ids = torch.tensor([row], device=self.device)
                 last = ids == row[-1]
-                output = self.model(input_ids=ids, use_cache=False, logits_to_keep=last)
+                output = model(input_ids=ids, use_cache=False, logits_to_keep=last)
                 gaps = output.logits.float().log_softmax(-1) - logprobs  # (1, V)
                 gap = max(gap, float(gaps.abs().max()))
         except Exception as error:  # models fail in many ways, and these ids are harmless
             why, gap = " ".join(str(error).split())[:200], torch.inf
         if not gap < PIECES_GAP:
-            raise ValueError(
-                f"the engine cannot play a {self.model.config.model_type} model: {why}"
-            )
-        self.autocast = self.device.type == "cuda"
+            raise ValueError(f"the engine cannot play a {model.config.model_type} model: {why}")
 
+    @torch.no_grad()
     def new_weights(self, version: int) -> None:
         """The weights have changed, so cached keys and values are void. Call it between turns."""
         self.version, self.prefix_ready = version, False
+        if self.model is not self.learner:
+            for ours, theirs in zip(self.model.parameters(), self.learner.parameters()):
+                ours.copy_(theirs)
         for slot in filter(None, self.slots):
             slot.cached = []
 
@@ -302,7 +314,8 @@ class Engine:
         busy = [slot for slot in self.slots if slot and not slot.turn_done and slot.row is not None]
         decoding = [slot for slot in busy if not slot.pending]
         ended = []
-        for batch in batches_of_like_length([slot for slot in busy if slot.pending]):
+        pending = [slot for slot in busy if slot.pending]
+        for batch in batches_of_like_length(pending, self.most_prefill):
             ended += self.prefill(batch)
         self.stats["prefill_s"] += time.perf_counter() - clock
         if decoding:
@@ -349,12 +362,12 @@ class Engine:
         return True
 
     def prefill(self, batch: list[Slot]) -> list[Slot]:
-        """Run pending prompts, at most PREFILL_TOKENS of each; those that are complete get their
-        first token.
+        """Run pending prompts, at most `most_prefill` tokens of each; those that are complete get
+        their first token.
         """
         batch = sorted(batch, key=lambda slot: slot.row)
         pieces, rows = (
-            [slot.pending[:PREFILL_TOKENS] for slot in batch],
+            [slot.pending[: self.most_prefill] for slot in batch],
             [slot.row for slot in batch],
         )
         side_by_side = rows[-1] - rows[0] < len(rows)  # then they can be read without a copy
@@ -372,8 +385,11 @@ class Engine:
         """One more token for slots that have sampled one."""
         self.move_to_front(decoding)
         decoding = self.users[: len(decoding)]
-        chunks, starts = [[slot.ids[-1]] for slot in decoding], [len(s.cached) for s in decoding]
-        logits = self.forward(chunks, starts, slice(0, len(decoding)))
+        ids, starts = [slot.ids[-1] for slot in decoding], [len(s.cached) for s in decoding]
+        if self.static:
+            logits = self.static.step(ids, starts)
+        else:
+            logits = self.forward([[id] for id in ids], starts, slice(0, len(decoding)))
         for slot in decoding:
             slot.cached.append(slot.ids[-1])
         return self.sample(logits, decoding)
@@ -428,17 +444,16 @@ class Engine:
         # (B, 1, T, length): 0 where a token sees and -inf where it does not. It is made once, not
         # in each layer.
         unseen = torch.arange(length, device=self.device) > positions[:, None, :, None]
-        mask = torch.zeros(unseen.shape, device=self.device).masked_fill_(unseen, -torch.inf)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-        return logits[:, -1].float()
+        mask = torch.zeros(unseen.shape, dtype=self.model.dtype, device=self.device)
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask.masked_fill_(unseen, -torch.inf),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
 
     def sample(self, logits: torch.Tensor, slots: list[Slot]) -> list[Slot]:
         """Draw a token for each slot from softmax(logits / T); returns the slots whose turn ended.
@@ -466,17 +481,18 @@ class Engine:
         return [slot for slot in slots if slot.turn_done]
 
 
-def batches_of_like_length(slots: list[Slot]) -> list[list[Slot]]:
-    """Slots with pending prompts, in batches with little padding. Long prompts run in pieces, so
-    others go on decoding.
+def batches_of_like_length(slots: list[Slot], most: int) -> list[list[Slot]]:
+    """Slots with pending prompts, in batches of at most so many tokens and with little padding. Long
+    prompts run in pieces, so others go on decoding.
     """
+    most_padding = PADDING_TOKENS * most // PREFILL_TOKENS
     batches: list[list[Slot]] = []
     padding = 0
     for slot in sorted(slots, key=lambda slot: len(slot.pending)):
         if batches:
             rows, length = len(batches[-1]), len(slot.pending)
             more = rows * (length - len(batches[-1][-1].pending))
-            if (rows + 1) * length <= PREFILL_TOKENS and padding + more <= PADDING_TOKENS:
+            if (rows + 1) * length <= most and padding + more <= most_padding:
                 batches[-1].append(slot)
                 padding += more
                 continue

@@ -39,6 +39,7 @@ from tools import FormatError, ToolCall, parse_action, run_calls, urls_in
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
 Service = Literal["embedded", "searxng", "brave", "serper", "tavily"]
 Interpreter = Literal["monty", "cpython"]
+Precision = Literal["bf16", "fp32"]
 TRAINING, EVALUATION = 0, 1  # their random draws have nothing in common
 
 
@@ -55,6 +56,7 @@ class RolloutArgs:
     observation_tokens: int = HfArg(default=192, help="tokens of tool results in one turn")
     slots: int = HfArg(default=64, help="trajectories in flight at once")
     kv_tokens: int = HfArg(default=0, help="KV memory in tokens (0: slots x max_context)")
+    precision: Precision = HfArg(default="bf16", help="on a GPU: of sampling and of the update")
     tool_steps: int = HfArg(default=8, help="engine steps between two joins of tool results")
     tool_timeout_s: float = HfArg(default=60.0, help="limit for the calls of a turn, in seconds")
     trajectory_timeout_s: float = HfArg(default=3600.0, help="seconds in all; then tool_fault")

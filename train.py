@@ -48,7 +48,7 @@ from data.task import load_tasks
 from engine import Engine, load_policy
 from reward import advantages, control_negatives, penalised, turn_rewards
 from rollout import AgentLoop, RolloutArgs
-from support.batches import micro_batches, padded, share_rows
+from support.batches import checkpoint_layers, micro_batches, padded, share_rows
 from support.checks import check_args
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
@@ -64,8 +64,8 @@ Switch = Literal["on", "off"]
 Mode = Literal["sync", "async"]
 # What happens to tokens that older weights sampled: "mask" leaves them out of the loss, "keep"
 # trains on them unchanged, "is" multiplies each by its importance ratio p_now / p_sampler, at most
-# IS_CAP.
-Stale = Literal["mask", "is", "keep"]
+# IS_CAP. "all-is" does so with each token: sampled in bf16, fresh ones have a ratio, too.
+Stale = Literal["mask", "is", "keep", "all-is"]
 IS_CAP = 2.0
 
 
@@ -94,6 +94,7 @@ class TrainArgs:
     reward: str = HfArg(default="", help="file.py:function, a reward of your own")
     nominal_tokens: int = HfArg(default=128, help="assumed for a trajectory in the constant N")
     micro_tokens: int = HfArg(default=4096, help="padded tokens in one forward and backward pass")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, a slower update")
     rollout: Mode = HfArg(default="sync", help="async: in processes beside this one")
     stale: Stale = HfArg(default="mask", help="tokens of older weights: leave out, reweight, keep")
     check_logprobs: bool = HfArg(default=False, help="against the sampler's; a gap ends a CPU run")
@@ -140,7 +141,7 @@ class Row:
 
     segment: Segment
     advantages: list[float]
-    reweighted: list[bool]  # stale tokens to which "--stale is" gives a ratio
+    reweighted: list[bool]  # tokens to which --stale gives an importance ratio
 
 
 def rows_of(
@@ -164,7 +165,7 @@ def rows_of(
             is_stale = number >= 0 and trajectory.turns[number].version != version
             in_loss = number >= 0 and not (is_stale and stale == "mask")
             row.advantages.append(turn_advantages[number] if in_loss else 0.0)
-            row.reweighted.append(is_stale and stale == "is")
+            row.reweighted.append(stale == "all-is" or is_stale and stale == "is")
         if any(row.advantages):
             rows.append(row)
     return rows
@@ -179,7 +180,7 @@ def loss_of(policy, rows: list[Row], device) -> torch.Tensor:
     logprobs = policy(ids, in_loss)  # (tokens in the loss,)
     # HACK HERE: the loss. J is maximised, hence the minus.
     per_token = -logprobs * advantage[in_loss]
-    if any(any(row.reweighted) for row in rows):  # truncated importance ratios, for stale tokens
+    if any(any(row.reweighted) for row in rows):  # truncated importance ratios
         sampled = padded([row.segment.logprobs for row in rows], torch.float32, device)[in_loss]
         reweighted = padded([row.reweighted for row in rows], torch.bool, device)[in_loss]
         ratio = (logprobs.detach() - sampled).exp().clamp(max=IS_CAP)
@@ -210,6 +211,7 @@ def gradient(
     if count == 0:
         return 0.0
     empty = [Row(Segment([0, 0]), [0.0, 1.0], [False, False])]
+    checkpoint_layers(policy, args.gradient_checkpointing)
     for number in range(count):
         endings.check()
         batch, weight = (batches[number], 1.0) if number < len(batches) else (empty, 0.0)
@@ -220,6 +222,7 @@ def gradient(
                 loss = loss_of(policy, batch, accelerator.device) * weight / denominator
             # Data parallelism takes the mean over processes, and we want the sum.
             accelerator.backward(loss * accelerator.num_processes)
+    checkpoint_layers(policy, False)  # the sampler may be the same model
     norm = float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
     return norm if math.isfinite(norm) else None
 

@@ -5,6 +5,7 @@ In: rows (`train.Row`). Out: micro-batches, tensors, and the check that trainer 
 
 import torch
 from accelerate.utils import gather_object
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def micro_batches(rows: list, micro_tokens: int) -> list[list]:
@@ -34,19 +35,28 @@ def share_rows(rows: list, accelerator) -> list:
     return everything[accelerator.process_index :: accelerator.num_processes]
 
 
+def checkpoint_layers(policy, is_on: bool) -> None:
+    """Gradient checkpointing on or off. A layer checkpoints in its training mode; what is in it,
+    dropout above all, stays in evaluation mode.
+    """
+    for module in policy.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = is_on
+
+
 @torch.no_grad()
-def logprob_gap(policy, rows: list, micro_tokens: int, device) -> float:
-    """Largest |trainer - sampler| over the log-probs of the tokens in the loss. It is a rounding
-    error, unless something is wrong.
+def logprob_gaps(policy, rows: list, micro_tokens: int, device) -> list[float]:
+    """|trainer - sampler| of the log-probs of the tokens in the loss. It is a rounding error, unless
+    something is wrong.
 
     Args:
         policy: `train.Policy`.
         rows: made of trajectories that its present weights sampled.
     """
-    gap = 0.0
+    gaps = []
     for batch in micro_batches(rows, micro_tokens):
         ids = padded([row.segment.ids for row in batch], torch.long, device)
         in_loss = padded([row.advantages for row in batch], torch.float32, device) != 0
         sampled = padded([row.segment.logprobs for row in batch], torch.float32, device)[in_loss]
-        gap = max(gap, float((policy(ids, in_loss) - sampled).abs().max()))
-    return gap
+        gaps += (policy(ids, in_loss) - sampled).abs().tolist()
+    return gaps

@@ -27,7 +27,7 @@ from evaluate import format_table, summarise
 from report import write_report
 from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, play
 from support import endings, run_folder
-from support.batches import logprob_gap
+from support.batches import logprob_gaps
 from support.curriculum import Curriculum
 from support.curves import draw_curves
 from support.evaluation import NO_TURN
@@ -121,7 +121,7 @@ class Run:
             cpu=not on_gpu,
             log_with=self.args.log_with or None,
             project_config=ProjectConfiguration(logging_dir="."),  # open_folder names the folder
-            mixed_precision="bf16" if on_gpu else "no",
+            mixed_precision="bf16" if on_gpu and rollout_args.precision == "bf16" else "no",
         )
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         self.accelerator.wait_for_everyone()
@@ -132,6 +132,8 @@ class Run:
     def prepare(self, policy, learning_rate: float, chat: Chat, loop: AgentLoop) -> Learner:
         """The learner, as an earlier run has left it, and wrapped by Accelerate."""
         model = policy.model
+        if self.args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         if self.state:
             model.load_state_dict(self.state["model"])
         loop.engine.new_weights(self.done)
@@ -238,19 +240,21 @@ class Run:
             yield update
 
     def check_logprobs(self, rows: list) -> None:
-        """Print the largest difference between trainer and sampler. On a CPU one above MAX_GAP ends
-        the run: the data would not be on-policy. (On a GPU in bfloat16 rounding alone is above it.)
+        """Print the largest and the mean difference between trainer and sampler. In float32 one above
+        MAX_GAP ends the run: the data would not be on-policy. (In bfloat16, on a GPU, rounding alone
+        is above it; `--stale all-is` weighs each token by its ratio.)
 
         Args:
             rows: of trajectories that the present weights sampled.
         """
         policy = self.accelerator.unwrap_model(self.learner.policy)
-        gap = logprob_gap(policy, rows, self.args.micro_tokens, self.device)
-        gap = max(gather_object([gap]))
+        gaps = gather_object(logprob_gaps(policy, rows, self.args.micro_tokens, self.device))
+        gap, mean = max(gaps, default=0.0), sum(gaps) / max(1, len(gaps))
         if self.is_main:
-            line = f"step {self.done + 1}: largest |trainer - sampler| log-prob {gap:.1e}"
+            words = f"largest |trainer - sampler| log-prob {gap:.1e}, mean {mean:.1e}"
+            line = f"step {self.done + 1}: {words}"
             print(line, flush=True)
-        if gap > MAX_GAP and self.device.type == "cpu":
+        if gap > MAX_GAP and self.accelerator.mixed_precision == "no":
             self.fail(f"trainer and sampler disagree by more than {MAX_GAP:g}")
 
     def fail(self, words: str) -> NoReturn:
@@ -283,6 +287,10 @@ class Run:
         if is_written(self.done, args.steps, args.keep_trajectories):
             records = update_records(self.done, groups, rows, *scores, self.learner.chat)
             lines = gather_object(to_lines(records))
+        memory = ""
+        if torch.cuda.is_available():
+            metrics["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            memory = f", {metrics['peak_gib']:.1f} GiB"
         if self.is_main:
             run_folder.append_line(self.out / "metrics.jsonl", {"step": self.done} | metrics)
             run_folder.append(self.out / "trajectories.jsonl", lines)
@@ -290,7 +298,7 @@ class Run:
                 f"update {self.done}: Pass@1 {metrics['pass_rate']:.1%}, "
                 f"reward {metrics['reward']:.2f}, {metrics['turns']:.1f} turns, "
                 f"entropy {metrics['entropy']:.2f}, rollout {metrics['rollout_s']:.1f} s, "
-                f"update {metrics['train_s']:.1f} s"
+                f"update {metrics['train_s']:.1f} s{memory}"
             )
             sys.stdout.flush()  # into a log, too
             if self.done == 1 and args.rollout == "sync":  # workers would have to wait

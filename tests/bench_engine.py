@@ -1,4 +1,4 @@
-"""What the engine costs: turn t against t, tokens a second and memory against slots.
+r"""What the engine costs: turn t against t, tokens a second and memory against slots.
 
 In: flags. Out: text tables and, with --json, the figures. Greedy decoding with no end token, so
 every turn has the same number of tokens; observations are random ids. Runs of one comparison take
@@ -7,8 +7,11 @@ reads more keys and values, which is no overhead but work. Its seconds are measu
 attention calls of the model's own shape, and taken off.
 
     python tests/bench_engine.py --quick --json engine.json
+    python tests/bench_engine.py --device cuda --model random-135m \
+        --slots 64,256,1024 --generate 256
 """
 
+import copy
 import json
 import os
 import statistics
@@ -17,6 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,12 +28,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.hf_argparser import HfArg
 
 from context import Trajectory
 from data.task import Task
 from engine import Engine, Slot, keep_memory, load_policy
-from rollout import RolloutArgs
+from rollout import Precision, RolloutArgs
 from support.flags import parse_flags
 from support.processes import cores_of
 
@@ -38,7 +43,19 @@ SHOWN_TURNS = (1, 2, 10, 20, 30, 40, 50)
 
 @dataclass
 class BenchArgs:
-    model: str = HfArg(default="nano", help="nano, a checkpoint, a .gguf file or a hub name")
+    model: str = HfArg(
+        default="nano",
+        help="nano, a checkpoint, a .gguf file or a hub name; random-135m: SmolLM2-135M's shape, with "
+        "random weights",
+    )
+    device: Literal["cpu", "cuda"] = HfArg(
+        default="cpu", help="cuda: prompts of 512, 256 new tokens"
+    )
+    precision: Precision = HfArg(default="bf16", help="on a GPU")
+    generate: int = HfArg(
+        default=0,
+        help="on a GPU: transformers' model.generate in turn with so many slots (0: never)",
+    )
     turns: int = HfArg(default=50, help="turns of a trajectory")
     new_tokens: int = HfArg(default=16, help="sampled tokens of a turn; observations have as many")
     slots: str = HfArg(default="8,32,64,128", help="numbers of slots to compare")
@@ -48,10 +65,16 @@ class BenchArgs:
     json: str = HfArg(default="", help="write the figures to this file")
 
 
-def make_engine(model, slots: int, max_context: int, new_tokens: int) -> Engine:
+def make_engine(
+    model, slots: int, max_context: int, new_tokens: int, precision: str = "fp32"
+) -> Engine:
     """A greedy engine whose every turn has `new_tokens` tokens, with all its slots taken."""
     args = RolloutArgs(
-        slots=slots, max_context=max_context, max_new_tokens=new_tokens, temperature=0.0
+        slots=slots,
+        max_context=max_context,
+        max_new_tokens=new_tokens,
+        temperature=0.0,
+        precision=precision,
     )
     chat = SimpleNamespace(end_id=-1, before_question=[])
     engine = Engine(model, chat, args)
@@ -192,14 +215,131 @@ def format_result(result: dict) -> str:
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------------- on a GPU
+
+
+def random_135m() -> LlamaForCausalLM:
+    """SmolLM2-135M's shape. How fast it is does not depend on its weights."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that this GPU reads and writes when it copies 4 GiB."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        clock = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - clock)
+    return 2 * source.nbytes / statistics.median(seconds[1:])
+
+
+def gpu_run(model, slots: int, precision: str, prompt: int, new_tokens: int) -> dict:
+    """Decoding and prefill of all slots at once, greedy, and how much of it is memory traffic.
+
+    Returns:
+        tokens_per_s: decoded tokens a second; prompts apart.
+        whole_tokens_per_s: the same, with the time of the prompts.
+        bytes_per_step: weights, and the keys and values of the mean context, which each step reads.
+    """
+    rng = np.random.default_rng(0)
+    engine = make_engine(model, slots, prompt + new_tokens, new_tokens, precision)
+    play_turn(engine, [random_ids(rng, prompt) for _ in range(slots)])  # records the graphs
+    engine.new_weights(1)
+    before = dict(engine.stats)
+    seconds = play_turn(engine, [random_ids(rng, prompt) for _ in range(slots)])
+    decode_s = engine.stats["decode_s"] - before["decode_s"]
+    stored = engine.cache.keys + engine.cache.values
+    of_a_token = sum(x.nbytes for x in stored) / engine.cache.count / engine.cache.columns
+    weights = sum(p.nbytes for p in engine.model.parameters())
+    step_bytes = weights + slots * (prompt + new_tokens / 2) * of_a_token
+    return {
+        "tokens_per_s": slots * (new_tokens - 1) / decode_s,
+        "whole_tokens_per_s": slots * new_tokens / seconds,
+        "prefill_tokens_per_s": slots * prompt / (seconds - decode_s),
+        "bytes_per_step": step_bytes,
+        "step_ms": decode_s / (new_tokens - 1) * 1e3,
+        "kv_gib": sum(x.nbytes for x in stored) / 2**30,
+    }
+
+
+def generate_run(model, slots: int, precision: str, prompt: int, new_tokens: int) -> float:
+    """Tokens a second, prompts included, of transformers' model.generate on one batch."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = copy.deepcopy(model).to(dtype)
+    ids = torch.randint(300, 2000, (slots, prompt), device="cuda")
+    how = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    model.generate(ids[:, :32], attention_mask=torch.ones_like(ids[:, :32]), **how)
+    torch.cuda.synchronize()
+    clock = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    torch.cuda.synchronize()
+    return slots * new_tokens / (time.perf_counter() - clock)
+
+
+def bench_gpu(args: BenchArgs, model, prompt: int = 512, new_tokens: int = 256) -> dict:
+    """The engine against model.generate, for each number of slots; prints as it goes."""
+    model, bandwidth = model.to("cuda"), copy_bandwidth()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.precision}, a copy moves "
+        f"{bandwidth / 1e12:.2f} TB/s; prompts of {prompt}, {new_tokens} new tokens\n"
+        f"{'slots':>8s}{'decode tok/s':>14s}{'with prompts':>14s}{'ms a step':>11s}"
+        f"{'bandwidth':>11s}{'KV GiB':>8s}{'generate tok/s':>16s}{'ratio':>7s}"
+    )
+    rows = []
+    for slots in map(int, args.slots.split(",")):
+        runs, others = [], []
+        for _ in range(1 if args.quick else args.repeats):  # in turn
+            runs.append(gpu_run(model, slots, args.precision, prompt, new_tokens))
+            if args.generate == slots:
+                others.append(generate_run(model, slots, args.precision, prompt, new_tokens))
+        row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        row["bandwidth_share"] = row["bytes_per_step"] / row["step_ms"] * 1e3 / bandwidth
+        line = (
+            f"{slots:8d}{row['tokens_per_s']:14,.0f}{row['whole_tokens_per_s']:14,.0f}"
+            f"{row['step_ms']:11.2f}{row['bandwidth_share']:11.0%}{row['kv_gib']:8.1f}"
+        )
+        if others:
+            row["generate_tokens_per_s"] = statistics.median(others)
+            ratio = row["whole_tokens_per_s"] / row["generate_tokens_per_s"]
+            line += f"{row['generate_tokens_per_s']:16,.0f}{ratio:7.1f}"
+        print(line, flush=True)
+        rows.append({"slots": slots} | row)
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    print(f"most memory at once: {memory:.1f} GiB")
+    return {"settings": asdict(args), "bandwidth": bandwidth, "rows": rows, "peak_gib": memory}
+
+
 def main():
     [args] = parse_flags((BenchArgs,), __doc__)
     keep_memory()
     torch.set_num_threads(args.threads or cores_of(1))
     try:
-        model, _ = load_policy(args.model)
+        model = random_135m() if args.model == "random-135m" else load_policy(args.model)[0]
     except ValueError as error:
         sys.exit(f"bench_engine.py: {error}")
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("bench_engine.py: --device cuda: torch sees no GPU")
+        result = bench_gpu(args, model.eval())
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1))
+        return
     repeats = 1 if args.quick else args.repeats
     numbers = "8,32,64" if args.quick else args.slots
     turns = cost_of_turns(model, args.turns, args.new_tokens, repeats)

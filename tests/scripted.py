@@ -14,7 +14,7 @@ import numpy as np
 from context import Trajectory
 from data.task import Task
 from rollout import AgentLoop
-from support.batches import logprob_gap
+from support.batches import logprob_gaps
 from tools import ToolCall
 from train import rows_of
 
@@ -89,8 +89,10 @@ class ScriptedLoop(AgentLoop):
         return [ToolCall("wait", {"seconds": latency_s})]
 
 
-def trainer_gap(policy, trajectories: list[Trajectory], version: int = 0) -> float:
+def trainer_gap(
+    policy, trajectories: list[Trajectory], version: int = 0, device: str = "cpu"
+) -> float:
     """Largest |trainer - sampler| log-prob over all tokens that this version sampled."""
     turns = [(t, [1.0] * len(t.turns)) for t in trajectories]
     rows = [row for t, ones in turns for row in rows_of(t, ones, version)]
-    return logprob_gap(policy, rows, 4096, "cpu")
+    return max(logprob_gaps(policy, rows, 4096, device))

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from context import Segment, Trajectory, Turn
 from data.task import Task
+from decode_graphs import StaticDecoder
 from engine import Engine, Slot, load_policy
 from rollout import AgentLoop, RolloutArgs, SyncRollouts, new_group, take_results
 from rollout import play as play_all
@@ -96,15 +97,20 @@ def assert_equals_generate(model, chat, prompts, slots):
 @pytest.mark.parametrize(
     "slots, kv_tokens, piece", [(4, 0, 2048), (22, 0, 2048), (7, 800, 2048), (4, 0, 32)]
 )
+@pytest.mark.parametrize("static", [False, True])
 def test_greedy_engine_equals_generate(
-    tiny, chat, make_engine, dev_tasks, monkeypatch, slots, kv_tokens, piece
+    tiny, chat, make_engine, dev_tasks, monkeypatch, slots, kv_tokens, piece, static
 ):
+    """Also with the fixed shapes that a GPU decodes in: padded rows, rounded contexts."""
     monkeypatch.setattr("engine.PREFILL_TOKENS", piece)
+    monkeypatch.setattr("decode_graphs.SMALLEST", 2)
+    monkeypatch.setattr("decode_graphs.LENGTH", 24)
     prompts = ragged_prompts(chat, max(11, slots))
     args = RolloutArgs(
         slots=slots, kv_tokens=kv_tokens, temperature=0.0, max_new_tokens=20, max_context=400
     )
     engine = make_engine(tiny, args)
+    engine.static = StaticDecoder(tiny, engine.cache) if static else None
     assert_equals_generate(tiny, chat, prompts, decode_all(engine, prompts, dev_tasks))
     assert bool(engine.cache.keys[0].shape[0] == 3) == bool(kv_tokens)
 
@@ -132,8 +138,10 @@ def test_other_architectures(chat, make_engine, dev_tasks, tokenizer, name):
                 parameter.mul_(3.0)
     prompts = ragged_prompts(chat, 5)
     args = RolloutArgs(slots=4, temperature=0.0, max_new_tokens=20, max_context=400)
-    engine = make_engine(model, args)
-    assert_equals_generate(model, chat, prompts, decode_all(engine, prompts, dev_tasks))
+    for static in (False, True):
+        engine = make_engine(model, args)
+        engine.static = StaticDecoder(model, engine.cache) if static else None
+        assert_equals_generate(model, chat, prompts, decode_all(engine, prompts, dev_tasks))
 
 
 def test_what_is_not_full_attention_is_refused(make_engine, tokenizer):

@@ -1,0 +1,91 @@
+"""The engine's decoding step on a GPU: fixed shapes, each recorded once as a CUDA graph.
+
+A decoding step of a small model launches hundreds of kernels of a few microseconds each, and the
+launches take longer than the kernels. A CUDA graph launches all of them at once, if shapes and
+addresses are the same each time. So the batch is rounded up to one of a few sizes, and the context
+that is read to a multiple of `LENGTH`. The KV cache (engine.SlotCache) is static anyway.
+
+In: the last token of each row. Out: logits. On a CPU the same fixed shapes run without a graph, so
+that they can be tested there. To try an idea (another attention, say), change `StaticDecoder.run`.
+"""
+
+import torch
+
+LENGTH = 128  # the context that is read is a multiple of it
+SMALLEST = 8  # rows of the smallest batch; the next ones are twice as large
+
+
+class StaticDecoder:
+    """Runs one new token of the first rows of a cache.
+
+    Args:
+        model: whose weights may change, but not their addresses.
+        cache: an `engine.SlotCache`, in which a first pass has made the tensors.
+    """
+
+    def __init__(self, model, cache):
+        self.model, self.cache = model, cache
+        self.device, self.most = model.device, cache.columns - 1
+        self.records = self.device.type == "cuda"
+        self.graphs: dict[tuple[int, int], tuple] = {}  # (rows, length) -> (graph, its logits)
+        self.pool = torch.cuda.graph_pool_handle() if self.records else None
+        # Ids, positions, and the columns of the cache that are written: (3, rows, 1).
+        self.host = torch.zeros(3, cache.count, 1, dtype=torch.long, pin_memory=self.records)
+        self.inputs = self.host.to(self.device)
+
+    def step(self, ids: list[int], positions: list[int]) -> torch.Tensor:
+        """Run a token of each of the first rows.
+
+        Args:
+            ids: of rows 0, 1, …
+            positions: where in its context each stands.
+
+        Returns:
+            Logits (len(ids), V), float32. The next step overwrites them.
+        """
+        rows, length = SMALLEST, -(-(max(positions) + 1) // LENGTH) * LENGTH
+        while rows < len(ids):
+            rows *= 2
+        rows, length = min(rows, self.cache.count), min(length, self.most)
+        # A row of padding reads column 0, and writes where nobody reads.
+        self.host[:2] = 0
+        self.host[2] = self.most
+        self.host[:, : len(ids), 0] = torch.tensor([ids, positions, positions])
+        self.inputs.copy_(self.host, non_blocking=True)
+        if not self.records:
+            return self.run(rows, length)[: len(ids)]
+        if (rows, length) not in self.graphs:
+            self.graphs[rows, length] = self.record(rows, length)
+        graph, logits = self.graphs[rows, length]
+        graph.replay()
+        return logits[: len(ids)]
+
+    @torch.no_grad()
+    def run(self, rows: int, length: int) -> torch.Tensor:
+        """The step itself, on whatever `inputs` hold: logits (rows, V), float32."""
+        ids, positions, targets = self.inputs[:, :rows]  # (rows, 1) each
+        self.cache.rows, self.cache.positions, self.cache.length = slice(0, rows), targets, length
+        unseen = torch.arange(length, device=self.device) > positions  # (rows, length)
+        mask = torch.zeros(unseen.shape, dtype=self.model.dtype, device=self.device)
+        mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (rows, 1, 1, length)
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def record(self, rows: int, length: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The graph of a step of this shape, and where it leaves its logits."""
+        stream = torch.cuda.Stream()  # not the one in which the engine works
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.run(rows, length)  # libraries set themselves up in a first call
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.run(rows, length)
+        return graph, logits
