@@ -22,13 +22,16 @@ from data.deep import pages as deep
 from data.deep.solve import read_fact
 from data.parts import OPERATIONS, RECORDS, RELATIONS, TYPES
 from data.task import Task
-from data.tasks import SHARES, draw_task
+from data.tasks import draw_task, shares_of
 from data.world import World, page_html, world_folder
+from rollout import RolloutArgs
 from support.html_text import view_page
 from tools import Search
 
-Row = tuple[np.ndarray, np.ndarray]  # ids (T,) int16, and mask (T,) of the explorer's own tokens
+Row = tuple[np.ndarray, np.ndarray]  # ids (T,) int32, and mask (T,) of the explorer's own tokens
 Call = dict  # {"name": …, "arguments": {…}}
+# The window of the transcripts that made the shipped models: 900 tokens before an action.
+WINDOW = RolloutArgs(max_turns=6, max_context=996)
 
 
 @dataclass
@@ -41,13 +44,14 @@ class Site:
     types: dict[str, str]  # name -> type of the entity
 
 
-def open_site(world: World) -> Site:
+def open_site(world: World, search_results: int = WINDOW.search_results) -> Site:
     """The site of a world, which is written on first use."""
     pages = {world.name(i): page_html(world, world.entity(i)) for i in range(world.entities)}
     if world.kind == "deep":
         pages |= {path: page for path, _, _, page in deep.pages(world)}
     types = {world.name(i): world.type(i) for i in range(world.entities)}
-    return Site(world, Search(world_folder(world.description()) / "pages.db"), pages, types)
+    search = Search(world_folder(world.description()) / "pages.db", search_results)
+    return Site(world, search, pages, types)
 
 
 def search_for(*queries: str) -> Call:
@@ -74,6 +78,17 @@ def turn_text(thought: str, action: Call | str) -> str:
     return f"<think>{thought}</think>{said}"
 
 
+def said_ids(chat: Chat, text: str) -> list[int]:
+    """A turn as the policy would sample it, behind a generation prompt that may have opened the
+    thought."""
+    is_open = chat.opened and "</think>" not in chat.opened
+    return chat.trusted(text.removeprefix("<think>") if is_open else text) + [chat.end_id]
+
+
+def row_of(ids: list[int], is_own: list) -> Row:
+    return np.array(ids, dtype=np.int32), np.array(is_own, dtype=bool)
+
+
 class Explorer:
     """Plays one task with a given skill.
 
@@ -87,10 +102,20 @@ class Explorer:
         chat: encodes what is said.
         rng: decides every move.
         skill: probability of a sensible move.
+        args: the limits of turns and window, and how much of a page or a result is shown.
     """
 
-    def __init__(self, task: Task, site: Site, chat: Chat, rng: random.Random, skill: float):
+    def __init__(
+        self,
+        task: Task,
+        site: Site,
+        chat: Chat,
+        rng: random.Random,
+        skill: float,
+        args: RolloutArgs = WINDOW,
+    ):
         self.task, self.site, self.chat, self.rng, self.skill = task, site, chat, rng, skill
+        self.args = args
         self.world = site.world.elsewhere(str(rng.random()))
         self.relations = task.meta.get("relations", [])
         # These names stand in the question.
@@ -197,7 +222,8 @@ class Explorer:
             return f"error 404 for {url}"
         page, find = arguments.get("page", 1), arguments.get("find")
         links = arguments.get("links", False)
-        return self.moved(view_page(self.site.pages[path], url, page, find, links))
+        size = self.args.page_chars
+        return self.moved(view_page(self.site.pages[path], url, page, find, links, size))
 
     def moved(self, text: str) -> str:
         """A result with each address of the site where this explorer finds the page."""
@@ -229,12 +255,12 @@ class Explorer:
                         self.facts[title, relation] = value
                         self.last_facts.append((title, relation))
 
-    def play(self, max_turns: int = 6, max_tokens: int = 900) -> tuple[list[int], list[int], bool]:
+    def play(self) -> tuple[list[int], list[int], bool]:
         """Returns (ids, mask with 1 on the explorer's own tokens, whether the answer was right)."""
-        chat, rng = self.chat, self.rng
+        chat, rng, args = self.chat, self.rng, self.args
         ids = chat.head(self.task.question)
         mask = [0] * len(ids)
-        for turn in range(max_turns):
+        for turn in range(args.max_turns):
             if rng.random() < self.skill:
                 thought, action = self.sensible_move()
             else:
@@ -242,7 +268,7 @@ class Explorer:
                 if self.last_call and rng.random() < 0.08:
                     action = self.last_call  # round in circles
             thought = self.plan() if turn == 0 else thought or "Let me look."
-            said = chat.trusted(turn_text(thought, action)) + [chat.end_id]
+            said = said_ids(chat, turn_text(thought, action))
             ids += said
             mask += [1] * len(said)
             if isinstance(action, str):
@@ -251,8 +277,8 @@ class Explorer:
             # A view by `find` does not repeat the URL: the reader remembers whose page it is.
             is_find = action["name"] == "browse" and "http" not in result
             self.read(f"{action['arguments']['url']}\n{result}" if is_find else result)
-            observation = chat.observation([result], 192)
-            if len(ids) + len(observation) > max_tokens:
+            observation = chat.observation([result], args.observation_tokens)
+            if len(ids) + len(observation) > args.max_context - args.max_new_tokens:
                 break
             ids += observation
             mask += [0] * len(observation)
@@ -261,7 +287,14 @@ class Explorer:
 
 
 def write_transcripts(
-    chat: Chat, seed: int, worlds: int, entities: int, number: int, skilled_share: float
+    chat: Chat,
+    seed: int,
+    worlds: int,
+    entities: int,
+    number: int,
+    skilled_share: float,
+    args: RolloutArgs = WINDOW,
+    families=(),
 ) -> list[Row]:
     """Explorer transcripts over all pretraining worlds; prints how often they were right.
 
@@ -271,20 +304,24 @@ def write_transcripts(
         entities: how many entities each has.
         number: how many transcripts to write.
         skilled_share: share of explorers that behave sensibly.
+        args: limits of the explorers, as of the agent loop.
+        families: of their tasks (default: all that the shipped training tasks have).
     """
     rng = random.Random(f"explorers-{seed}")
     transcripts, right_by_family = [], {}
     per_world = number // worlds
-    families, weights = zip(*SHARES["pretrain"].items())
     progress = tqdm(total=per_world * worlds, desc="explorers", unit="transcript", mininterval=5)
     for world_seed in range(100, 100 + worlds):
-        site = open_site(World(world_seed, entities, "pretrain", style="varied"))
+        site = open_site(
+            World(world_seed, entities, "pretrain", style="varied"), args.search_results
+        )
+        kinds, weights = zip(*shares_of(site.world, families, ()).items())
         for _ in range(per_world):
-            family, hops = rng.choices(families, weights)[0]
+            family, hops = rng.choices(kinds, weights)[0]
             task = draw_task(site.world, family, hops, rng, rng.random() < 0.25)
             skill = 0.97 if rng.random() < skilled_share else rng.uniform(0.0, 0.12)
-            ids, mask, is_right = Explorer(task, site, chat, rng, skill).play()
-            transcripts.append((np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)))
+            ids, mask, is_right = Explorer(task, site, chat, rng, skill, args).play()
+            transcripts.append(row_of(ids, mask))
             right_by_family.setdefault(f"{family}{hops}", []).append(is_right)
             progress.update()
     progress.close()
@@ -305,5 +342,5 @@ def write_visits(chat: Chat, style: str, number: int) -> list[Row]:
     for _ in range(number):
         task = draw_task(site.world, "browse", 1, rng)
         ids, mask, _ = Explorer(task, site, chat, rng, 1.0).play()
-        rows.append((np.array(ids, dtype=np.int16), np.array(mask, dtype=bool)))
+        rows.append(row_of(ids, mask))
     return rows

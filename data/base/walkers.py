@@ -13,7 +13,18 @@ import numpy as np
 from tqdm import tqdm
 
 from context import Chat, Trajectory, Turn, add_turn
-from data.base.explorers import Call, Explorer, Row, Site, browse, open_site, search_for, turn_text
+from data.base.explorers import (
+    Call,
+    Explorer,
+    Row,
+    Site,
+    browse,
+    open_site,
+    row_of,
+    said_ids,
+    search_for,
+    turn_text,
+)
 from data.deep.pages import COLOURS, RARE_COLOUR
 from data.deep.solve import NP, read_entries
 from data.task import Task
@@ -185,7 +196,7 @@ class Walker(Explorer):
                 thought, call = self.sensible_move() if is_sensible else self.random_move()
                 text = turn_text(thought if trajectory.turns else self.plan(), call)
             news |= {len(trajectory.segments) - 1} if self.has_news else set()
-            ids = self.chat.trusted(text) + [self.chat.end_id]
+            ids = said_ids(self.chat, text)
             turn = Turn(ids, [0.0] * len(ids), 0)
             add_turn(trajectory, turn)
             if read_turn(trajectory, self.chat, TOOLS):
@@ -198,13 +209,7 @@ class Walker(Explorer):
             between, last = range(1, len(segments) - 1), len(segments) - 1
             with_news = self.rng.choice([k for k in between if k in news] or between)
             segments = [segments[k] for k in sorted({0, last, with_news, self.rng.choice(between)})]
-        rows = [
-            (
-                np.array(s.ids, dtype=np.int16),
-                np.array([turn >= 0 for turn in s.turn_of], dtype=bool),
-            )
-            for s in segments
-        ]
+        rows = [row_of(s.ids, [turn >= 0 for turn in s.turn_of]) for s in segments]
         return rows, bool(correct(trajectory.answer, self.task.answer, self.task.answer_type))
 
 
