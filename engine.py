@@ -240,8 +240,11 @@ class Engine:
             rows = min(rows, max(1, args.kv_tokens // args.max_context))
         self.check_agreement(model)
         on_gpu = self.device.type == "cuda"
-        is_half = on_gpu and args.precision == "bf16"
-        self.model = copy.deepcopy(model).to(torch.bfloat16) if is_half else model
+        self.model = model
+        if on_gpu and args.precision == "bf16":
+            self.model = copy.deepcopy(model)
+            for parameter in self.model.parameters():  # rotary angles stay in float32
+                parameter.data = parameter.data.to(torch.bfloat16)
         self.cache = SlotCache(rows + 1, args.max_context)  # the last row holds the shared prefix
         self.static = StaticDecoder(self.model, self.cache) if on_gpu else None
         self.most_prefill = PREFILL_TOKENS * (ON_GPU if on_gpu else 1)
