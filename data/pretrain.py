@@ -55,7 +55,7 @@ from data.world import World
 from engine import keep_memory
 from rollout import RolloutArgs
 from support.flags import parse_flags
-from tools import Browse, Python, Search
+from tools import signatures
 
 NANO = Path(__file__).resolve().parent / "nano"
 
@@ -86,10 +86,6 @@ class Args:
     minutes: float = HfArg(default=0.0, help="decay over this time instead of `steps` (0: off)")
     measure: str = HfArg(default="", help="only measure how this model folder copies addresses")
     init: str = HfArg(default="", help="model folder to go on from, with its tokenizer")
-
-
-def chat_of(tokenizer: PreTrainedTokenizerFast) -> Chat:
-    return Chat(tokenizer, [Search.signature, Browse.signature, Python.signature])
 
 
 def new_model(args: Args, chat: Chat) -> LlamaForCausalLM:
@@ -198,7 +194,7 @@ def main():
     if args.measure:
         model = LlamaForCausalLM.from_pretrained(args.measure, dtype=torch.float32)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.measure)
-        print(addresses_copied(model, chat_of(tokenizer)))
+        print(addresses_copied(model, Chat(tokenizer, signatures())))
         return
     if args.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
@@ -206,7 +202,7 @@ def main():
         corpus = tokenizer_corpus(args.seed, min(args.worlds, 6), args.entities)
         tokenizer = train_tokenizer(corpus, 2560)
     tokenizer.save_pretrained(args.out)
-    chat = chat_of(tokenizer)
+    chat = Chat(tokenizer, signatures())
     where = (chat, args.seed, args.worlds)
     rows = write_transcripts(*where, args.entities, args.transcripts, args.skilled_share)
     walks, held_out_walks = [], []

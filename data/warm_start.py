@@ -10,8 +10,8 @@ only a place to start from. It ends where the model writes valid turns and is ri
 In: any causal language model with a chat template. Out: a folder for `train.py --model`.
 To try an idea, change what `Explorer` does, or the goals of `main`.
 
-    python data/warm_start.py --model SmolLM2-135M-Instruct.Q4_1.gguf --max_context 1536 --out warm
-    python train.py --model warm --max_context 1536 --learning_rate 2e-5
+    python data/warm_start.py --model SmolLM2-135M-Instruct.Q4_1.gguf --max_context 1536
+    python train.py --model runs/warm --max_context 1536 --learning_rate 2e-5
 """
 
 import os
@@ -45,7 +45,7 @@ from support.batches import micro_batches
 from support.checks import at_least, check_rollout_args
 from support.evaluation import NO_TURN, make_trajectories
 from support.flags import parse_flags
-from support.run_folder import save_atomically
+from support.run_folder import save_model
 from support.toolbox import Toolbox
 from train import DATA, Policy, Row, loss_of
 
@@ -53,7 +53,7 @@ from train import DATA, Policy, Row, loss_of
 @dataclass
 class Args:
     model: str = HfArg(default="nano", help="nano, a checkpoint, a .gguf file or a hub name")
-    out: str = HfArg(default="warm", help="folder to write the model to; it must not exist")
+    out: str = HfArg(default="runs/warm", help="folder to write the model to; it must not exist")
     seed: int = HfArg(default=0, help="decides worlds, explorers, batches and what is sampled")
     transcripts: int = HfArg(default=4000, help="explorer transcripts to write")
     skilled_share: float = HfArg(default=0.30, help="share of explorers that behave sensibly")
@@ -208,23 +208,16 @@ def main():
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/warm_start.py: {error}")
 
-    def save() -> None:
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder)
-            chat.tokenizer.save_pretrained(folder)
-
-        save_atomically(Path(args.out), write)
-
     loop, done, end = AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True), 0, "done"
     try:
         for done in train(Policy(model, 1.0), loop, batches, tasks[: args.eval_tasks], args):
             if done % args.eval_every == 0:
-                save()
+                save_model(Path(args.out), model, chat.tokenizer)
     except KeyboardInterrupt:
         end = "stopped"
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"data/warm_start.py: {error}")
-    save()
+    save_model(Path(args.out), model, chat.tokenizer)
     print(f"{end} after {done} steps; go on with: python train.py --model {args.out}")
 
 

@@ -224,6 +224,16 @@ def save_atomically(folder: Path, write) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_model(folder: Path, model, tokenizer) -> None:
+    """A folder that `--model` takes."""
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+    save_atomically(folder, write)
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -244,11 +254,6 @@ def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
     Raises:
         OSError: the disk is full, say; what was there before stays whole.
     """
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
     states, temporary = out / "state", out / "state" / "saving"
     states.mkdir(exist_ok=True)
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -257,7 +262,7 @@ def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, states / f"step-{step:06d}-{sha256(temporary)}.pt")
-        save_atomically(out / "checkpoint", write)
+        save_model(out / "checkpoint", model, tokenizer)
     except (
         RuntimeError,
         SafetensorError,

@@ -3,14 +3,14 @@
 from copy import copy
 
 import pytest
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
+from habits import (
+    CHATML_TAGS,
+    SEAMS,
+    SYSTEM_TEXT,
+    TEXTS,
+    THINK_TAGS,
+    TOOL_TAGS,
+    small_tokenizer,
 )
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer as PythonBackend
@@ -18,7 +18,6 @@ from transformers.tokenization_python import PreTrainedTokenizer as PythonBacken
 from context import (
     ELIDED,
     NOTES_REQUEST,
-    SYSTEM_PROMPT,
     Chat,
     Segment,
     Trajectory,
@@ -188,7 +187,6 @@ def with_template(chat, template: str):
 
 
 GENERATION = CHATML.index("{% if add")
-SYSTEM_TEXT = SYSTEM_PROMPT.format(signatures="search(queries)")
 
 
 def chatml(opened: str = "", past: str = "", content: str = "m['content']") -> str:
@@ -290,36 +288,6 @@ def test_a_template_that_cannot_be_used_is_refused(chat, template, words):
 
 
 # ------------------------------------------------------------------------- other kinds of tokenizer
-
-CHATML_TAGS = ["<|im_start|>", "<|im_end|>"]
-TOOL_TAGS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-THINK_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-TEXTS = ["Who is the mayor of Belin, and why?", "a  b", " begins with a space", "so\nor so ", "x"]
-
-
-def small_tokenizer(seam: str, tags: list[str], **more) -> PreTrainedTokenizerFast:
-    """A BPE of a few hundred pieces without bytes to fall back on, and these control tokens."""
-    inner = Tokenizer(models.BPE(unk_token="<unk>"))
-    if seam == "byte-level with a space":
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        inner.decoder = decoders.ByteLevel()
-    elif seam == "prepend":
-        inner.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        inner.decoder = decoders.Metaspace()
-    else:
-        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=seam, split=seam != "never")
-        inner.decoder = decoders.Metaspace(prepend_scheme=seam)
-    corpus = [SYSTEM_TEXT, NOTES_REQUEST, CHATML, *TEXTS, *TOOL_TAGS, *THINK_TAGS] * 3
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>"], show_progress=False)
-    inner.train_from_iterator(corpus, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **more)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
-    return tokenizer
-
-
-SEAMS = ["first", "always", "never", "prepend", "byte-level with a space"]
 
 
 @pytest.mark.parametrize("tool_tags", [TOOL_TAGS, []])

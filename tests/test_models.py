@@ -3,23 +3,42 @@
 python tests/test_models.py     # prints the table of docs/models.md
 """
 
+import random
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
+from accelerate import Accelerator
+from habits import (
+    CHATML_TAGS,
+    GEMMA,
+    LLAMA2,
+    QWEN3,
+    QWEN3_OFF,
+    QWEN3_PREFILLED,
+    SMOLLM2,
+    SYSTEM_TEXT,
+    TOOL_TAGS,
+    small_tokenizer,
+)
 from scripted import ScriptedLoop, scripted_tasks, trainer_gap
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from context import Chat
+from context import Chat, Trajectory, Turn, add_turn
+from data.base.explorers import Explorer, open_site
+from data.tasks import draw_task
+from data.world import World
 from engine import Engine, load_policy
-from rollout import RolloutArgs, new_group, play
+from rollout import RolloutArgs, new_group, next_prompt, play, read_turn, take_results
+from support.toolbox import Toolbox
 from tools import signatures
-from train import Policy
+from train import Policy, gradient, rows_of
 
 SIZES = dict(
     hidden_size=32,
@@ -91,6 +110,18 @@ FAMILIES = {
     "qwen3_next": (HEADS | EXPERTS, "linear attention"),
     "llama4_text": (HEADS | EXPERTS, "chunked attention"),
 }
+# Models with habits of their own -> (family, sizes, chat template, what cuts its texts, its tokens).
+TAGS = CHATML_TAGS + TOOL_TAGS
+TIED, PADDED = dict(tie_word_embeddings=True), dict(vocab_size=1024)
+BYTES, WORDS, PIECES = ("byte-level",), ("prepend", True), ("replace", True)
+HABITS = {
+    "SmolLM2": ("llama", TIED, SMOLLM2, BYTES, CHATML_TAGS),
+    "Qwen3": ("qwen3", TIED | PADDED, QWEN3, BYTES, [*TAGS, "<think>", "</think>"]),
+    "Qwen3, thinking off": ("qwen3", PADDED, QWEN3_OFF, BYTES, [*TAGS, "<think>", "</think>"]),
+    "Qwen3 Thinking": ("qwen3", PADDED, QWEN3_PREFILLED, BYTES, [*TAGS, "<think>", "</think>"]),
+    "Llama 2": ("llama", {}, LLAMA2, WORDS, ["<s>", "</s>"]),
+    "Gemma": ("gemma", TIED, GEMMA, PIECES, ["<bos>", "<start_of_turn>", "<end_of_turn>"]),
+}
 REFUSED = {"gemma2", "gpt_oss", "bloom", "mamba", "jamba", "qwen3_next", "llama4_text"}
 SAMPLE = ["gpt2", "granite", "cohere", "gemma3_text", "minicpm3", "deepseek_v3", "mamba", "jamba"]
 
@@ -108,22 +139,61 @@ def tiny_of(name: str, tokenizer, **more):
     return model
 
 
-def gap_of(model, tokenizer, folder, max_context: int = 400) -> float:
-    """Largest |trainer - sampler| log-prob of the model as a user loads it, over four trajectories of
-    three turns."""
+def scripted(model, tokenizer, folder, max_context: int = 400, turns: int = 3):
+    """The model as a user loads it, and a function that plays four trajectories with it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model, tokenizer = load_policy(str(folder))
     chat = Chat(tokenizer, signatures())
     args = RolloutArgs(slots=3, max_new_tokens=24, max_context=max_context, tool_steps=4)
     loop = ScriptedLoop(Engine(model, chat, args), chat, None, args, lockstep=True)
-    tasks = scripted_tasks(2, 2, turns=lambda rng: 3, latency_s=0.001)
-    trajectories = [
-        t for n, task in enumerate(tasks) for t in new_group(task, n, 2, 0).trajectories
-    ]
-    played = play(loop, trajectories)
-    assert all(len(t.turns) == 3 for t in played)
-    return trainer_gap(Policy(model, args.temperature), played)
+    tasks = scripted_tasks(2, 2, turns=lambda rng: turns, latency_s=0.001)
+
+    def play_all() -> list[Trajectory]:
+        groups = [new_group(task, n, 2, 0) for n, task in enumerate(tasks)]
+        played = play(loop, [t for group in groups for t in group.trajectories])
+        assert all(len(t.turns) == turns for t in played)
+        return played
+
+    return Policy(model, args.temperature), loop.engine, play_all
+
+
+def gap_of(model, tokenizer, folder, max_context: int = 400) -> float:
+    """Largest |trainer - sampler| log-prob over four trajectories of three turns."""
+    policy, _, play_all = scripted(model, tokenizer, folder, max_context)
+    return trainer_gap(policy, play_all())
+
+
+def with_habits(name: str):
+    """A tiny random model with this one's template, tokenizer and embeddings."""
+    family, more, template, cut, tags = HABITS[name]
+    names = {"<s>": "bos_token", "<bos>": "bos_token", "</s>": "eos_token"}
+    special = {names[tag]: tag for tag in tags if tag in names}
+    tokenizer = small_tokenizer(cut[0], tags, *cut[1:], **special)
+    tokenizer.chat_template = template
+    return tiny_of(family, tokenizer, **more), tokenizer
+
+
+def gaps_around_an_update(name: str, folder) -> tuple[float, float]:
+    """Largest |trainer - sampler| log-prob of a model of HABITS before and after one update."""
+    policy, engine, play_all = scripted(*with_habits(name), folder, 1200)
+    gaps, args = [], SimpleNamespace(micro_tokens=4096, max_grad_norm=1.0)
+    for version in (0, 1):
+        played = play_all()
+        gaps.append(trainer_gap(policy, played, version))
+        if version == 0:
+            rows = [
+                row
+                for n, t in enumerate(played)
+                for row in rows_of(t, [1.0 - 2 * (n % 2)] * len(t.turns), version)
+            ]
+            norm = gradient(policy, Accelerator(cpu=True), rows, 100.0, args)
+            before = [parameter.clone() for parameter in policy.parameters()]
+            torch.optim.AdamW(policy.parameters(), lr=1e-3).step()
+            moved = [not torch.equal(*pair) for pair in zip(before, policy.parameters())]
+            assert norm > 0 and any(moved)
+            engine.new_weights(1)
+    return tuple(gaps)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -141,6 +211,87 @@ def test_trainer_and_sampler_agree_or_one_line_refuses(name, tokenizer, tmp_path
 
 def test_a_padded_vocabulary_changes_nothing(tokenizer, tmp_path):
     assert gap_of(tiny_of("qwen3", tokenizer, vocab_size=3000), tokenizer, tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_a_model_with_habits_of_its_own_learns_from_what_it_sampled(name, tmp_path):
+    assert max(gaps_around_an_update(name, tmp_path)) < 1e-4
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_a_prompt_is_what_the_published_template_makes(name):
+    _, _, template, cut, tags = HABITS[name]
+    tokenizer = with_habits(name)[1]
+    chat = Chat(tokenizer, ["search(queries)"])
+
+    def whole(*messages):
+        return tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in messages],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+
+    asked = [("system", SYSTEM_TEXT), ("user", "Who is it?")]
+    if template == GEMMA:  # it refuses a system message
+        asked = [("user", f"{SYSTEM_TEXT}\n\nWho is it?")]
+    head = chat.head("Who is it?")
+    assert head == whole(*asked)
+    result = "<tool_response>Belin</tool_response>"
+    observation = chat.observation(["Belin"], 50)
+    # Llama 2's template puts a space on either side of an action, which a policy need not write.
+    past = [("assistant", "so"), ("user", result)]
+    if template == QWEN3:  # a thought that stands in this form comes back as it was
+        past[0] = ("assistant", "<think>\na\n</think>\n\nso")
+    ours = head + chat.trusted(past[0][1]) + [chat.end_id] + observation
+    if template in (SMOLLM2, QWEN3, GEMMA):
+        assert tokenizer.decode(ours) == tokenizer.decode(whole(*asked, *past))
+    assert tokenizer.decode(whole(*asked, *past)).endswith(tokenizer.decode(observation))
+
+
+def explored(explorer: Explorer) -> tuple[list[int], list[int], list[tuple[dict, str]]]:
+    """(ids, mask, the calls with their results) of one transcript."""
+    results, run = [], explorer.run
+    explorer.run = lambda call: results.append((call, run(call))) or results[-1][1]
+    ids, mask, _ = explorer.play()
+    return ids, mask, results
+
+
+def actions_in(ids: list[int], mask: list[int], end_id: int) -> list[list[int]]:
+    actions = [[]]
+    for id, is_own in zip(ids, mask):
+        actions[-1] += [id] if is_own else []
+        actions += [[]] if is_own and id == end_id else []
+    return actions[:-1]
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_explorers_write_what_the_agent_loop_would_have_made_of_their_turns(name):
+    """Each turn is read as the move that was meant, and prompts and actions are these ids."""
+    tokenizer = with_habits(name)[1]
+    chat, site = Chat(tokenizer, signatures()), open_site(World(99, 120, "pretrain"))
+    args, rng = RolloutArgs(max_context=4000, max_new_tokens=400, max_turns=5), random.Random(0)
+    toolbox, ends = Toolbox(args), []
+    for family in ("lookup", "browse", "compute") * 4:
+        task = draw_task(site.world, family, 1, rng)
+        ids, mask, results = explored(Explorer(task, site, chat, rng, 0.5, args))
+        trajectory = Trajectory(task, (0,), head_ids=chat.head(task.question))
+        for number, action in enumerate(actions_in(ids, mask, chat.end_id)):
+            assert next_prompt(trajectory, chat, args)
+            turn = Turn(action, [0.0] * len(action), 0)
+            add_turn(trajectory, turn)
+            text = chat.opened + chat.decode(action)  # a thought is opened once, and closed
+            assert text.count("<think>") == text.count("</think>") > 0
+            if calls := read_turn(trajectory, chat, toolbox.tools_for(trajectory)):
+                call, result = results[number]
+                assert [(each.name, each.arguments) for each in calls] == [tuple(call.values())]
+                take_results(trajectory, [(result, False)])
+                turn.observation_ids = chat.observation(turn.results, args.observation_tokens)
+        ends.append(trajectory.status)
+        [segment] = trajectory.segments
+        length = len(segment.ids)
+        assert segment.ids == ids[:length] and not any(mask[length:])
+        assert [number >= 0 for number in segment.turn_of] == [bool(own) for own in mask[:length]]
+    assert set(ends) <= {"running", "answered"} and ends.count("answered") >= 6
 
 
 @pytest.mark.parametrize(
@@ -200,3 +351,8 @@ if __name__ == "__main__":
             except ValueError as error:
                 found = str(error).replace(f"'{place}'", "…").split(". ")[0]
         print(f"| {family} | {words} | {found} |")
+    print("\n| model | family | gap before and after an update |\n| --- | --- | --- |")
+    for name, (family, *_) in HABITS.items():
+        with tempfile.TemporaryDirectory() as place:
+            gaps = " and ".join(f"{gap:.0e}" for gap in gaps_around_an_update(name, place))
+        print(f"| {name} | {family} | {gaps} |")
