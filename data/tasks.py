@@ -66,15 +66,15 @@ DEEP_SHARES = {(f, level): share for f, levels in _DEEP.items() for level, share
 
 # What ships in data/: worlds, number of tasks, forms (none: all). No policy learns one world by heart
 # among many small ones. Half of the test is in worlds whose addresses or layouts no training world
-# has. Walks of 30 steps are learned from the deep ones.
+# has. Walks of 30 steps are learned from the deep ones, at one host each.
 _TEST_STYLES = ("varied", "varied", "unseen-hosts", "unseen-layouts")
 SHIPPED = {
     "train": ([World(seed, 120, "train", style="varied") for seed in range(101, 133)], 4000, ()),
     "dev": ([World(seed, 120, "dev", style="varied") for seed in range(201, 205)], 200, ()),
     "test": ([World(300 + n, 120, "test", style=_TEST_STYLES[n % 4]) for n in range(8)], 500, ()),
-    "deep-train": ([World(n, 1000, "train", "deep", "varied") for n in range(4)], 240, ("list",)),
-    "deep-dev": ([World(4, 1000, "dev", "deep", "varied")], 60, ("list",)),
-    "deep-test": ([World(n, 1000, "test", "deep", "varied") for n in (5, 6)], 120, ("list",)),
+    "deep-train": ([World(6, 3000, "train", "deep")], 240, ("list",)),
+    "deep-dev": ([World(7, 1500, "dev", "deep")], 60, ("list",)),
+    "deep-test": ([World(8, 1500, "test", "deep")], 120, ("list",)),
 }
 
 
