@@ -92,7 +92,8 @@ class Vllm:
         call(f"{self.url}/update_weight_version", {"new_version": "loading"}, self.hint)
         call(f"{self.url}/pause?mode=abort", {}, self.hint)
         call(f"{self.url}/collective_rpc", reload, self.hint)
-        call(f"{self.url}/reset_prefix_cache", {}, self.hint)
+        if "false" in call(f"{self.url}/reset_prefix_cache", {}, self.hint).text:
+            raise requests.RequestException("its prefix cache cannot be reset")
         call(f"{self.url}/resume", {}, self.hint)
         call(f"{self.url}/update_weight_version", {"new_version": name}, self.hint)
 
