@@ -393,4 +393,4 @@ def cause(error: Exception) -> str:
     if isinstance(error, requests.HTTPError):
         return f"{error.response.status_code} {' '.join(error.response.text.split())[:200]}"
     reason = getattr(error.args[0], "reason", error.args[0]) if error.args else error
-    return str(reason).rpartition(">: ")[2][:200] or type(error).__name__
+    return str(reason).rpartition(": ")[2][:200] or type(error).__name__

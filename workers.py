@@ -424,12 +424,12 @@ class AsyncRollouts:
         Raises:
             WorkerError: the weights are not finite.
         """
+        self.lent = []
         if self.setup.args.engine and self.args.overlap:
             self.hold()  # no turn may be in flight on a server whose weights change
         if self.engine is not None:
             self.engine.new_weights(version)
         self.weights.write(model, version)
-        self.lent = []
         self.go()
 
     def parked(self) -> int:

@@ -264,8 +264,8 @@ class Run:
         if norm is not None:
             optimizer.step()
         optimizer.zero_grad()
-        self.rollouts.publish(self.learner.model, update + 1)
-        self.done = update + 1
+        self.done = update + 1  # a stop while a server gets the weights loses no update
+        self.rollouts.publish(self.learner.model, self.done)
         self.skipped = 0 if norm is not None else self.skipped + 1
         if norm is None and self.is_main:
             print(f"step {self.done}: the gradient is not finite; the step was skipped", flush=True)

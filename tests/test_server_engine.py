@@ -294,7 +294,7 @@ def test_a_training_run_survives_a_sigkill_of_its_server(stub_process, tmp_path,
     os.kill(stub_process.process.pid, signal.SIGKILL)
     stub_process.process.wait()
     stub_process.start()
-    said = run.communicate(timeout=120)[0]
+    said = run.communicate(timeout=300)[0]
     assert run.returncode == 0, said
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
