@@ -34,18 +34,30 @@ PIECES_GAP = 1e-3  # between log-probs of one context, read at once or in pieces
 PADDING_TOKENS = 64  # of padding in one pass of prompts; more padding costs more than another pass
 
 
+class WorkerError(RuntimeError):
+    """Rollouts cannot go on; the message is one line."""
+
+
+def check_finite(model, version: int) -> None:
+    """Raises WorkerError if a weight is not finite."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise WorkerError(f"the weights of version {version} are not all finite: nobody gets them")
+
+
 def local_models(folder: Path) -> dict[str, str]:
     """The names of nano and of a folder's models, each as it is written for `load_policy`."""
     found = [path for path in folder.glob("*") if (path / "config.json").is_file()]
     return {name: name for name in ["nano", *map(str, found)]}
 
 
-def load_policy(name: str, device: torch.device | str = "cpu"):
+def load_policy(name: str, device: torch.device | str = "cpu", weights: bool = True):
     """A causal language model and its tokenizer.
 
     Args:
         name: "nano" (the shipped base model), a `save_pretrained` folder, the folder of a run, a
         .gguf file, or a hub name.
+        weights: False where only the tokenizer is needed; an empty module then stands for the
+        model.
 
     Raises:
         ValueError: the model cannot be loaded; one line says why.
@@ -69,6 +81,8 @@ def load_policy(name: str, device: torch.device | str = "cpu"):
         ):
             raise OSError("there is no such folder")  # and a hub name does not look like this
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        if not weights:
+            return torch.nn.Module(), tokenizer
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.float32,

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from context import Chat, Trajectory
 from data.task import load_tasks
-from engine import Engine, keep_memory, load_policy
+from engine import keep_memory, load_policy
 from reward import correct
 from rollout import AgentLoop, RolloutArgs, play
+from server_engine import EngineError, open_engine
 from support.api_policy import api_rollout
 from support.baselines import play_baseline
 from support.benchmarks import SUFFIXES, gaia_correct, load_benchmark
@@ -136,7 +137,7 @@ def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None 
     """(model, chat, engine) of a local policy."""
     model, tokenizer = load_policy(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chat = Chat(tokenizer, signatures())
-    return model, chat, Engine(model, chat, args)
+    return model, chat, open_engine(model, chat, args)
 
 
 def attempt(trajectories, args: EvaluateArgs, rollout_args: RolloutArgs, toolbox, policy) -> None:
@@ -192,5 +193,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: stopped")
+    except (KeyboardInterrupt, EngineError) as error:
+        sys.exit(f"evaluate.py: {str(error) or 'stopped'}")

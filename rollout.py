@@ -55,6 +55,8 @@ class RolloutArgs:
     context_budget: int = HfArg(default=0, help="prompt tokens it allows (0: 3/4 of the window)")
     observation_tokens: int = HfArg(default=192, help="tokens of tool results in one turn")
     slots: int = HfArg(default=64, help="trajectories in flight at once")
+    engine: str = HfArg(default="", help="URL of a vLLM or SGLang server that decodes")
+    engine_weights: str = HfArg(default="", help="folder for its weights, on a path it sees, too")
     kv_tokens: int = HfArg(default=0, help="KV memory in tokens (0: slots x max_context)")
     precision: Precision = HfArg(default="bf16", help="on a GPU: of sampling and of the update")
     tool_steps: int = HfArg(default=8, help="engine steps between two joins of tool results")
@@ -191,12 +193,12 @@ class AgentLoop:
         lockstep: whether a result joins at a step that follows from the step of its call alone: the
             first join at least `tool_steps` steps later, or the next one if nothing is left to
             decode. The engine waits for it there, so batches, and every last bit of the log-probs,
-            do not depend on how fast a tool was (sync mode). Else a result joins when it has come.
+            do not depend on tools (sync mode). Else, and on a server, it joins when it has come.
     """
 
     def __init__(self, engine: Engine, chat: Chat, toolbox: Toolbox, args, lockstep: bool = False):
         self.engine, self.chat, self.toolbox, self.args = engine, chat, toolbox, args
-        self.lockstep = lockstep
+        self.lockstep = lockstep and not args.engine
         self.queue: deque[Trajectory] = deque()  # they wait for a free slot
         self.ready: list[Slot] = []  # at a turn boundary, with nothing to wait for
         self.tool_runs: list[ToolRun] = []
@@ -328,12 +330,9 @@ class AgentLoop:
 
     def wait(self, runs: list[ToolRun], seconds: float) -> None:
         """Wait until one of these tool runs is done, at most so many seconds."""
-        clock = time.perf_counter()
-        results = [run.results for run in runs]
-        while not any(future.done() for future in results):
-            left = clock + seconds - time.perf_counter()
-            if left <= 0:
-                break
+        clock, results = time.perf_counter(), [run.results for run in runs]
+        end = clock + seconds
+        while not any(r.done() for r in results) and (left := end - time.perf_counter()) > 0:
             endings.check()
             if results:
                 concurrent.futures.wait(results, min(left, 0.5), "FIRST_COMPLETED")

@@ -45,9 +45,10 @@ from transformers.hf_argparser import HfArg
 
 from context import Chat, Segment, Trajectory
 from data.task import load_tasks
-from engine import Engine, load_policy
+from engine import load_policy
 from reward import advantages, control_negatives, penalised, turn_rewards
 from rollout import AgentLoop, RolloutArgs
+from server_engine import open_engine
 from support.batches import checkpoint_layers, micro_batches, padded, share_rows
 from support.checks import check_args
 from support.flags import parse_flags
@@ -253,8 +254,7 @@ def main():
         toolbox = run.open_tools(rollout_args, train_tasks + dev_tasks + test_tasks)
         model, tokenizer = load_policy(args.model, run.device)
         chat = Chat(tokenizer, signatures())
-        # The sampler is the learner's own model, so rollouts in this process are on-policy.
-        engine = Engine(model, chat, rollout_args)
+        engine = open_engine(model, chat, rollout_args)  # it samples from the learner's own weights
         loop = AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True)
         policy = Policy(model, rollout_args.temperature)
         learner = run.prepare(policy, args.learning_rate, chat, loop)

@@ -45,8 +45,9 @@ from transformers.hf_argparser import HfArg
 
 from context import Chat, Segment, Trajectory, Turn
 from data.task import Task
-from engine import Engine, keep_memory, load_policy
+from engine import WorkerError, check_finite, keep_memory, load_policy
 from rollout import AgentLoop, Group, RolloutArgs
+from server_engine import open_engine
 from support import endings
 from support.toolbox import Toolbox
 from support.user_code import where_it_failed
@@ -68,10 +69,6 @@ class AsyncArgs:
     budget_tokens: int = HfArg(default=0, help="partial: sampled tokens of a rank (0: no limit)")
     max_age: int = HfArg(default=4, help="partial: updates after which a group is waited for")
     overlap: bool = HfArg(default=False, help="partial: go on with old weights during the update")
-
-
-class WorkerError(RuntimeError):
-    """The rollout processes cannot go on; the message is one line."""
 
 
 def group_from(plain: dict) -> Group:
@@ -165,10 +162,7 @@ class SharedWeights:
     @torch.no_grad()
     def write(self, model, version: int) -> None:
         """Raises WorkerError if a weight is not finite; the old weights then stay."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-            raise WorkerError(
-                f"the weights of version {version} are not all finite: no worker gets them"
-            )
+        check_finite(model, version)
         header = self.header()
         header[0] = -1
         for parameter, (start, end) in zip(model.parameters(), self.places):
@@ -218,9 +212,10 @@ class Worker:
 
     def __init__(self, channel: Channel, weights: SharedWeights, setup: Setup):
         self.channel, self.weights = channel, weights
-        self.model, tokenizer = load_policy(setup.policy, setup.device)
+        local = not setup.args.engine  # a server has the weights, and we have their version
+        self.model, tokenizer = load_policy(setup.policy, setup.device, weights=local)
         chat = Chat(tokenizer, signatures())
-        self.engine = Engine(self.model, chat, setup.args)
+        self.engine = open_engine(self.model, chat, setup.args)
         self.engine.new_weights(weights.read(self.model))
         self.loop = setup.loop(self.engine, chat, Toolbox(setup.args), setup.args)
         self.hold = False
@@ -313,6 +308,7 @@ class AsyncRollouts:
         args: the flags; `workers` is not read.
         version: of the weights now.
         state: of an earlier run, see `state`. Workers start here, after it was loaded.
+        engine: of the trainer itself, which evaluates; it gets each version, too.
     """
 
     def __init__(
@@ -325,8 +321,10 @@ class AsyncRollouts:
         args: AsyncArgs,
         version: int = 0,
         state: dict | None = None,
+        engine=None,
     ):
         self.setup, self.next_group, self.enough, self.args = setup, next_group, enough, args
+        self.engine = engine
         self.silence_s = SILENCE_S
         ahead = max(1, round(args.ahead * enough)) if args.partial else 0
         self.most_groups = enough + ahead  # under way at once
@@ -343,7 +341,7 @@ class AsyncRollouts:
         self.retired_s, self.retired_tokens = 0.0, 0  # work of workers that were replaced
         self.seen = (time.monotonic(), 0.0)  # end of the last collect, and the work done by then
         self.progress = None
-        self.weights = SharedWeights(model)
+        self.weights = SharedWeights(torch.nn.Module() if setup.args.engine else model)
         self.weights.write(model, version)
         self.context = torch.multiprocessing.get_context("spawn")
         self.workers: list[Process] = []
@@ -426,8 +424,12 @@ class AsyncRollouts:
         Raises:
             WorkerError: the weights are not finite.
         """
-        self.weights.write(model, version)
         self.lent = []
+        if self.setup.args.engine and self.args.overlap:
+            self.hold()  # no turn may be in flight on a server whose weights change
+        if self.engine is not None:
+            self.engine.new_weights(version)
+        self.weights.write(model, version)
         self.go()
 
     def parked(self) -> int:

@@ -28,6 +28,8 @@ def check_rollout_args(args) -> None:
     at_least(args, 1, "search_results", "page_chars", "tool_steps")
     at_least(args, 0, "temperature", "context_budget", "kv_tokens")
     finite(args, "temperature")
+    if bool(args.engine) != bool(args.engine_weights):
+        raise ValueError("--engine URL and --engine_weights DIR go together")
     if args.context not in MANAGERS:
         raise ValueError(f"--context {args.context}: choose {', '.join(MANAGERS)}")
     if args.max_new_tokens >= args.max_context:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from context import Chat
-from engine import keep_memory
+from engine import WorkerError, keep_memory
 from evaluate import format_table, summarise
 from report import write_report
 from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, play
@@ -44,7 +44,7 @@ from support.run_folder import share_of
 from support.toolbox import Toolbox
 from support.trajectory_log import is_written, to_lines, update_records
 from support.user_code import UserCodeError, where_it_failed
-from workers import AsyncRollouts, Setup, WorkerError
+from workers import AsyncRollouts, Setup
 
 MAX_GAP = 1e-4  # between log-probs of trainer and sampler: rounding errors are below it
 NO_GRADIENT = (
@@ -136,7 +136,7 @@ class Run:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.state:
             model.load_state_dict(self.state["model"])
-        loop.engine.new_weights(self.done)
+            loop.engine.new_weights(self.done)
         optimizer = torch.optim.AdamW(
             policy.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
@@ -188,6 +188,7 @@ class Run:
             async_args,
             self.done,
             state or {"next_number": first, "groups": []},
+            learner.loop.engine,
         )
         return self.rollouts
 
@@ -267,8 +268,8 @@ class Run:
         if norm is not None:
             optimizer.step()
         optimizer.zero_grad()
-        self.rollouts.publish(self.learner.model, update + 1)
-        self.done = update + 1
+        self.done = update + 1  # a stop while a server gets the weights loses no update
+        self.rollouts.publish(self.learner.model, self.done)
         self.skipped = 0 if norm is not None else self.skipped + 1
         if norm is None and self.is_main:
             print(f"step {self.done}: the gradient is not finite; the step was skipped", flush=True)

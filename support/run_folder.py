@@ -32,7 +32,7 @@ MAY_CHANGE = (
     " kv_tokens micro_tokens check_logprobs log_with"
 ).split()
 # What runs code, or lowers a guard. A run's folder may come from somebody else.
-GUARDS = ["reward", "python", "unsafe_python", "live", "search", "search_url"]
+GUARDS = "reward python unsafe_python live search search_url engine engine_weights".split()
 RESUME_HELP = (
     f"run to go on with, by its own flags. Only these may be changed: {', '.join(MAY_CHANGE)}. "
     f"These are not taken from the run and must be given again: {', '.join(GUARDS)}"
@@ -77,7 +77,7 @@ def lock(folder: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(f"another run is writing into {folder}: choose another --out") from None
+        raise ValueError(f"another run is writing into {folder}: choose another folder") from None
     return descriptor
 
 

@@ -528,6 +528,8 @@ GUARDED = {
     "live": True,
     "search": "searxng",
     "search_url": "http://evil.test/",
+    "engine": "http://evil.test/",
+    "engine_weights": "/",
 }
 
 

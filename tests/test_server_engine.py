@@ -1,0 +1,371 @@
+"""--engine URL: rollouts on a server that answers in vLLM's or SGLang's dialect (stub_server.py)."""
+
+import copy
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from scripted import ScriptedLoop, scripted_tasks, trainer_gap
+from stub_server import Stub
+from test_workers import assert_each_exactly_once
+
+import server_engine
+from engine import load_policy
+from rollout import RolloutArgs, SyncRollouts, new_group, play
+from server_engine import EngineError, ServerEngine, open_engine
+from support.checks import check_rollout_args
+from support.run_folder import read_lines
+from train import Policy
+from workers import AsyncArgs, AsyncRollouts, Setup, WorkerError
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = dict(slots=16, max_new_tokens=4, max_context=2000, max_turns=99, tool_steps=1)
+
+
+@pytest.fixture(scope="module")
+def stubs():
+    """A server of each dialect, in threads of this process."""
+    stubs = {dialect: Stub(dialect) for dialect in ("vllm", "sglang")}
+    for stub in stubs.values():
+        threading.Thread(target=stub.http.serve_forever, args=(0.02,), daemon=True).start()
+    yield stubs
+    for stub in stubs.values():
+        stub.http.shutdown()
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def stub(stubs, request):
+    stub = stubs[request.param]
+    stub.fault, stub.step_s, stub.served, stub.loads = "", 0.0, 0, 0
+    return stub
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch):
+    monkeypatch.setattr(server_engine, "PAUSE_S", 0.02)
+
+
+@pytest.fixture
+def nano():
+    return load_policy("nano")[0]
+
+
+@pytest.fixture
+def args_of(tmp_path):
+    def make(url, **more):
+        folder = {"engine_weights": str(tmp_path / "weights")}
+        return RolloutArgs(engine=url, **SETTINGS | folder | more)
+
+    return make
+
+
+def change(model, number: int, by: float = 0.02) -> None:
+    """Another version of the weights."""
+    torch.manual_seed(number)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * parameter.std() * torch.randn_like(parameter))
+
+
+def served(engine) -> str:
+    return engine.server.loaded()
+
+
+# ------------------------------------------------------------------------------------------ modes
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sync_rollouts_on_a_server_are_those_of_the_learners_weights(
+    stub, nano, chat, args_of, temperature
+):
+    args = args_of(stub.url, temperature=temperature)
+    tasks = scripted_tasks(12, 2, turns=lambda rng: int(rng.integers(1, 5)), latency_s=0.0)
+    loop = ScriptedLoop(open_engine(nano, chat, args), chat, None, args, lockstep=True)
+    next_group = lambda n, version: new_group(tasks[n], n, 2, 0, version)
+    rollouts, steps = SyncRollouts(loop, next_group, enough=4, next_number=0), []
+    for version in range(3):
+        steps.append(rollouts.collect(version))
+        trajectories = [t for group in steps[-1] for t in group.trajectories]
+        assert trainer_gap(Policy(nano, temperature), trajectories, version) < 1e-4
+        assert {turn.version for t in trajectories for turn in t.turns} == {version}
+        change(nano, version)
+        rollouts.publish(nano, version + 1)
+        folder = Path(args.engine_weights) / f"version-{version + 1:06d}"
+        assert served(loop.engine).startswith(f"{folder}#")
+        assert list(folder.parent.glob("version-*")) == [folder]  # the others are gone
+    assert_each_exactly_once(steps, tasks, 2)
+    with pytest.raises(ValueError, match="another run"):
+        ServerEngine(nano, chat, args)
+
+
+def test_a_turn_is_the_same_again_and_ends_as_in_our_own_engine(stub, nano, chat, args_of):
+    args = args_of(stub.url, max_new_tokens=96)
+    engine = open_engine(nano, chat, args)
+    prompt = chat.head("Who wrote the book?")
+    turns = [engine.turn(prompt, seed) for seed in (1, 1, 2, 3, 4)]
+    assert turns[0][:2] == turns[1][:2] and turns[0][0] != turns[2][0]
+    ends = {ids[-1] == chat.end_id for ids, _, _ in turns}
+    assert True in ends and all(chat.end_id not in ids[:-1] for ids, _, _ in turns)
+
+
+@pytest.mark.parametrize(
+    "dialect, flags",
+    [
+        ("vllm", dict(partial=True, overlap=True, budget_tokens=60)),
+        pytest.param("sglang", dict(partial=True, budget_tokens=60), marks=pytest.mark.full),
+        pytest.param("sglang", {}, marks=pytest.mark.full),
+    ],
+)
+def test_workers_on_a_server_have_no_model_and_stay_on_policy(
+    stubs, nano, chat, args_of, dialect, flags
+):
+    stub = stubs[dialect]
+    stub.fault = ""
+    tasks = scripted_tasks(16, 2, turns=lambda rng: int(rng.integers(1, 9)), latency_s=0.005)
+    args, gaps, mixed = args_of(stub.url), [], []
+    engine = open_engine(nano, chat, args)
+    next_group = lambda n, v: new_group(tasks[n], n, 2, 0, v) if n < len(tasks) else None
+    setup = Setup("nano", args, loop=ScriptedLoop)
+    pool = AsyncRollouts(nano, setup, 1, next_group, 4, AsyncArgs(**flags), engine=engine)
+    history, steps = [copy.deepcopy(nano)], []
+    try:
+        assert pool.weights.buffer.numel() == 16  # a version and a checksum, no copy of the weights
+        while groups := pool.collect(len(steps)):
+            steps.append(groups)
+            trajectories = [t for group in groups for t in group.trajectories]
+            for version, model in enumerate(history):
+                gaps.append(trainer_gap(Policy(model, 1.0), trajectories, version))
+            mixed += [len({turn.version for turn in t.turns}) > 1 for t in trajectories]
+            change(nano, len(steps))
+            history.append(copy.deepcopy(nano))
+            pool.publish(nano, len(steps))
+    finally:
+        pool.close()
+    assert max(gaps) < 1e-4 and any(mixed) == bool(flags)
+    assert_each_exactly_once(steps, tasks, 2)
+
+
+def test_the_trainers_own_engine_forgets_the_old_prefix_in_an_async_run(
+    nano, chat, make_engine, tmp_path
+):
+    """It plays the evaluations between updates."""
+    args = RolloutArgs(**SETTINGS)
+    engine = make_engine(nano, args)
+    pool = AsyncRollouts(nano, Setup("nano", args), 0, None, 1, AsyncArgs(), engine=engine)
+    engine.prefix_ready = True
+    pool.publish(nano, 1)
+    assert engine.version == 1 and not engine.prefix_ready
+
+
+# -------------------------------------------------------------------------- pushes, and a lost server
+
+
+def test_a_turn_in_flight_during_a_push_is_repeated_and_never_mixed(stub, nano, chat, args_of):
+    engine = open_engine(nano, chat, args_of(stub.url, max_new_tokens=32))
+    prompt, turns, stub.step_s = chat.head("Who wrote the book?"), [], 0.02
+    threads = [
+        threading.Thread(target=lambda seed=seed: turns.append(engine.turn(prompt, seed)))
+        for seed in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    served_before = stub.served
+    change(nano, 1)
+    engine.new_weights(1)  # a trainer would have waited
+    for thread in threads:
+        thread.join()
+    stub.step_s = 0.0
+    assert stub.served - served_before > len(threads)
+    for ids, logprobs, _ in turns:
+        row = torch.tensor([prompt + ids])
+        ours = nano(row).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        ours = ours.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        assert (ours - torch.tensor(logprobs)).abs().max() < 1e-4
+
+
+def test_a_server_that_was_restarted_between_two_turns_gets_the_weights_again(
+    stub, nano, chat, args_of
+):
+    change(nano, 5)
+    engine = open_engine(nano, chat, args_of(stub.url))
+    player = ServerEngine(torch.nn.Module(), chat, args_of(stub.url))  # as in a worker
+    before = player.turn([5, 6, 7], 3)
+    start = load_policy("nano")[0]
+    stub.model.load_state_dict(start.state_dict())  # as after a restart
+    stub.engine.new_weights(0)
+    stub.version = "default"
+    assert player.turn([5, 6, 7], 3)[:2] == before[:2]
+    name = served(engine)
+    assert engine.turn([5, 6, 7], 3)[:2] == before[:2]  # the other one finds them loaded
+    assert served(engine) == name and stub.loads == 2
+
+
+class StubProcess:
+    """A stub as a process of its own, to be killed."""
+
+    def __init__(self, dialect: str):
+        with socket.create_server(("127.0.0.1", 0)) as place:
+            self.port = place.getsockname()[1]
+        self.dialect, self.url = dialect, f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, ROOT / "tests" / "stub_server.py", self.dialect, str(self.port)]
+        self.process = subprocess.Popen(command)
+
+    def wait(self) -> None:
+        while True:
+            try:
+                return requests.get(f"{self.url}/v1/models", timeout=5).close()
+            except requests.ConnectionError:
+                time.sleep(0.05)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(params=["vllm"])
+def stub_process(request):
+    stub = StubProcess(request.param)
+    stub.wait()
+    yield stub
+    stub.kill()
+
+
+def test_a_server_that_is_killed_in_the_middle_loses_nothing(
+    stub_process, nano, chat, args_of, capfd, monkeypatch
+):
+    change(nano, 3)  # so that its start weights are wrong
+    args = args_of(stub_process.url)
+    loop = ScriptedLoop(open_engine(nano, chat, args), chat, None, args)
+    tasks = scripted_tasks(12, 2, turns=lambda rng: int(rng.integers(2, 6)), latency_s=0.01)
+    groups = [new_group(task, n, 2, 0) for n, task in enumerate(tasks)]
+
+    def kill():
+        while loop.engine.stats["sampled"] < 100:
+            time.sleep(0.005)
+        stub_process.kill()
+        stub_process.start()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    trajectories = play(loop, [t for group in groups for t in group.trajectories])
+    thread.join()
+    assert_each_exactly_once([groups], tasks, 2)
+    assert trainer_gap(Policy(nano, 1.0), trajectories) < 1e-4
+    assert all(sum(turn.generate_s for turn in t.turns) < 5 for t in trajectories)
+    said = capfd.readouterr().err
+    assert said.count("is not ready") == 1 and "waiting for it, at most 600 s" in said
+
+    stub_process.kill()
+    monkeypatch.setattr(server_engine, "WAIT_S", 0.1)
+    with pytest.raises(WorkerError, match="the engine http.* fails: .*refused"):
+        play(loop, new_group(tasks[0], 99, 2, 0).trajectories)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ["--rollout=async", "--workers=1", "--partial", "--overlap"],
+        pytest.param(["--processes=2"], marks=pytest.mark.full),
+    ],
+)
+def test_a_training_run_survives_a_sigkill_of_its_server(stub_process, tmp_path, mode):
+    flags = (
+        f"--steps=3 --processes=1 --eval_tasks=2 --tasks_per_step=2 --samples=2 --eval_every=1 --max_turns=3 "
+        f"--check_logprobs --out={tmp_path / 'run'} --engine={stub_process.url} "
+        f"--engine_weights={tmp_path / 'weights'}"
+    ).split()
+    run = subprocess.Popen(
+        [sys.executable, "train.py", *flags, *mode], cwd=ROOT, stdout=-1, stderr=-2, text=True
+    )
+    while run.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    os.kill(stub_process.process.pid, signal.SIGKILL)
+    stub_process.process.wait()
+    stub_process.start()
+    said = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, said
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    places = [
+        (record["group"], record["index"])
+        for record in read_lines(tmp_path / "run" / "trajectories.jsonl")
+    ]
+    assert len(set(places)) == len(places) and len(places) >= 3 * 4
+    assert said.count("log-prob") >= 3 and "disagree" not in said
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    "fault, dialect, line",
+    [
+        ("dev off", "vllm", "VLLM_SERVER_DEV_MODE=1"),
+        ("short", "sglang", "--max_context 100 would do"),
+        ("tokenizer", "vllm", "another tokenizer"),
+        ("tokenizer", "sglang", "another tokenizer"),
+        ("no version", "vllm", "did not take .*: it has 'default'"),
+        ("raw", "vllm", "processed_logprobs"),
+        ("raw", "sglang", "before temperature"),
+        ("stale", "vllm", "has version 0, but its log-probs are those of other weights"),
+        ("stale", "sglang", "has version 0, but its log-probs are those of other weights"),
+    ],
+)
+def test_a_wrong_server_is_one_line(stubs, nano, chat, args_of, fault, dialect, line):
+    stub = stubs[dialect]
+    change(nano, len(fault), by=1.0)  # other weights than the last test has left there
+    stub.fault = fault
+    with pytest.raises(ValueError, match=line) as error:
+        open_engine(nano, chat, args_of(stub.url, temperature=0.5, max_new_tokens=24))
+    assert isinstance(error.value, EngineError) and "\n" not in str(error.value)
+    stub.fault = ""
+
+
+def test_stale_weights_are_found_after_a_later_push(stub, nano, chat, args_of):
+    engine = open_engine(nano, chat, args_of(stub.url, max_new_tokens=24))
+    stub.fault = "stale"
+    change(nano, 1)
+    with pytest.raises(WorkerError, match="has version 1, but its log-probs"):
+        engine.new_weights(1)
+
+
+def test_an_end_that_is_left_out_is_one_line(stubs, nano, chat, args_of):
+    stub = stubs["vllm"]
+    stub.fault = ""
+    engine = open_engine(nano, chat, args_of(stub.url, max_new_tokens=96))
+    stub.fault = "no end"
+    with pytest.raises(WorkerError, match="leaves the token out"):
+        for seed in range(9):
+            engine.turn(chat.head("Who?"), seed)
+
+
+def test_no_server_another_server_and_another_model(stub, nano, tiny, chat, args_of, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        free = place.getsockname()[1]
+    with pytest.raises(ValueError, match="does not answer: .*refused"):
+        open_engine(nano, chat, args_of(f"http://127.0.0.1:{free}"))
+    with pytest.raises(ValueError, match="give the base URL of a vLLM or SGLang server"):
+        open_engine(nano, chat, args_of(f"{stub.url}/v2"))
+    with pytest.raises(ValueError, match="the engine .* fails: 500 .*size mismatch"):
+        open_engine(tiny, chat, args_of(f"{stub.url}/v1/"))
+    nano.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(WorkerError, match="not all finite"):
+        open_engine(nano, chat, args_of(stub.url, engine_weights=str(tmp_path / "other")))
+
+
+def test_the_two_flags_go_together():
+    for more in (dict(engine="http://127.0.0.1:8000"), dict(engine_weights="here")):
+        with pytest.raises(ValueError, match="go together"):
+            check_rollout_args(RolloutArgs(**more))
