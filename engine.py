@@ -499,8 +499,8 @@ class Engine:
 
 
 def batches_of_like_length(slots: list[Slot], most: int) -> list[list[Slot]]:
-    """Slots with pending prompts, in batches of at most so many tokens and with little padding. Long
-    prompts run in pieces, so others go on decoding.
+    """Slots with pending prompts, in batches of at most so many tokens and with little padding.
+    Long prompts run in pieces, so others go on decoding.
     """
     most_padding = PADDING_TOKENS * most // PREFILL_TOKENS
     batches: list[list[Slot]] = []

@@ -38,8 +38,6 @@ from tools import FormatError, ToolCall, parse_action, run_calls, urls_in
 
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
 Service = Literal["embedded", "searxng", "brave", "serper", "tavily"]
-Interpreter = Literal["monty", "cpython"]
-Precision = Literal["bf16", "fp32"]
 TRAINING, EVALUATION = 0, 1  # their random draws have nothing in common
 
 
@@ -58,7 +56,7 @@ class RolloutArgs:
     engine: str = HfArg(default="", help="URL of a vLLM or SGLang server that decodes")
     engine_weights: str = HfArg(default="", help="folder for its weights, on a path it sees, too")
     kv_tokens: int = HfArg(default=0, help="KV memory in tokens (0: slots x max_context)")
-    precision: Precision = HfArg(default="bf16", help="on a GPU: of sampling and of the update")
+    precision: Literal["bf16", "fp32"] = HfArg(default="bf16", help="on a GPU; fp32 on CPUs")
     tool_steps: int = HfArg(default=8, help="engine steps between two joins of tool results")
     tool_timeout_s: float = HfArg(default=60.0, help="limit for the calls of a turn, in seconds")
     trajectory_timeout_s: float = HfArg(default=3600.0, help="seconds in all; then tool_fault")
@@ -68,7 +66,7 @@ class RolloutArgs:
     live: bool = HfArg(default=False, help="let browse open public addresses of the real web")
     search: Service = HfArg(default="embedded", help="another one implies --live")
     search_url: str = HfArg(default="", help="address of the search service (searxng needs it)")
-    python: Interpreter = HfArg(default="monty", help="cpython: all of Python, on Linux only")
+    python: Literal["monty", "cpython"] = HfArg(default="monty", help="cpython needs Linux")
     unsafe_python: bool = HfArg(default=False, help="cpython without its sandbox")
 
 

@@ -224,8 +224,8 @@ class ServerEngine:
         return ended
 
     def new_weights(self, version: int) -> None:
-        """The weights have changed. Call it on all ranks, when no process has a turn in flight: rank
-        0 pushes them.
+        """The weights have changed. Call it on all ranks, when no process has a turn in flight:
+        rank 0 pushes them.
 
         Raises:
             EngineError: the server does not take them.

@@ -61,11 +61,8 @@ from tools import signatures
 from workers import AsyncArgs
 
 DATA = Path(__file__).resolve().parent / "data"
-Switch = Literal["on", "off"]
-Mode = Literal["sync", "async"]
-# What happens to tokens that older weights sampled: "mask" leaves them out of the loss, "keep"
-# trains on them unchanged, "is" multiplies each by its importance ratio p_now / p_sampler, at most
-# IS_CAP. "all-is" does so with each token: sampled in bf16, fresh ones have a ratio, too.
+# "mask" leaves tokens of older weights out of the loss, "keep" does not, "is" weighs each by its
+# ratio p_now / p_sampler, at most IS_CAP; so does "all-is" with every token (sampled in bf16, say).
 Stale = Literal["mask", "is", "keep", "all-is"]
 IS_CAP = 2.0
 
@@ -88,7 +85,7 @@ class TrainArgs:
     warmup: int = HfArg(default=3, help="updates of linear warm-up")
     decay_steps: int = HfArg(default=60, help="updates until a tenth of the rate (0: constant)")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
-    curriculum: Switch = HfArg(default="off", help="on: tasks that fail come more often")
+    curriculum: Literal["on", "off"] = HfArg(default="off", help="on: hard tasks come more often")
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
     negatives: float = HfArg(default=2.0, help="negatives kept for each positive; inf: all")
@@ -96,7 +93,7 @@ class TrainArgs:
     nominal_tokens: int = HfArg(default=128, help="assumed for a trajectory in the constant N")
     micro_tokens: int = HfArg(default=4096, help="padded tokens in one forward and backward pass")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, a slower update")
-    rollout: Mode = HfArg(default="sync", help="async: in processes beside this one")
+    rollout: Literal["sync", "async"] = HfArg(default="sync", help="async: in processes beside it")
     stale: Stale = HfArg(default="mask", help="tokens of older weights: leave out, reweight, keep")
     check_logprobs: bool = HfArg(default=False, help="against the sampler's; a gap ends a CPU run")
     eval_every: int = HfArg(default=15, help="updates between evaluations on dev (0: never)")

@@ -6,16 +6,16 @@ model, it has seen good behaviour among much bad. Which behaviour pays is left t
 
 Stages: (1) a byte-level BPE tokenizer (data/base/tokenizer.py); (2) copy drills: random spans that
 come again, facts, addresses of every form (data/base/drills.py; induction heads appear within a few
-hundred steps, with the start of data/base/induction.py); (3) transcripts (data/base/explorers.py), shuffled with drills, with
-loss on the explorer's own tokens and on a sample of the others. With `--deep_share` some of them
+hundred steps, with the start of data/base/induction.py); (3) transcripts (data/base/explorers.py),
+shuffled with drills, with loss on the explorer's own tokens and on a sample of the others. With `--deep_share` some of them
 are walks through the catalogues of deep worlds, too long for the window (data/base/walkers.py),
 under `--deep_manager`. A row is a segment.
 
 In: nothing. Out: `data/nano/` (config, safetensors, tokenizer); the second command below goes on
 from it to what `data/nano-deep` is. To try an idea, change `Explorer` or the sizes in `Args`.
 
-    python data/pretrain.py                 # about an hour on two cores
-    python data/pretrain.py --init data/nano --deep_share 0.75 --transcripts 3000 \
+    python data/pretrain.py    # three minutes on a GPU, three hours on two cores
+    python data/pretrain.py --init data/nano --batch_tokens 4096 --deep_share 0.75 --transcripts 3000 \
         --drill_share 0.4 --learning_rate 1e-3 --minutes 40 --out nano-deep
 """
 
@@ -80,8 +80,8 @@ class Args:
     heads: int = HfArg(default=4, help="attention heads")
     drill_share: float = HfArg(default=0.2, help="share of drills among the transcripts' batches")
     drill_steps: int = HfArg(default=800, help="optimizer steps on drills alone, at most")
-    steps: int = HfArg(default=6000, help="optimizer steps on transcripts")
-    batch_tokens: int = HfArg(default=4096, help="tokens in one optimizer step")
+    steps: int = HfArg(default=2700, help="optimizer steps on transcripts")
+    batch_tokens: int = HfArg(default=16384, help="tokens in one optimizer step")
     learning_rate: float = HfArg(default=1.5e-3, help="peak; it decays to a thirtieth")
     minutes: float = HfArg(default=0.0, help="decay over this time instead of `steps` (0: off)")
     measure: str = HfArg(default="", help="only measure how this model folder copies addresses")
@@ -290,13 +290,13 @@ def share(hits: list[bool]) -> str:
 
 @torch.no_grad()
 def addresses_copied(model: LlamaForCausalLM, chat: Chat) -> str:
-    """How many of the addresses that sensible explorers open are copied exactly, token for token: of
-    the forms in training, and of forms that it has not. The first token of a host decides which hit
-    is opened; what is copied once that is given stands in brackets."""
+    """How many of the addresses that sensible explorers open are copied exactly, token for token:
+    of the forms in training, and of forms that it has not. The first token of a host decides which
+    hit is opened; what is copied once that is given stands in brackets."""
     shares = []
     for style in ("varied", "unseen-hosts"):
         whole, begun, address = [], [], []
-        for row in write_visits(chat, style, 100):
+        for row in write_visits(chat, style, 200):
             for _, token, hit in tokens_of(model, chat, row)[1]:
                 if address and '"' in token:
                     whole.append(all(address))

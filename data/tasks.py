@@ -64,9 +64,9 @@ _DEEP = {
 DEEP_SHARES = {(f, level): share for f, levels in _DEEP.items() for level, share in levels.items()}
 
 
-# What ships in data/: worlds, number of tasks, forms (none: all). No policy learns one world by heart
-# among many small ones. Half of the test is in worlds whose addresses or layouts no training world
-# has. Walks of 30 steps are learned from the deep ones, at one host each.
+# What ships in data/: worlds, number of tasks, forms (none: all). No policy learns one world by
+# heart among many small ones. Half of the test is in worlds whose addresses or layouts no training
+# world has. Walks of 30 steps are learned from the deep ones, at one host each.
 _TEST_STYLES = ("varied", "varied", "unseen-hosts", "unseen-layouts")
 SHIPPED = {
     "train": ([World(seed, 120, "train", style="varied") for seed in range(101, 133)], 4000, ()),

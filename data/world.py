@@ -63,8 +63,8 @@ class Args:
     kind: Kind = HfArg(default="plain", help="deep: catalogues, notices, roads, calendar besides")
     style: Style = HfArg(
         default="varied",
-        help="single: one host and one layout; varied: hosts and layouts of the forms that training "
-        "has; unseen-hosts, unseen-layouts: forms that training has not",
+        help="single: one host and one layout; varied: hosts and layouts of the forms that "
+        "training has; unseen-hosts, unseen-layouts: forms that training has not",
     )
     host: list[str] = HfArg(
         default_factory=list,

@@ -46,7 +46,7 @@ def checkpoint_layers(policy, is_on: bool) -> None:
 
 @torch.no_grad()
 def logprob_gaps(policy, rows: list, micro_tokens: int, device) -> list[float]:
-    """|trainer - sampler| of the log-probs of the tokens in the loss. It is a rounding error, unless
+    """|trainer - sampler| of the log-probs of the tokens in the loss: rounding errors, unless
     something is wrong.
 
     Args:

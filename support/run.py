@@ -241,9 +241,9 @@ class Run:
             yield update
 
     def check_logprobs(self, rows: list) -> None:
-        """Print the largest and the mean difference between trainer and sampler. In float32 one above
-        MAX_GAP ends the run: the data would not be on-policy. (In bfloat16, on a GPU, rounding alone
-        is above it; `--stale all-is` weighs each token by its ratio.)
+        """Print the largest and the mean difference between trainer and sampler. In float32 one
+        above MAX_GAP ends the run: the data would not be on-policy. (In bfloat16, on a GPU,
+        rounding alone is above it; `--stale all-is` weighs each token by its ratio.)
 
         Args:
             rows: of trajectories that the present weights sampled.

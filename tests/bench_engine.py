@@ -34,7 +34,7 @@ from transformers.hf_argparser import HfArg
 from context import Trajectory
 from data.task import Task
 from engine import Engine, Slot, keep_memory, load_policy
-from rollout import Precision, RolloutArgs
+from rollout import RolloutArgs
 from support.flags import parse_flags
 from support.processes import cores_of
 
@@ -51,7 +51,7 @@ class BenchArgs:
     device: Literal["cpu", "cuda"] = HfArg(
         default="cpu", help="cuda: prompts of 512, 256 new tokens"
     )
-    precision: Precision = HfArg(default="bf16", help="on a GPU")
+    precision: Literal["bf16", "fp32"] = HfArg(default="bf16", help="on a GPU")
     generate: int = HfArg(
         default=0,
         help="on a GPU: transformers' model.generate in turn with so many slots (0: never)",

@@ -335,12 +335,12 @@ def write_transcripts(
 
 
 def write_visits(chat: Chat, style: str, number: int) -> list[Row]:
-    """Transcripts of sensible explorers who open pages, in a world of this style."""
-    rng = random.Random(f"visits-{style}")
-    site = open_site(World(99, 120, "pretrain", style=style))
-    rows = []
-    for _ in range(number):
-        task = draw_task(site.world, "browse", 1, rng)
-        ids, mask, _ = Explorer(task, site, chat, rng, 1.0).play()
-        rows.append(row_of(ids, mask))
+    """Transcripts of sensible explorers who open pages, in eight worlds of this style."""
+    rng, rows = random.Random(f"visits-{style}"), []
+    for seed in range(92, 100):
+        site = open_site(World(seed, 60, "pretrain", style=style))
+        for _ in range(number // 8):
+            task = draw_task(site.world, "browse", 1, rng)
+            ids, mask, _ = Explorer(task, site, chat, rng, 1.0).play()
+            rows.append(row_of(ids, mask))
     return rows

@@ -163,7 +163,8 @@ def sections(world, entity) -> str:
         parts.append(
             f"<h2>Dispute</h2><p>Some notices dispute the {disputed(world, index)} given here: "
             f"{', '.join(links)}. "
-            f"Which one is valid follows from the {world.link('rules', 'rules of the register')}.</p>"
+            "Which one is valid follows from the "
+            f"{world.link('rules', 'rules of the register')}.</p>"
         )
     if entity.type == "company" and index <= world.nth("company", catalogues(world) - 1):
         parts.append(f"<p>{name} keeps a {world.link(f'{name}-catalogue', 'catalogue')}.</p>")
