@@ -89,10 +89,14 @@ class ScriptedLoop(AgentLoop):
         return [ToolCall("wait", {"seconds": latency_s})]
 
 
-def trainer_gap(
+def trainer_gaps(
     policy, trajectories: list[Trajectory], version: int = 0, device: str = "cpu"
-) -> float:
-    """Largest |trainer - sampler| log-prob over all tokens that this version sampled."""
+) -> list[float]:
+    """|trainer - sampler| log-prob of all tokens that this version sampled."""
     turns = [(t, [1.0] * len(t.turns)) for t in trajectories]
     rows = [row for t, ones in turns for row in rows_of(t, ones, version)]
-    return max(logprob_gaps(policy, rows, 4096, device))
+    return logprob_gaps(policy, rows, 4096, device)
+
+
+def trainer_gap(policy, trajectories: list[Trajectory], version: int = 0) -> float:
+    return max(trainer_gaps(policy, trajectories, version))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scripted import ScriptedLoop, scripted_tasks, trainer_gap
+from scripted import ScriptedLoop, scripted_tasks, trainer_gaps
 from test_rollout import assert_equals_generate, decode_all, fresh, ragged_prompts
 
 from engine import Engine, load_policy
@@ -38,19 +38,19 @@ def test_graphs_give_what_generate_gives(tiny, chat, dev_tasks):
         tiny.to("cpu")
 
 
-@pytest.mark.parametrize("precision, most", [("fp32", 1e-4), ("bf16", 0.5)])
-def test_trainer_and_sampler_agree(on_gpu, chat, precision, most):
-    """New weights reach the sampler's copy: its log-probs follow them."""
-    args = RolloutArgs(slots=16, precision=precision, max_new_tokens=24)
-    engine = Engine(on_gpu, chat, args)
-    policy = Policy(on_gpu, 1.0)
-    kept = [p.detach().clone() for p in on_gpu.parameters()]
+def play_scripted(engine, chat, args):
+    tasks = fresh(scripted_tasks(6, 2, latency_s=0.0, turns=lambda rng: 3))
+    return play_all(ScriptedLoop(engine, chat, None, args, True), tasks)
+
+
+def test_trainer_and_sampler_agree_before_and_after_new_weights(on_gpu, chat):
+    args = RolloutArgs(slots=16, precision="fp32", max_new_tokens=24)
+    engine, policy = Engine(on_gpu, chat, args), Policy(on_gpu, 1.0)
+    kept = [parameter.detach().clone() for parameter in on_gpu.parameters()]
     try:
         for version in range(2):
-            tasks = fresh(scripted_tasks(6, 2, latency_s=0.0, turns=lambda rng: 3))
-            trajectories = play_all(ScriptedLoop(engine, chat, None, args, True), tasks)
-            gap = trainer_gap(policy, trajectories, version, "cuda")
-            assert 0 < gap < most
+            gaps = trainer_gaps(policy, play_scripted(engine, chat, args), version, "cuda")
+            assert 0 < max(gaps) < 1e-4
             with torch.no_grad():
                 for parameter in on_gpu.parameters():
                     parameter.mul_(1.2)
@@ -59,3 +59,11 @@ def test_trainer_and_sampler_agree(on_gpu, chat, precision, most):
         with torch.no_grad():
             for parameter, old in zip(on_gpu.parameters(), kept):
                 parameter.copy_(old)
+
+
+def test_a_copy_in_bf16_differs_by_rounding(on_gpu, chat):
+    args = RolloutArgs(slots=16, precision="bf16", max_new_tokens=24)
+    engine, policy = Engine(on_gpu, chat, args), Policy(on_gpu, 1.0)
+    assert engine.model.dtype == torch.bfloat16 and on_gpu.dtype == torch.float32
+    gaps = trainer_gaps(policy, play_scripted(engine, chat, args), 0, "cuda")
+    assert 1e-6 < sum(gaps) / len(gaps) < 0.05
