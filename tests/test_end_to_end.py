@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -261,6 +262,27 @@ def test_torchrun_starts_the_ranks_too(whole_run, wordy, tmp_path, request):
     flags = [*SMALL, *wordy, "--steps", 1, "--out", tmp_path / "run"]
     train(tmp_path, *flags, launcher=TORCHRUN)
     assert_like_the_first_update(tmp_path / "run", whole_run[0])
+
+
+def test_two_machines_of_two_ranks_equal_one_process(wordy, tmp_path, request, monkeypatch):
+    """Both stand on loopback; each has a launcher of its own."""
+    if not request.config.getoption("--full", default=False):
+        pytest.skip("runs with --full")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    flags = [*SMALL, *wordy, "--tasks_per_step", 4, "--steps", 1, "--out"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    where = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    machines = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        launcher = [*TORCHRUN, *where, "--node_rank", str(number)]
+        machines.append(Train(tmp_path / str(number), *flags, tmp_path / "two", launcher=launcher))
+    for machine in machines:
+        status, _, errors = machine.end()
+        assert status == 0, errors[-2000:]
+    train(tmp_path, *flags, tmp_path / "one")
+    assert_like_the_first_update(tmp_path / "two", tmp_path / "one")
 
 
 def test_the_loop_raises_what_is_rewarded(tmp_path, request):
