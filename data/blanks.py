@@ -63,17 +63,20 @@ POINTS_BACK = re.compile(
     r"|however|therefore|thus|hence|additionally|furthermore|moreover|instead|but|and|or|so|note"
     r"|see|similarly|again|finally|first|second|next|both|neither|another|one|some|others|likewise"
     r"|conversely|still|even|as|by contrast|if so|for example|for instance|in addition"
-    r"|in (?:this|that|these|those|such)|please|notice|remember)\b",
+    r"|in (?:this|that|these|those|such)|please|notice|remember"
+    r"|(?:if|when|since|unless|although|while|because)\b[^,]*, (?:it|they|he|she)"
+    r"|(?:if|when|unless) (?:not )?\w+,)(?!\w)",
     re.IGNORECASE,
 )
 POINTS_OUT = re.compile(
     r"\b(?:this|these|those|that case|above|below|following|follows|previous|previously|preceding"
     r"|latter|former|examples?|here|we|our|us|I|figure|table|section|chapter|appendix|listing"
-    r"|tutorial|respectively|same|see|consult|refer)\b",
+    r"|tutorial|respectively|same|aforementioned|see|consult|refer|(?:found|described) in"
+    r"|documented|discussed)\b",
     re.IGNORECASE,
 )
 IS_CODE = re.compile(
-    r"[{}<>=;|\\^_$\[\]]|::|\.\.\.|…|->|\w\(|https?:|[\w`)]{2}\. [a-z]"
+    r"[{}<>=;|\\^_$\[\]]|::|\.\.\.|…|->|\w\(|https?:|(?<!\.\w)[\w`)]\. [a-z]"
 )  # outside of backticks
 NAMED = re.compile(r"`|(?<=[a-z,] )[A-Z]")  # a sentence without an entry has to name something
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
@@ -87,7 +90,7 @@ BLANKS = {
     "year": (
         "date",
         "year",
-        r"\b(?:in|since|until|from|by|of|year) ((?:1[6-9]|20)\d\d)(?![\w%-]|[.,]\d)",
+        r"\b(?:in|since|until|before|after|from|by|of|year) ((?:1[6-9]|20)\d\d)(?![\w%-]|[.,]\d)",
     ),
     "version": (
         "name",
@@ -117,6 +120,7 @@ BLANKS = {
 CELL = re.compile(r"`?(-?\d[\d,]*(?:\.\d+)?%?|[A-Za-z_][\w.+-]*\w)`?")  # graded as it stands
 # What may stand before an entry's name: "class datetime.date".
 KEYWORD = re.compile(r"(?:(?:class|type|exception|static|abstract|async|coroutine|struct|enum) )+")
+LINE_MARK = re.compile(r"(?:#{1,6}|[-*+]|\d+\.)\s+")  # of a heading or an item in Markdown
 NOTICE = re.compile(r"(?i)(?:note|tip|warning|caution|important|see also):?")  # no heading
 ENTRY = re.compile(r"[A-Za-z_][\w.-]*(?: [\w.-]+){0,2}")
 MANY_PAGES = 50  # words that stand on so many pages say nothing about one of them
@@ -156,19 +160,19 @@ class Blank:
 def text_of(element: etree._Element) -> str:
     """All text of an element on one line."""
     walk = etree.iterwalk(element, events=("start", "end"))
-    parts = [inline(event, part, part is element) for event, part in walk]
+    parts = [inline(event, part) for event, part in walk if (event, part) != ("end", element)]
     return " ".join("".join(parts).split())
 
 
-def inline(event: str, element: etree._Element, is_root: bool = False) -> str:
+def inline(event: str, element: etree._Element) -> str:
     """What an element adds to the line that it stands in, where it starts and where it ends."""
     mark = "`" if element.tag in CODE else "^" if element.tag in ("sup", "sub") else ""
     if event == "start":
-        return ("" if is_root else mark) + (element.text or "")
+        return mark + (element.text or "")
     space = " " if element.tag in BLOCKS else ""
     if element.tag == "br":  # between the terms of one entry
         space = ", " if next(element.iterancestors("dt"), None) is not None else " "
-    return "" if is_root else mark.replace("^", "") + space + (element.tail or "")
+    return mark.replace("^", "") + space + (element.tail or "")
 
 
 def table_rows(table: etree._Element) -> list[list[etree._Element]]:
@@ -229,8 +233,8 @@ def statements(tree: etree._Element) -> Iterator[Statement]:
                     is_first = False
                 if tag == "dl":
                     terms = [*terms, ""] if starts else terms[:-1]
-            is_table = tag == "table" and is_data(element)
-            if starts and is_table:
+            is_table = tag == "table" and element.find(".//th") is not None  # not of a layout
+            if starts and is_table and is_data(element):
                 yield from cells(element, heading)
             if is_table or tag in NO_STATEMENT or element.get("role") == "navigation":
                 walk.skip_subtree()
@@ -242,14 +246,18 @@ def statements(tree: etree._Element) -> Iterator[Statement]:
 # ------------------------------------------------------------------------------------------- blanks
 
 
+def named_by(statement: Statement) -> str:
+    """The entry that a statement stands under, or that it describes."""
+    is_description = statement.form == "definition"
+    return statement.text.rpartition(": ")[2] if is_description else statement.entry
+
+
 def is_clear(statement: Statement) -> bool:
     """Whether a sentence can be understood where only its page, heading and entry are named."""
     text, entry = statement.text, statement.entry
     prose = re.sub(r"`[^`]*`", "`", text)
     is_whole = re.match(r"[A-Z`]", text) and text.endswith(".") and 40 <= len(text) <= 300
-    is_even = (
-        all(text.count(a) == text.count(b) for a, b in ("()", "“”")) and not text.count("`") % 2
-    )
+    is_even = text.count("(") == text.count(")") and text.count("`") % 2 == 0
     points = POINTS_BACK.match(text) or POINTS_OUT.search(prose) or IS_CODE.search(prose)
     named = entry and len(entry) < 80 or NAMED.search(text)
     return bool(is_whole and is_even and not points and named and len(prose.split()) > 6)
@@ -287,9 +295,9 @@ def question_of(blank: Blank, title: str) -> str:
     place = f'On the page "{title}"' + f', under "{heading}"' * bool(heading)
     entry = blank.statement.entry
     if blank.kind == "definition":
-        return f'{place}, which entry is described so: "{blank.before[:-2]}"?'
+        return f'{place}, which entry has the description "{blank.before[:-2]}"?'
     if blank.statement.form == "table":
-        return f'{place}, what does the table give as "{blank.before[:-2]}" of "{entry}"?'
+        return f'{place}, what does the table give as the "{blank.before[:-2]}" of "{entry}"?'
     place += f', in the entry "{entry}"' * bool(entry)
     sentence = f"{blank.before}___{blank.after}"
     return f'{place}, which {BLANKS[blank.kind][1]} completes the sentence: "{sentence}"?'
@@ -352,8 +360,8 @@ class Pages:
 
     def with_phrases(self, phrases: list[str], most: int) -> list[str]:
         """Addresses of at most so many pages in which each of the phrases stands."""
-        phrases = [words for words in map(index_words, phrases) if words]
-        query = " AND ".join(f'text : "{words}"' for words in phrases)
+        words = filter(None, map(index_words, phrases))
+        query = " AND ".join(f'text : "{phrase}"' for phrase in words) or '""'
         page = (
             "select address from words join pages on id = words.rowid where words match ? limit ?"
         )
@@ -361,31 +369,31 @@ class Pages:
 
 
 def without_site(titles: dict[str, str]) -> dict[str, str]:
-    """Titles without the name of the site, which is the last or first part of many of them."""
+    """Titles without the name of the site, which is the first or last part of many of them."""
     parts = {address: SEPARATOR.split(title) for address, title in titles.items()}
-    ends = Counter(part for found in parts.values() if found[1:] for part in {found[0], found[-1]})
-    site = {part for part, count in ends.items() if count > max(2, 0.2 * len(titles))}
+    ends = Counter(end for part in parts.values() if part[1:] for end in {part[0], part[-1]})
+    sites = {end for end, count in ends.items() if count > max(2, 0.2 * len(titles))}
     short = {}
     for address, title in titles.items():
-        *_, first, last = 0, *(part for part in (parts[address][0], parts[address][-1]))
-        if last in site and last != first:
-            title = title[: title.rindex(last)].rstrip(" —–|·-")
-        if first in site and last != first:
-            title = title[len(first) :].lstrip(" —–|·-")
+        for end in sites & {parts[address][0], parts[address][-1]} - {title}:
+            title = title.removeprefix(end).removesuffix(end).strip(" —–|·-")
         short[address] = title
     return short
 
 
 def page_of(text: str) -> str:
-    """A text as HTML: a paragraph for each of its paragraphs, or for each line if it has none."""
-    parts = re.split(r"\n\s*\n" if re.search(r"\n\s*\n", text.strip()) else "\n", text)
-    lines = []
-    for part in map(html_module.escape, parts):
-        level = len(part) - len(part.lstrip("#"))
-        tag = f"h{level}" if 0 < level < 7 else "p"
-        inside = re.sub("`([^`]+)`", r"<code>\1</code>", part.strip("# "))
-        lines.append(f"<{tag}>{inside}</{tag}>")
-    return f"<html><body>{''.join(lines)}</body></html>"
+    """A text, or Markdown, as HTML. Without blank lines each line is a paragraph."""
+    lines = re.sub(r"(?ms)^```.*?^```", "", text).splitlines()
+    is_wrapped = any(not line.strip() for line in lines)
+    page = []
+    for line in map(str.strip, lines):
+        line, mark = LINE_MARK.sub("", line), (LINE_MARK.match(line) or [""])[0].strip()
+        inside = re.sub("`([^`]+)`", r"<code>\1</code>", html_module.escape(line, quote=False))
+        if mark.startswith("#"):
+            page.append(f"<h{len(mark)}>{inside}</h{len(mark)}>")
+        else:
+            page.append(f"<p>{inside}" if mark or not line or not is_wrapped else inside)
+    return f"<html><body>{' '.join(page)}</body></html>"
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -400,6 +408,15 @@ def leak(task: Task, funnel: Funnel) -> str | None:
         if any(stands_in(item, place) for place in places) or (item[0].isdigit() and is_shown):
             return "the answer stands in the question, the title, the address or the id"
     return None
+
+
+def guess(task: Task, funnel: Funnel) -> str | None:
+    # A name that many pages have, such as that of the documents' own subject.
+    most = max(MANY_PAGES, len(funnel.pages.titles) // 10)
+    is_name = task.answer_type == "name" and not items(task.answer)[0][0].isdigit()
+    if is_name and len(funnel.pages.with_phrases(items(task.answer)[:1], most)) == most:
+        return "the answer is a name that many pages have"
+    return worlds.guess(task, funnel)
 
 
 def unique(task: Task, funnel: Funnel) -> str | None:
@@ -456,7 +473,7 @@ def snippet(task: Task, funnel: Funnel) -> str | None:
 STAGES = {
     "schema": worlds.schema,
     "leak": leak,
-    "guess": worlds.guess,
+    "guess": guess,
     "unique": unique,
     "reach": reach,
     "snippet": snippet,
@@ -483,7 +500,7 @@ def draw_tasks(
         if address not in left:
             found = [] if NO_PROSE.search(title) else funnel.pages.statements(address)
             entries = Counter(each.text for each in found if each.form == "entry")
-            found = [each for each in found if entries[each.entry] < 2]
+            found = [each for each in found if entries[named_by(each)] < 2]
             left[address] = [blank for statement in found for blank in blanks_of(statement)]
             rng.shuffle(left[address])
         blanks = left[address]
