@@ -102,7 +102,7 @@ BLANKS = {
         "number",
         r"(?:\b(?!(?:version|release|and|or|to) )[a-z]+ |\b(?:RFC|PEP|ISO) |\()"
         r"`?(-?\d{1,3}(?:,\d{3})+|-?(?!0\d)\d+(?:\.\d+)?%?)`?"
-        r"(?![\w%:/*+^°-]|[.,]\d|,? (?:and|or|to) `?-?\d)",
+        r"(?![\w%:/*+^°-]|[.,]\d|,? (?:and |or |to )?`?-?\d)",
     ),
     "name": (
         "name",
@@ -114,7 +114,8 @@ BLANKS = {
     "identifier": (
         "name",
         "name",
-        r"(?<!`)[\w)],? `([A-Za-z_][\w.]{3,})(?:\(\))?`(?!,? (?:and |or )?`)(?![\w/:*])",
+        r"(?<!`)[\w)],? (?<!` and )(?<!` or )(?<!`, and )(?<!`, or )"
+        r"`([A-Za-z_][\w.]{3,})(?:\(\))?`(?!,? (?:and |or )?`)(?![\w/:*])",
     ),
 }
 CELL = re.compile(r"`?(-?\d[\d,]*(?:\.\d+)?%?|[A-Za-z_][\w.+-]*\w)`?")  # graded as it stands
@@ -284,8 +285,12 @@ def blanks_of(statement: Statement) -> Iterator[Blank]:
                 start, end = match.span(1)
                 if text[:start].count("`") % 2 == 1:
                     start, end = start - 1, text.index("`", end) + 1
-                is_all = text[start:end].strip("`()") == match.group(1)
-                if is_all and start > 0 and not WITHOUT_WORDS.fullmatch(match.group(1)):
+                code = text[start:end].replace("()", "").strip("`")
+                if (
+                    code == match.group(1)
+                    and start > 0
+                    and not WITHOUT_WORDS.fullmatch(match.group(1))
+                ):
                     yield Blank(statement, kind, text[:start], match.group(1), text[end:])
 
 
