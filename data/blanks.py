@@ -35,7 +35,7 @@ from lxml import etree
 from tqdm import tqdm
 
 from data.deep import funnel as worlds
-from data.deep.funnel import STOP_WORDS, Funnel, items, stands_in
+from data.deep.funnel import STOP_WORDS, Funnel, items, stands_in, words_of
 from data.index import open_index, search_index
 from data.task import Task
 from support.html_text import main_parts, parse, text_alone
@@ -63,7 +63,7 @@ POINTS_BACK = re.compile(
     r"|however|therefore|thus|hence|additionally|furthermore|moreover|instead|but|and|or|so|note"
     r"|see|similarly|again|finally|first|second|next|both|neither|another|one|some|others|likewise"
     r"|conversely|still|even|as|by contrast|if so|for example|for instance|in addition"
-    r"|in (?:this|that|these|those|such)|please|notice|remember"
+    r"|in (?:this|that|these|those|such|either|both)|please|notice|remember"
     r"|(?:if|when|since|unless|although|while|because)\b[^,]*, (?:it|they|he|she)"
     r"|(?:if|when|unless) (?:not )?\w+,)(?!\w)",
     re.IGNORECASE,
@@ -72,7 +72,7 @@ POINTS_OUT = re.compile(
     r"\b(?:this|these|those|that case|above|below|following|follows|previous|previously|preceding"
     r"|latter|former|examples?|here|we|our|us|I|figure|table|section|chapter|appendix|listing"
     r"|tutorial|respectively|same|aforementioned|see|consult|refer|(?:found|described) in"
-    r"|documented|discussed)\b",
+    r"|documented|discussed|used instead)\b",
     re.IGNORECASE,
 )
 IS_CODE = re.compile(
@@ -100,9 +100,9 @@ BLANKS = {
     "number": (
         "number",
         "number",
-        r"(?:\b(?!(?:version|release|and|or|to) )[a-z]+ |\b(?:RFC|PEP|ISO) |\()"
+        r"(?:\b(?!(?:version|release|and|or|to) )[a-z]+ |(?<!and )(?<!or )(?<!, )\b(?:RFC|PEP|ISO) |\()"
         r"`?(-?\d{1,3}(?:,\d{3})+|-?(?!0\d)\d+(?:\.\d+)?%?)`?"
-        r"(?![\w%:/*+^°-]|[.,]\d|,? (?:and |or |to )?`?-?\d)",
+        r"(?![\w%:/*+^°-]|[.,]\d|,? (?:and |or |to )?(?:RFC |PEP )?`?-?\d)",
     ),
     "name": (
         "name",
@@ -421,6 +421,9 @@ def guess(task: Task, funnel: Funnel) -> str | None:
     is_name = task.answer_type == "name" and not items(task.answer)[0][0].isdigit()
     if is_name and len(funnel.pages.with_phrases(items(task.answer)[:1], most)) == most:
         return "the answer is a name that many pages have"
+    parts = re.findall(r"[a-z]+", items(task.answer)[-1].lower())
+    if task.family == "definition" and set(parts) <= words_of(task.meta["before"]):
+        return "all words of the entry stand in its description"
     return worlds.guess(task, funnel)
 
 

@@ -129,6 +129,8 @@ def test_a_sentence_offers_its_facts(sentence, kind, answer):
         "If `TERM` is set, it is read 25 times by the terminal reader.",
         "When not specified, the `reader` waits for at most 25 seconds.",
         "These readers of the `open` call wait for at most 25 seconds.",
+        "In either case, the `open` call waits for at most 25 seconds.",
+        "A reader of the `open` call with 25 seconds is used instead.",
         "In that case, the `open` call waits for at most 25 seconds.",
         "The example shows that `open` waits for at most 25 seconds.",
         "See the page of `open` for the 25 seconds that a reader waits.",
@@ -152,6 +154,7 @@ def test_a_sentence_that_needs_its_surroundings_offers_none(sentence):
         "The `fop` call needs `read(25)` and `x1` before every other reader is there.",
         "The parts 4, 5, 6, and 7 of the standard are done by the `fop` call.",
         "The reader takes `alpha`, `beta`, `gamma` and `delta` of the order of the file.",
+        "The types of RFC 2045, RFC 2046 and RFC 2047 are read by the `fop` call.",
         "The `fop` call returns `None` or `True` or `NULL` to all of the readers there.",
     ],
 )
@@ -344,6 +347,15 @@ def test_a_name_that_many_pages_have_can_be_guessed(tmp_path):
     others = {f"p{number}": f"<p>Piers of Bergen, number {number}.</p>" for number in range(60)}
     body = LONG.format("planks from Bergen and many")
     tasks, funnel = one_page(tmp_path, body, **others)
+    assert tasks == [] and funnel.counts["guess"] == 1
+
+
+def test_a_description_that_spells_its_entry_can_be_guessed(tmp_path):
+    long = (
+        "of the harbour that a storm may carry away in the night while all of its masters sleep" * 2
+    )
+    body = f"<dl><dt>new_name</dt><dd>The new name {long}</dd></dl>"
+    tasks, funnel = one_page(tmp_path, body)
     assert tasks == [] and funnel.counts["guess"] == 1
 
 
