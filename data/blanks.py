@@ -23,6 +23,7 @@ in random order, as many as are needed. To try an idea, add a kind of blank to B
 import functools
 import hashlib
 import html as html_module
+import itertools
 import random
 import re
 from collections import Counter, deque
@@ -191,7 +192,9 @@ def is_data(table: etree._Element) -> bool:
 def cells(table: etree._Element, heading: str) -> Iterator[Statement]:
     """Each cell beside the first of its row."""
     columns, *rows = [[text_of(cell) for cell in row] for row in table_rows(table)]
-    for row in rows:
+    for row, below in itertools.zip_longest(rows, rows[1:], fillvalue="-"):
+        if not below[0]:  # a row of several lines: its name stands for all of them
+            continue
         for column, cell in zip(columns[1:], row[1:]):
             if column and cell and 1 < len(row[0]) < 60 and len(row[0].split()) < 6:
                 yield Statement("table", heading, row[0], f"{column}: {cell}")
@@ -226,7 +229,8 @@ def statements(tree: etree._Element) -> Iterator[Statement]:
                     if not NOTICE.fullmatch(text):
                         heading = "" if tag == "h1" else text
                 elif tag == "dt" and not starts and terms:
-                    terms[-1] = f"{terms[-1]}, {name_of(text)}" if is_first else name_of(text)
+                    names = [*terms[-1].split(", "), name_of(text)] if is_first else [name_of(text)]
+                    terms[-1] = ", ".join(dict.fromkeys(names))
                     is_first = True
                     yield Statement("entry", heading, "", terms[-1])
                 elif text:

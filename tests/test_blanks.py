@@ -209,6 +209,23 @@ def test_two_terms_of_one_description_are_no_answer():
     assert not [blank for each in found for blank in blanks_of(each)]
 
 
+def test_one_name_with_several_signatures_is_one_entry():
+    page = (
+        "<dl><dt>get(a)</dt><dt>get(a, b)</dt><dd>Returns what was asked of the reader.</dd></dl>"
+    )
+    assert [s.text for s in statements(parse(page)) if s.form == "definition"] == [
+        "Returns what was asked of the reader.: get"
+    ]
+
+
+def test_a_row_of_several_lines_has_no_single_value():
+    rows = [("Type", "Field"), ("frame", "f_back"), ("", "f_code"), ("code", "co_name")]
+    cell = lambda row, tag: "".join(f"<{tag}>{text}</{tag}>" for text in row)
+    rows = "".join(f"<tr>{cell(row, 'td' if n else 'th')}</tr>" for n, row in enumerate(rows))
+    found = statements(parse(f"<table>{rows}</table>"))
+    assert [(each.entry, each.text) for each in found] == [("code", "Field: co_name")]
+
+
 def test_plain_text_and_markdown_become_paragraphs():
     text = "# Readers\n\nThe `open` call waits\nfor 25 seconds.\n- One item.\n```\ncode\n```\n## More\nLast."
     assert [(each.heading, each.text) for each in statements(parse(page_of(text)))] == [
