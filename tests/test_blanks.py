@@ -5,6 +5,8 @@ pytest tests/test_blanks.py
 
 import json
 import random
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -437,3 +439,46 @@ def test_errors_are_one_line(corpus, tmp_path, flags, error):
     done = command(*(names.get(flag, flag) for flag in flags), "--out", tmp_path / "my.jsonl")
     assert done.returncode == 1 and error in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "my.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------- the chapter
+
+SMALL = {  # what makes a command of the chapter small; the last one of a flag counts
+    "tasks.py": "--number 5",
+    "evaluate.py": "--limit 1 --samples 1 --max_turns 2",
+    "train.py": "--steps 2 --tasks_per_step 2 --samples 2 --max_turns 2 --eval_tasks 1"
+    " --processes 1 --threads 1",
+    "necessity.py": "--limit 1 --samples 1 --max_turns 1",
+}
+
+
+def test_the_commands_of_the_chapter_run(tmp_path, full):
+    chapter = (ROOT / "docs" / "documents.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"^```\n(.*?)^```", chapter, re.DOTALL | re.MULTILINE))
+    lines = [shlex.split(line) for line in blocks.replace("\\\n", " ").splitlines()]
+    (tmp_path / "my_docs").mkdir()
+    for number, name in enumerate(SHIPS):
+        page = ship_page(name, ORDINALS[number], 40 + number)
+        (tmp_path / "my_docs" / f"{number}.html").write_text(page, encoding="utf-8")
+    for words in lines:
+        script = next(word for word in words if word.endswith(".py"))
+        if "necessity" in script and not full:  # six evaluations
+            continue
+        words = [
+            "nano" if word == "my_model" else word for word in words[words.index(script) + 1 :]
+        ]
+        words += SMALL.get(script.rpartition("/")[2], "").split()
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{script}: {done.stderr}"
+    assert len(lines) == 7
+    for name in (
+        "my.jsonl",
+        "my-test.jsonl",
+        "before.json",
+        "after.json",
+        "runs/my_docs/report.html",
+    ):
+        assert (tmp_path / name).is_file(), name
+    assert (tmp_path / "tools.json").is_file() == full
