@@ -55,8 +55,8 @@ SENTENCE_END = re.compile(ENDS)
 SEPARATOR = re.compile(r"\s+[—–|·-]\s+")  # between a page's title and the name of its site
 # Pages of which the sentences are no statements about their subject.
 NO_PROSE = re.compile(
-    r"(?i)\b(?:change ?log|release notes?|what.s new|index|contents|search|licen[cs]e|copyright"
-    r"|bibliography|acknowledg\w+|history)\b|\brelease \d"
+    r"(?i)\b(?:change ?log|release notes?|what.s new|licen[cs]es?|copyright|bibliography"
+    r"|acknowledg\w+)\b|\brelease \d|^(?:general |module )?index$|^(?:table of )?contents$|^search$"
 )
 # Words that point out of a sentence, at its beginning and anywhere.
 POINTS_BACK = re.compile(

@@ -85,7 +85,8 @@ class Args:
     world: str = HfArg(default="", help="folder written by data/world.py")
     corpus: str = HfArg(default="", help="or an index of documents (data/index.py)")
     test_share: float = HfArg(
-        default=0.2, help="share of a corpus's pages whose tasks go to OUT-test.jsonl instead"
+        default=0.2,
+        help="share of a corpus's pages that only the tasks of OUT-test.jsonl ask about",
     )
     out: str = HfArg(default="", help="task file to write (JSON lines)")
     number: int = HfArg(default=200, help="tasks to keep")

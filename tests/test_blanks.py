@@ -378,6 +378,15 @@ def test_a_description_that_spells_its_entry_can_be_guessed(tmp_path):
     assert tasks == [] and funnel.counts["guess"] == 1
 
 
+@pytest.mark.parametrize(
+    "title, kept",
+    [("Changelog", 0), ("Release notes of 3.1", 0), ("Index", 0), ("Create index", 1)],
+)
+def test_a_page_that_is_about_other_pages_is_not_asked_about(tmp_path, title, kept):
+    tasks, funnel = one_page(tmp_path, LONG.format(67), title=title)
+    assert len(tasks) == kept and not funnel.rejects
+
+
 def test_text_without_html_is_a_corpus_too(tmp_path):
     body = LONG.format(67).replace("<code>fog</code>", "`fog`")[3:-4]
     document = {"url": "http://corpus.test/1", "title": "The Alba", "text": "# The Alba\n\n" + body}
