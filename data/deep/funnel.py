@@ -254,9 +254,7 @@ class Funnel:
         pages: what those others read (data/blanks.py).
     """
 
-    def __init__(
-        self, folder: Path | str | None = None, stages=None, functions=STAGES, pages=None
-    ):
+    def __init__(self, folder: Path | str | None = None, stages=None, functions=STAGES, pages=None):
         self.functions, self.pages = functions, pages
         self.stages = [name for name in functions if stages is None or name in stages]
         self.index = None
