@@ -18,6 +18,7 @@ seen in training tasks: only in test. So is the last wording of each form in dat
 To try an idea, add a template to FRAMES (data/parts.py) or a family to `draw_task`.
 
     python data/tasks.py --world data/worlds/w7 --out my.jsonl
+    python data/tasks.py --corpus corpus.db --out my.jsonl      # from documents: data/blanks.py
     python data/tasks.py --shipped train dev test      # rebuilds data/train.jsonl and so on
 """
 
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformers.hf_argparser import HfArg
 
+from data.blanks import tasks_from_pages
 from data.deep.families import FAMILIES, NEED_DEEP, WORDINGS
 from data.deep.funnel import Funnel
 from data.parts import FRAMES, LEAD, OPERATIONS, RECORDS, TYPES, number_relation
@@ -81,6 +83,11 @@ SHIPPED = {
 @dataclass
 class Args:
     world: str = HfArg(default="", help="folder written by data/world.py")
+    corpus: str = HfArg(default="", help="or an index of documents (data/index.py)")
+    test_share: float = HfArg(
+        default=0.2,
+        help="share of a corpus's pages that only the tasks of OUT-test.jsonl ask about",
+    )
     out: str = HfArg(default="", help="task file to write (JSON lines)")
     number: int = HfArg(default=200, help="tasks to keep")
     families: list[str] = HfArg(
@@ -322,24 +329,47 @@ def make_shipped(name: str, seed: int, number: int) -> list[Task]:
     return [task for turn in zip(*made) for task in turn][:number]
 
 
+def from_corpus(args: Args) -> list[dict]:
+    """Write the tasks of a corpus, and those of its other pages for the test; returns rejects."""
+    train, test, funnel = tasks_from_pages(args.corpus, args.number, args.test_share, args.seed)
+    out = Path(args.out)
+    save_tasks(train, out)
+    print_funnel(train + test, funnel)
+    print(f"{len(train)} tasks in {out}")
+    if test:
+        held_out = out.with_name(f"{out.stem}-test{out.suffix}")
+        save_tasks(test, held_out)
+        print(f"{len(test)} tasks from other pages in {held_out}")
+    return funnel.rejects
+
+
+def from_world(args: Args) -> list[dict]:
+    """Write the tasks of a world; returns rejects."""
+    world = load_world(args.world)
+    tasks, funnel = make_tasks(world, args.world, args.number, args.seed, args.families, args.forms)
+    save_tasks(tasks, args.out)
+    print_funnel(tasks, funnel)
+    return funnel.rejects
+
+
 def main():
     (args,) = parse_flags((Args,), __doc__)
-    if not args.shipped and not (args.world and args.out):
-        sys.exit("data/tasks.py: give --world DIR and --out FILE, or --shipped (see --help)")
-    try:
-        if args.shipped:
-            for name in args.shipped:
-                tasks = make_shipped(name, args.seed, SHIPPED[name][1])
-                save_tasks(tasks, DATA / f"{name}.jsonl")
-            return
-        world = load_world(args.world)
-        tasks, funnel = make_tasks(
-            world, args.world, args.number, args.seed, args.families, args.forms
+    if bool(args.world) + bool(args.corpus) + bool(args.shipped) != 1 or not (
+        args.out or args.shipped
+    ):
+        sys.exit(
+            "data/tasks.py: give --world DIR or --corpus FILE.db, and --out FILE; or --shipped "
+            "(see --help)"
         )
-        save_tasks(tasks, args.out)
-        if args.rejects:
-            save_lines(funnel.rejects, args.rejects)
-        print_funnel(tasks, funnel)
+    if args.corpus and (args.families or args.forms):
+        sys.exit("data/tasks.py: --families and --forms are of worlds, not of a corpus")
+    try:
+        for name in args.shipped:
+            save_tasks(make_shipped(name, args.seed, SHIPPED[name][1]), DATA / f"{name}.jsonl")
+        if not args.shipped:
+            rejects = from_corpus(args) if args.corpus else from_world(args)
+            if args.rejects:
+                save_lines(rejects, args.rejects)
     except (OSError, ValueError) as error:
         sys.exit(f"data/tasks.py: {error}")
 

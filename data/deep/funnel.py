@@ -250,10 +250,13 @@ class Funnel:
     Args:
         folder: world folder (data/world.py); None leaves out what needs pages.
         stages: names of the stages to run, all by default.
+        functions: the stages that there are, by name; others for tasks without a world.
+        pages: what those others read (data/blanks.py).
     """
 
-    def __init__(self, folder: Path | str | None = None, stages=tuple(STAGES)):
-        self.stages = [name for name in STAGES if name in stages]
+    def __init__(self, folder: Path | str | None = None, stages=None, functions=STAGES, pages=None):
+        self.functions, self.pages = functions, pages
+        self.stages = [name for name in functions if stages is None or name in stages]
         self.index = None
         if folder:
             db = Path(folder) / "pages.db"
@@ -315,7 +318,7 @@ class Funnel:
         """
         for name in self.stages:
             self.looked[name] += 1
-            if reason := STAGES[name](task, self):
+            if reason := self.functions[name](task, self):
                 self.reject(name, reason, asdict(task))
                 return False
         self.questions.add(plain_question(task))
