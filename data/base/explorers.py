@@ -174,7 +174,8 @@ class Explorer:
     def random_move(self) -> tuple[str, Call | str]:
         """A valid move that follows no plan: some name at hand, some relation, any tool.
 
-        Answers quote a fact, mostly a wrong one.
+        Answers quote a fact, mostly a wrong one. A call does what the thought before it says, so
+        that a name there decides which page is opened, and an operation there the sign.
         """
         rng = self.rng
         fact = rng.choice(self.last_facts) if self.last_facts else None
@@ -187,18 +188,20 @@ class Explorer:
             relation = rng.choice(self.relations)
         else:
             relation = rng.choice(RELATIONS[rng.choice(TYPES)])[0]
-        if rng.random() < 0.5:
-            thought = f"{thought} {name}: {relation}."
         roll = rng.random()
         if roll < 0.35 and fact:
             return self.note(*fact), self.facts[fact]
         if roll < 0.6 and self.seen_urls:
             url = rng.choice(self.seen_urls[-3:])
             views = [{}, {"page": rng.randint(1, 4)}, {"links": True}] + 4 * [{"find": relation}]
+            thought = f"{thought} {self.world.path(url)}: {relation}."
             return thought, browse(url, **rng.choice(views))
         if roll < 0.65 and len(self.numbers) >= 2:
-            a, b = self.numbers[-2:]
-            return thought, compute(a, rng.choice("+-*"), b)
+            operation, (a, b) = rng.choice(sorted(OPERATIONS)), self.numbers[-2:]
+            thought = f"{thought} {operation}: {a}, {b}."
+            return thought, compute(a, OPERATIONS[operation], b)
+        if rng.random() < 0.5:
+            thought = f"{thought} {name}: {relation}."
         queries = [rng.choice([f"{relation} of {name}", f"{relation} of {name}", name, relation])]
         if rng.random() < 0.15:
             queries.append(f"{relation} of {rng.choice(self.names)}")
