@@ -24,14 +24,14 @@ from tools import signatures
 
 
 class Stub:
-    """One server. `fault` names what is wrong with it, "" if nothing is; `step_s` makes it slow."""
+    """One server. `fault` names what is wrong with it, "" if nothing is."""
 
     def __init__(self, dialect: str, port: int = 0, policy: str = "nano"):
         self.model, self.tokenizer = load_policy(policy)
         args = RolloutArgs(slots=64, max_context=2000)
         self.engine = Engine(self.model, Chat(self.tokenizer, signatures()), args)
-        self.dialect, self.version, self.fault, self.step_s = dialect, "default", "", 0.0
-        self.lock, self.aborted, self.served, self.loads = threading.RLock(), set(), 0, 0
+        self.dialect, self.version, self.fault = dialect, "default", ""
+        self.lock, self.aborted, self.loads = threading.RLock(), set(), 0
         handler = type("Handler", (Handler,), {"stub": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
@@ -46,12 +46,12 @@ class Stub:
             engine.slots[place] = slot
             engine.start_turn(slot, prompt)
         while not slot.turn_done:
-            time.sleep(self.step_s)
+            time.sleep(0.001 if self.fault == "frozen" else 0)  # until the next load
             with self.lock:
-                engine.step() if not slot.turn_done else None
+                if self.fault != "frozen" and not slot.turn_done:
+                    engine.step()
         with self.lock:
             engine.slots[place] = None
-            self.served += 1
             logprobs = self.raw(prompt, slot.ids) if self.fault == "raw" else slot.logprobs
             end = "abort" if slot in self.aborted else "length"
             return slot.ids, logprobs, "stop" if slot.ids[-1:] == stop else end
@@ -71,6 +71,7 @@ class Stub:
     def load(self, folder: str, name: str | None = None) -> None:
         with self.lock:
             self.loads += 1
+            self.fault = "" if self.fault == "frozen" else self.fault
             if self.fault != "stale":
                 self.model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
             self.engine.new_weights(0)
