@@ -149,6 +149,7 @@ def test_readme_gives_each_file_of_the_reading_path_one_line():
         "train.py",
         "evaluate.py",
         "engine.py",
+        "decode_graphs.py",
         "server_engine.py",
         "workers.py",
         "report.py",
