@@ -190,7 +190,7 @@ def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
 
 
 def visits(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
-    """Results of a search and the call that opens the one that the thought names: its address is to
+    """Results of a search and the call that opens one of them, mostly the first: its address is to
     be copied, whatever its form. No host comes twice."""
     while True:
         place, relation = world.elsewhere(str(rng.random())), str(rng.choice(ALL_RELATIONS))
@@ -198,7 +198,7 @@ def visits(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
         for number, name in enumerate(names, start=1):
             fact = f"The {rng.choice(ALL_RELATIONS)} of {name} is {random_value(rng, world)}."
             hits += f"[{number}] {name} {place.address(name)}\n" + rng.choice(["", f"{fact}\n"])
-        name = str(rng.choice(names))
+        name = names[0] if rng.random() < 0.9 else str(rng.choice(names))
         said = f"<tool_response>{hits}</tool_response><think>{name}: {relation}.</think>"
         yield [(said, False), (call_text(browse(place.address(name), find=relation)), True)]
 

@@ -124,6 +124,7 @@ class Explorer:
         self.seen_names, self.seen_urls, self.numbers = list(self.names), [], []
         self.facts: dict[tuple[str, str], str] = {}  # (name, relation) -> value, as read so far
         self.last_facts: list[tuple[str, str]] = []  # those of the last result
+        self.first_hit = ""  # the first page that the last result with pages names
         self.last_call: Call | None = None
         self.computed: str | None = None  # what `python` printed last
         self.noted: set[str] = set()
@@ -192,7 +193,7 @@ class Explorer:
         if roll < 0.35 and fact:
             return self.note(*fact), self.facts[fact]
         if roll < 0.6 and self.seen_urls:
-            url = rng.choice(self.seen_urls[-3:])
+            url = self.first_hit if rng.random() < 0.7 else rng.choice(self.seen_urls[-3:])
             views = [{}, {"page": rng.randint(1, 4)}, {"links": True}] + 4 * [{"find": relation}]
             thought = f"{thought} {self.world.path(url)}: {relation}."
             return thought, browse(url, **rng.choice(views))
@@ -245,18 +246,19 @@ class Explorer:
                 self.seen_names.append(word)
             if word.isdigit() and len(word) == 3:
                 self.numbers.append(word)
-        title = None
+        title, hits = None, []
         for line in text.splitlines():
             if "http" in line:
                 url = next(w for w in line.split() if w.startswith("http"))
                 title = self.world.path(url)
-                if title in types and url not in self.seen_urls:
-                    self.seen_urls.append(url)
+                hits += [url] if title in types else []
             elif title in types:
                 for relation, _, _ in RELATIONS[types[title]]:
                     if value := read_fact(re.sub(r"^p\d+: ", "", line), title, relation):
                         self.facts[title, relation] = value
                         self.last_facts.append((title, relation))
+        self.seen_urls += [url for url in dict.fromkeys(hits) if url not in self.seen_urls]
+        self.first_hit = hits[0] if hits else self.first_hit
 
     def play(self) -> tuple[list[int], list[int], bool]:
         """Returns (ids, mask with 1 on the explorer's own tokens, whether the answer was right)."""
