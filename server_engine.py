@@ -35,7 +35,7 @@ from context import Chat
 from engine import Engine, Slot, WorkerError, check_finite
 from support import endings, run_folder
 from support.processes import own_rank
-from support.shards import gathered
+from support.shards import gathered, reshard
 from support.threads import in_thread
 
 WAIT_S = 600.0  # a server that is gone must be back after so many seconds
@@ -372,6 +372,7 @@ class ServerEngine:
             raise EngineError(f"the engine sampled token {max(ids)}, and the model knows {known}")
         row = torch.tensor([prompt + ids], device=self.model.device)  # (1, L)
         logits = self.model(input_ids=row[:, :-1], use_cache=False).logits[0, -len(ids) :].float()
+        reshard(self.model)
         if own_rank():
             return
         gaps = []

@@ -7,6 +7,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from support.shards import reshard
+
 
 def micro_batches(rows: list, micro_tokens: int) -> list[list]:
     """Rows of like length together, at most `micro_tokens` padded tokens each."""
@@ -67,4 +69,5 @@ def logprob_gaps(policy, rows: list, micro_tokens: int, device) -> list[float]:
         sampled = padded([row.segment.logprobs for row in batch], torch.float32, device)[in_loss]
         here = (policy(ids, in_loss) - sampled).abs().tolist()
         gaps += here if weight else []
+    reshard(policy)
     return gaps

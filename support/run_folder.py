@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
 from support.flags import parse_flags
 from support.processes import own_rank
@@ -226,11 +227,11 @@ def save_atomically(folder: Path, write) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_model(folder: Path, model, tokenizer, weights: dict | None = None) -> None:
-    """A folder that `--model` takes, with these weights in the place of the model's own."""
+def save_model(folder: Path, model, tokenizer, **weights) -> None:
+    """A folder that `--model` takes. Of a sharded model `state_dict` gives the whole weights."""
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary, state_dict=weights)
+        model.save_pretrained(temporary, **weights)
         tokenizer.save_pretrained(temporary)
 
     save_atomically(folder, write)
@@ -267,7 +268,9 @@ def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, states / f"step-{step:06d}-{sha256(temporary)}.pt")
-        save_model(out / "checkpoint", model, tokenizer, state["model"])
+        sharded = isinstance(next(model.parameters()), DTensor)
+        whole = {"state_dict": state["model"]} if sharded else {}
+        save_model(out / "checkpoint", model, tokenizer, **whole)
     except (
         RuntimeError,
         SafetensorError,

@@ -5,6 +5,7 @@ run may go on with another number of GPUs, sharded or not.
 """
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support.processes import own_rank
@@ -28,6 +29,13 @@ def gathered(state, known: dict | None = None):
         whole = state.full_tensor()
         known[id(state)] = whole.cpu() if own_rank() == 0 else None
     return known[id(state)]
+
+
+def reshard(model) -> None:
+    """Free what a forward pass leaves whole for the backward pass, where none comes."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def load_moments(optimizer, state: dict) -> None:
