@@ -144,12 +144,9 @@ class Run:
         self.sharded = self.accelerator.is_fsdp2
         if self.sharded:  # layer by layer, inside of `policy`
             plugin = self.accelerator.state.fsdp_plugin
-            if (
-                plugin.mixed_precision_policy
-            ):  # bf16; but gradients are summed in float32, as by DDP
-                plugin.mixed_precision_policy = replace(
-                    plugin.mixed_precision_policy, reduce_dtype=torch.float32
-                )
+            if dtypes := plugin.mixed_precision_policy:  # sums are in float32, as DDP's
+                in_float32 = replace(dtypes, reduce_dtype=torch.float32)
+                plugin.mixed_precision_policy = in_float32
             model, optimizer = self.accelerator.prepare(model, optimizer)
         else:
             policy, optimizer = self.accelerator.prepare(policy, optimizer)
