@@ -157,9 +157,15 @@ def open_server(url: str, max_context: int) -> Vllm | Sglang:
     return dialect(url, card["id"])
 
 
-def open_engine(model, chat: Chat, args):
-    """What plays: `Engine`, or with --engine a server, which then has the model's weights."""
-    return ServerEngine(model, chat, args) if args.engine else Engine(model, chat, args)
+def open_engine(model, chat: Chat, args, version: int = 0):
+    """What plays: `Engine`, or with --engine a server, which then has the model's weights, of this
+    version.
+    """
+    if args.engine:
+        return ServerEngine(model, chat, args, version)
+    engine = Engine(model, chat, args)
+    engine.version = version
+    return engine
 
 
 class ServerEngine:
@@ -171,12 +177,13 @@ class ServerEngine:
         chat: its template. `chat.end_id` ends a turn.
         args: `RolloutArgs`; engine, engine_weights, slots, max_context, max_new_tokens and
             temperature are read.
+        version: of the model's weights.
 
     Raises:
         EngineError: the server does not answer, or cannot be used for this model.
     """
 
-    def __init__(self, model, chat: Chat, args):
+    def __init__(self, model, chat: Chat, args, version: int = 0):
         self.model, self.chat, self.args, self.end_id = model, chat, args, chat.end_id
         self.slots: list[Slot | None] = [None] * args.slots
         self.turns: dict[Slot, concurrent.futures.Future] = {}  # in flight
@@ -197,7 +204,7 @@ class ServerEngine:
             if own_rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = run_folder.lock(self.folder)
-            self.new_weights(0)
+            self.new_weights(version)
 
     # What `AgentLoop` asks for.
 

@@ -249,10 +249,10 @@ def main():
         chat = Chat(tokenizer, signatures())
         policy = Policy(model, rollout_args.temperature)
         learner = run.prepare(policy, args.learning_rate, chat)
-        engine = open_engine(model, chat, rollout_args)  # it samples from the learner's own weights
-        loop = AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True)
+        engine = open_engine(model, chat, rollout_args, run.done)  # with the learner's own weights
+        learner.loop = AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True)
         run.open_folder()
-        rollouts = run.open_rollouts(train_tasks, loop, async_args)
+        rollouts = run.open_rollouts(train_tasks, async_args)
         before = run.evaluate("test", test_tasks) if run.done == 0 else None
 
         # Update u trains weights of version u, and makes version u + 1.

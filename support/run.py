@@ -57,12 +57,13 @@ SKIPS = 3  # updates in a row without a finite gradient, before the run stops
 
 @dataclass
 class Learner:
-    """The policy with what it needs to learn."""
+    """The policy with what it needs to play and to learn."""
 
     model: torch.nn.Module  # the language model; `policy` holds the same weights
     policy: torch.nn.Module  # train.Policy, as Accelerate has wrapped it, or with shards in it
     optimizer: torch.optim.Optimizer
     chat: Chat
+    loop: AgentLoop | None = None  # plays with the learner's own weights
 
 
 class Run:
@@ -77,7 +78,7 @@ class Run:
         self.args, self.parts = args, parts
         self.out: Path | None = None
         self.state: dict | None = None  # of an earlier run
-        self.learner = self.loop = self.rollouts = self.accelerator = None
+        self.learner = self.rollouts = self.accelerator = None
         self.done = self.saved = self.skipped = 0  # updates
         self.began = False  # the first update
         self.sharded = False  # the learner, by FSDP
@@ -155,16 +156,11 @@ class Run:
         self.learner = Learner(model, policy, optimizer, chat)
         return self.learner
 
-    def open_rollouts(self, tasks: list, loop: AgentLoop, async_args):
+    def open_rollouts(self, tasks: list, async_args):
         """This rank's source of groups: its share of the tasks of each update, played here (sync)
         or in rollout processes (async).
-
-        Args:
-            loop: plays with the learner's own weights; held-out tasks, too.
         """
-        args, self.loop = self.args, loop
-        if self.state:
-            loop.engine.new_weights(self.done)
+        args, learner = self.args, self.learner
         self.warn(
             args.samples == 1, "--samples 1: one attempt at a task has nothing to compare with"
         )
@@ -185,16 +181,16 @@ class Run:
 
         first = self.done * enough
         if args.rollout == "sync":
-            self.rollouts = SyncRollouts(loop, next_group, enough, first)
+            self.rollouts = SyncRollouts(learner.loop, next_group, enough, first)
             return self.rollouts
         on_cpu = self.device.type == "cpu"
         workers = async_args.workers or (cores_of(self.local_ranks) if on_cpu else 1)
         threads = cores_of(self.local_ranks * workers) if on_cpu else 1
-        setup = Setup(args.model, loop.args, str(self.device), threads)
+        setup = Setup(args.model, learner.loop.args, str(self.device), threads)
         under_way = self.state["rollouts"] if self.state else []
         state = share_of(under_way, self.rank, self.ranks, args.tasks_per_step)
         self.rollouts = AsyncRollouts(
-            self.learner.model,
+            learner.model,
             setup,
             workers,
             next_group,
@@ -202,7 +198,7 @@ class Run:
             async_args,
             self.done,
             state or {"next_number": first, "groups": []},
-            loop.engine,
+            learner.loop.engine,
         )
         return self.rollouts
 
@@ -332,7 +328,7 @@ class Run:
         groups = [new_group(tasks[n], n, 1, seed, stream=EVALUATION) for n in shares]
         trajectories = [t for group in groups for t in group.trajectories]
         with self.bar(len(trajectories), f"evaluate on {split}") as progress:
-            played = gather_object(play(self.loop, trajectories, progress))
+            played = gather_object(play(self.learner.loop, trajectories, progress))
         settings = {"step": self.done, "split": split}
         result = summarise(played, settings, seed)
         if self.is_main:
