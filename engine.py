@@ -38,9 +38,9 @@ class WorkerError(RuntimeError):
     """Rollouts cannot go on; the message is one line."""
 
 
-def check_finite(model, version: int) -> None:
-    """Raises WorkerError if a weight is not finite."""
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+def check_finite(weights, version: int) -> None:
+    """Raises WorkerError if a weight of these tensors is not finite."""
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
         raise WorkerError(f"the weights of version {version} are not all finite: nobody gets them")
 
 

@@ -18,6 +18,7 @@ classes of three calls: `generate`, `load`, `loaded`. To try another server, wri
 
 import concurrent.futures
 import fcntl
+import functools
 import shutil
 import sys
 import threading
@@ -28,12 +29,13 @@ from pathlib import Path
 import numpy as np
 import requests
 import torch
-from accelerate.utils import wait_for_everyone
+from accelerate.utils import broadcast_object_list, wait_for_everyone
 
 from context import Chat
 from engine import Engine, Slot, WorkerError, check_finite
 from support import endings, run_folder
 from support.processes import own_rank
+from support.shards import gathered, reshard
 from support.threads import in_thread
 
 WAIT_S = 600.0  # a server that is gone must be back after so many seconds
@@ -155,9 +157,15 @@ def open_server(url: str, max_context: int) -> Vllm | Sglang:
     return dialect(url, card["id"])
 
 
-def open_engine(model, chat: Chat, args):
-    """What plays: `Engine`, or with --engine a server, which then has the model's weights."""
-    return ServerEngine(model, chat, args) if args.engine else Engine(model, chat, args)
+def open_engine(model, chat: Chat, args, version: int = 0):
+    """What plays: `Engine`, or with --engine a server, which then has the model's weights, of this
+    version.
+    """
+    if args.engine:
+        return ServerEngine(model, chat, args, version)
+    engine = Engine(model, chat, args)
+    engine.version = version
+    return engine
 
 
 class ServerEngine:
@@ -169,12 +177,13 @@ class ServerEngine:
         chat: its template. `chat.end_id` ends a turn.
         args: `RolloutArgs`; engine, engine_weights, slots, max_context, max_new_tokens and
             temperature are read.
+        version: of the model's weights.
 
     Raises:
         EngineError: the server does not answer, or cannot be used for this model.
     """
 
-    def __init__(self, model, chat: Chat, args):
+    def __init__(self, model, chat: Chat, args, version: int = 0):
         self.model, self.chat, self.args, self.end_id = model, chat, args, chat.end_id
         self.slots: list[Slot | None] = [None] * args.slots
         self.turns: dict[Slot, concurrent.futures.Future] = {}  # in flight
@@ -195,7 +204,7 @@ class ServerEngine:
             if own_rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = run_folder.lock(self.folder)
-            self.new_weights(0)
+            self.new_weights(version)
 
     # What `AgentLoop` asks for.
 
@@ -234,8 +243,7 @@ class ServerEngine:
         self.version, self.loaded = version, ""
         if self.pushes:
             wait_for_everyone()
-            if own_rank() == 0:
-                self.push()
+            self.push()
             wait_for_everyone()
 
     # Turns.
@@ -323,13 +331,22 @@ class ServerEngine:
         return self.folder / f"version-{version:06d}"
 
     def push(self) -> None:
-        """Write the weights, let the server load them, and hold it to them."""
-        check_finite(self.model, self.version)
-        folder = self.weights_of(self.version)
-        run_folder.save_atomically(folder, self.model.save_pretrained)
-        self.bring_back(name_of(folder))
-        self.check_logprobs()
-        for old in self.folder.glob("version-*"):
+        """Write the weights, let the server load them, and hold it to them. Rank 0 does it; a
+        sharded model is gathered, and computes, on all ranks together.
+        """
+        prompt, ids, logprobs = self.chat.before_question, [], []
+        weights = gathered(self.model.state_dict(keep_vars=True))
+        if own_rank() == 0:
+            check_finite(weights.values(), self.version)
+            folder = self.weights_of(self.version)
+            write = functools.partial(self.model.save_pretrained, state_dict=weights)
+            run_folder.save_atomically(folder, write)
+            self.bring_back(name_of(folder))
+            ids, logprobs, _ = self.turn(prompt, self.version)
+        del weights
+        [ids] = broadcast_object_list([ids])
+        self.check_logprobs(prompt, ids, logprobs)
+        for old in self.folder.glob("version-*") if own_rank() == 0 else []:
             if old != folder:
                 shutil.rmtree(old)
 
@@ -351,19 +368,20 @@ class ServerEngine:
                 )
 
     @torch.no_grad()
-    def check_logprobs(self) -> None:
-        """Compare the log-probs of a few tokens with our own.
+    def check_logprobs(self, prompt: list[int], ids: list[int], logprobs: list[float]) -> None:
+        """Compare the log-probs of a few sampled tokens with our own, on rank 0.
 
         Raises:
             EngineError: they are not of these weights, or of another distribution.
         """
-        prompt = self.chat.before_question
-        ids, logprobs, _ = self.turn(prompt, self.version)
         known = self.model.get_input_embeddings().num_embeddings
         if max(ids) >= known:
             raise EngineError(f"the engine sampled token {max(ids)}, and the model knows {known}")
         row = torch.tensor([prompt + ids], device=self.model.device)  # (1, L)
         logits = self.model(input_ids=row[:, :-1], use_cache=False).logits[0, -len(ids) :].float()
+        reshard(self.model)
+        if own_rank():
+            return
         gaps = []
         for temperature in (self.args.temperature or 1.0, 1.0):
             ours = (logits / temperature).log_softmax(-1).gather(-1, row[0, -len(ids) :, None])

@@ -49,7 +49,7 @@ from engine import load_policy
 from reward import advantages, control_negatives, penalised, turn_rewards
 from rollout import AgentLoop, RolloutArgs
 from server_engine import open_engine
-from support.batches import checkpoint_layers, micro_batches, padded, share_rows
+from support.batches import checkpoint_layers, padded, shared_batches
 from support.checks import check_args
 from support.flags import parse_flags
 from support.metrics import counts_of, metrics_of
@@ -202,20 +202,16 @@ def gradient(
     Raises:
         Stopped: the user asked for an end; no weight has changed.
     """
-    batches = micro_batches(share_rows(rows, accelerator), args.micro_tokens)
-    # Every process runs as many backward passes as the one with most; missing ones add zero.
-    counts = torch.tensor([len(batches)], device=accelerator.device)
-    count = int(accelerator.gather(counts).max())
-    if count == 0:
+    batches = shared_batches(rows, args.micro_tokens)  # as many in every process
+    if not batches:
         return 0.0
-    empty = [Row(Segment([0, 0]), [0.0, 1.0], [False, False])]
     checkpoint_layers(policy, args.gradient_checkpointing)
-    for number in range(count):
+    for number, (batch, weight) in enumerate(batches):
         endings.check()
-        batch, weight = (batches[number], 1.0) if number < len(batches) else (empty, 0.0)
-        # Gradients travel between processes once, in the last pass.
-        is_last = number == count - 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(policy):
+        # Gradients travel between processes once, in the last pass. Those of a sharded model travel
+        # in each: whole ones would be a second copy on the device.
+        now = accelerator.is_fsdp2 or number == len(batches) - 1
+        with contextlib.nullcontext() if now else accelerator.no_sync(policy):
             with accelerator.autocast():
                 loss = loss_of(policy, batch, accelerator.device) * weight / denominator
             # Data parallelism takes the mean over processes, and we want the sum.
@@ -249,12 +245,12 @@ def main():
         test_tasks = load_tasks(args.test_tasks, args.eval_tasks)
         reward_of = load_reward(args.reward)
         toolbox = run.open_tools(rollout_args, train_tasks + dev_tasks + test_tasks)
-        model, tokenizer = load_policy(args.model, run.device)
+        model, tokenizer = load_policy(args.model)
         chat = Chat(tokenizer, signatures())
-        engine = open_engine(model, chat, rollout_args)  # it samples from the learner's own weights
-        loop = AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True)
         policy = Policy(model, rollout_args.temperature)
-        learner = run.prepare(policy, args.learning_rate, chat, loop)
+        learner = run.prepare(policy, args.learning_rate, chat)
+        engine = open_engine(model, chat, rollout_args, run.done)  # with the learner's own weights
+        learner.loop = AgentLoop(engine, chat, toolbox, rollout_args, lockstep=True)
         run.open_folder()
         rollouts = run.open_rollouts(train_tasks, async_args)
         before = run.evaluate("test", test_tasks) if run.done == 0 else None

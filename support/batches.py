@@ -7,6 +7,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from support.shards import reshard
+
 
 def micro_batches(rows: list, micro_tokens: int) -> list[list]:
     """Rows of like length together, at most `micro_tokens` padded tokens each."""
@@ -25,14 +27,21 @@ def padded(lists: list[list], dtype: torch.dtype, device) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
 
 
-def share_rows(rows: list, accelerator) -> list:
-    """This rank's share of the rows of all ranks: as many as the others have, and as long ones.
-    Negative control and equal rewards leave some ranks with fewer rows than others.
+def shared_batches(rows: list, micro_tokens: int) -> list[tuple[list, float]]:
+    """(micro-batch, weight 1) of this rank's share of the rows of all ranks: as many rows as the
+    others have, and as long ones. Negative control and equal rewards leave some ranks with fewer.
+
+    Every rank gets as many micro-batches, since a pass may be a joint one. Those that a rank lacks
+    are the shortest row of all, with weight 0.
     """
-    if accelerator.num_processes == 1:
-        return rows
-    everything = sorted(gather_object(rows), key=lambda row: len(row.segment.ids))
-    return everything[accelerator.process_index :: accelerator.num_processes]
+    rank, ranks = 0, 1
+    if torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rows = sorted(gather_object(rows), key=lambda row: len(row.segment.ids))
+    shares = [micro_batches(rows[first::ranks], micro_tokens) for first in range(ranks)]
+    own = shares[rank]
+    lacking = max(map(len, shares)) - len(own)
+    return [(batch, 1.0) for batch in own] + [(rows[:1], 0.0)] * lacking
 
 
 def checkpoint_layers(policy, is_on: bool) -> None:
@@ -54,9 +63,11 @@ def logprob_gaps(policy, rows: list, micro_tokens: int, device) -> list[float]:
         rows: made of trajectories that its present weights sampled.
     """
     gaps = []
-    for batch in micro_batches(rows, micro_tokens):
+    for batch, weight in shared_batches(rows, micro_tokens):
         ids = padded([row.segment.ids for row in batch], torch.long, device)
         in_loss = padded([row.advantages for row in batch], torch.float32, device) != 0
         sampled = padded([row.segment.logprobs for row in batch], torch.float32, device)[in_loss]
-        gaps += (policy(ids, in_loss) - sampled).abs().tolist()
+        here = (policy(ids, in_loss) - sampled).abs().tolist()
+        gaps += here if weight else []
+    reshard(policy)
     return gaps

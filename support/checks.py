@@ -4,6 +4,7 @@ Each raises ValueError with one clear line for a flag that cannot work.
 """
 
 import math
+import os
 
 from accelerate.tracking import get_available_trackers
 
@@ -58,6 +59,14 @@ def check_args(args, rollout_args, async_args) -> None:
     if not 0 < args.gamma <= 1:
         raise ValueError("--gamma must be above 0 and at most 1")
     check_rollout_args(rollout_args)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if not rollout_args.engine:
+            raise ValueError(
+                "a learner that FSDP shards cannot be its own sampler: give --engine URL and "
+                "--engine_weights DIR (docs/engines.md)"
+            )
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("FSDP2 is needed: accelerate launch --use_fsdp --fsdp_version 2")
     if rollout_args.temperature == 0:
         raise ValueError(
             "--temperature must be above 0 in training: greedy decoding has nothing to learn from"

@@ -11,7 +11,7 @@ import sqlite3
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,6 +41,7 @@ from support.processes import (
     wanted_ranks,
 )
 from support.run_folder import share_of
+from support.shards import load_moments
 from support.toolbox import Toolbox
 from support.trajectory_log import is_written, to_lines, update_records
 from support.user_code import UserCodeError, where_it_failed
@@ -59,10 +60,10 @@ class Learner:
     """The policy with what it needs to play and to learn."""
 
     model: torch.nn.Module  # the language model; `policy` holds the same weights
-    policy: torch.nn.Module  # train.Policy, as Accelerate has wrapped it
+    policy: torch.nn.Module  # train.Policy, as Accelerate has wrapped it, or with shards in it
     optimizer: torch.optim.Optimizer
     chat: Chat
-    loop: AgentLoop  # plays with the learner's own weights
+    loop: AgentLoop | None = None  # plays with the learner's own weights
 
 
 class Run:
@@ -80,6 +81,7 @@ class Run:
         self.learner = self.rollouts = self.accelerator = None
         self.done = self.saved = self.skipped = 0  # updates
         self.began = False  # the first update
+        self.sharded = False  # the learner, by FSDP
         self.rank, self.ranks = own_rank(), 1
         self.is_main = self.rank == 0
         self.lock: int | None = None  # of the folder
@@ -117,6 +119,7 @@ class Run:
             toolbox.prepare(tasks)
         join_ranks()
         on_gpu = torch.cuda.is_available()
+        os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # by layers
         self.accelerator = Accelerator(
             cpu=not on_gpu,
             log_with=self.args.log_with or None,
@@ -129,21 +132,28 @@ class Run:
             toolbox.prepare(tasks)
         return toolbox
 
-    def prepare(self, policy, learning_rate: float, chat: Chat, loop: AgentLoop) -> Learner:
-        """The learner, as an earlier run has left it, and wrapped by Accelerate."""
+    def prepare(self, policy, learning_rate: float, chat: Chat) -> Learner:
+        """The learner, as an earlier run has left it, on its device, and wrapped by Accelerate."""
         model = policy.model
         if self.args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.state:
             model.load_state_dict(self.state["model"])
-            loop.engine.new_weights(self.done)
         optimizer = torch.optim.AdamW(
             policy.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
-        policy, optimizer = self.accelerator.prepare(policy, optimizer)
+        self.sharded = self.accelerator.is_fsdp2
+        if self.sharded:  # layer by layer, inside of `policy`
+            plugin = self.accelerator.state.fsdp_plugin
+            if dtypes := plugin.mixed_precision_policy:  # sums are in float32, as DDP's
+                in_float32 = replace(dtypes, reduce_dtype=torch.float32)
+                plugin.mixed_precision_policy = in_float32
+            model, optimizer = self.accelerator.prepare(model, optimizer)
+        else:
+            policy, optimizer = self.accelerator.prepare(policy, optimizer)
         if self.state:
-            optimizer.load_state_dict(self.state["optimizer"])
-        self.learner = Learner(model, policy, optimizer, chat, loop)
+            load_moments(optimizer, self.state["optimizer"])
+        self.learner = Learner(model, policy, optimizer, chat)
         return self.learner
 
     def open_rollouts(self, tasks: list, async_args):
@@ -336,11 +346,11 @@ class Run:
         under_way = [self.rollouts.state(ask)]
         if ask:
             under_way = gather_object(under_way)
+        learner = self.learner
+        model, tokenizer = learner.model, learner.chat.tokenizer
+        more = {"rollouts": under_way, "curriculum": self.curriculum.state()}
+        run_folder.save(self.out, self.done, model, learner.optimizer, tokenizer, more)
         if self.is_main:
-            learner = self.learner
-            model, tokenizer = learner.model, learner.chat.tokenizer
-            more = {"rollouts": under_way, "curriculum": self.curriculum.state()}
-            run_folder.save(self.out, self.done, model, learner.optimizer, tokenizer, more)
             draw_curves(self.out)
         self.saved = self.done
 
@@ -408,8 +418,8 @@ class Run:
     def save_at_the_end(self, broken: bool) -> str:
         """Save what a stopped run has done; returns its last line, which rank 0 speaks for all.
 
-        Parked work of other ranks cannot be asked for now. So with several ranks and workers the
-        last checkpoint is what the run goes on from.
+        Parked work and shards of other ranks cannot be asked for now. So with several ranks and
+        workers, or a sharded learner, the last checkpoint is what the run goes on from.
 
         Args:
             broken: another rank has ended in the middle of what we did together.
@@ -425,8 +435,8 @@ class Run:
         if not self.began:
             return f"stopped{since} before the first step"
         problem = ""
-        alone = self.ranks == 1 or self.rollouts.state(ask=False) is None
-        if self.done > self.saved and alone:
+        whole = self.ranks == 1 or self.rollouts.state(ask=False) is None
+        if self.done > self.saved and whole and not self.sharded:
             try:
                 self.save(ask=False)
             except OSError as error:

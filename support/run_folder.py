@@ -20,8 +20,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 
 from support.flags import parse_flags
+from support.processes import own_rank
+from support.shards import gathered
 from support.user_code import file_and_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,11 +227,11 @@ def save_atomically(folder: Path, write) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
-    """A folder that `--model` takes."""
+def save_model(folder: Path, model, tokenizer, **weights) -> None:
+    """A folder that `--model` takes. Of a sharded model `state_dict` gives the whole weights."""
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **weights)
         tokenizer.save_pretrained(temporary)
 
     save_atomically(folder, write)
@@ -241,7 +244,7 @@ def sha256(path: Path) -> str:
 
 def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
     """Write state/ (for --resume) and checkpoint/ (for users). The last two states are kept, in
-    case one is damaged.
+    case one is damaged. Every rank calls this, and rank 0 writes.
 
     A state is one file whose name holds the start of its SHA-256. It appears whole, under its final
     name, or not at all.
@@ -255,14 +258,19 @@ def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
         OSError: the disk is full, say; what was there before stays whole.
     """
     states, temporary = out / "state", out / "state" / "saving"
+    weights, moments = model.state_dict(keep_vars=True), optimizer.state_dict()
+    state = gathered({"step": step, "model": weights, "optimizer": moments})
+    if own_rank():
+        return
     states.mkdir(exist_ok=True)
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     try:
         torch.save(state | more, temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, states / f"step-{step:06d}-{sha256(temporary)}.pt")
-        save_model(out / "checkpoint", model, tokenizer)
+        sharded = isinstance(next(model.parameters()), DTensor)
+        whole = {"state_dict": state["model"]} if sharded else {}
+        save_model(out / "checkpoint", model, tokenizer, **whole)
     except (
         RuntimeError,
         SafetensorError,

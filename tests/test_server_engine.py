@@ -1,6 +1,7 @@
 """--engine URL: rollouts on a server that answers in vLLM's or SGLang's dialect (stub_server.py)."""
 
 import copy
+import itertools
 import os
 import signal
 import socket
@@ -13,17 +14,21 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from safetensors.torch import load_file
 from scripted import ScriptedLoop, scripted_tasks, trainer_gap
 from stub_server import Stub
 from test_workers import assert_each_exactly_once
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import server_engine
 from engine import load_policy
 from rollout import RolloutArgs, SyncRollouts, new_group, play
 from server_engine import EngineError, ServerEngine, open_engine
-from support.checks import check_rollout_args
-from support.run_folder import read_lines
-from train import Policy
+from support.checks import check_args, check_rollout_args
+from support.run_folder import load_state, read_lines, save
+from support.shards import load_moments
+from train import Policy, TrainArgs
 from workers import AsyncArgs, AsyncRollouts, Setup, WorkerError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,6 +318,124 @@ def test_a_training_run_survives_a_sigkill_of_its_server(stub_process, tmp_path,
     ]
     assert len(set(places)) == len(places) and len(places) >= 3 * 4
     assert said.count("log-prob") >= 3 and "disagree" not in said
+
+
+# ------------------------------------------------------------------------------- a sharded learner
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A process group of this process alone: tensors are shards there, too."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def learn(model, optimizer) -> None:
+    ids = torch.arange(40, 80)[None]
+    model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(
+        -1, ids[0, 1:, None]
+    ).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_sharded_learner_is_gathered_once_a_push_and_saved_whole(
+    alone, stubs, nano, chat, args_of, tmp_path, monkeypatch
+):
+    stub, plain = stubs["vllm"], copy.deepcopy(nano)
+    stub.fault, whole, gathers = "", DTensor.full_tensor, []
+    monkeypatch.setattr(DTensor, "full_tensor", lambda t: gathers.append(t) or whole(t))
+    for part in (*nano.model.layers, nano):
+        fully_shard(part)
+    tensors = len(list(nano.parameters()))  # embedding and output matrix are one
+    engine = open_engine(nano, chat, args_of(stub.url))
+    assert len(gathers) == tensors and isinstance(gathers[0], DTensor)
+    made = {}
+    for name, model in (("sharded", nano), ("plain", plain)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        learn(model, optimizer)
+        (tmp_path / name).mkdir()
+        made[name] = optimizer
+    engine.new_weights(1)
+    assert len(gathers) == 2 * tensors
+    for ours, theirs in zip(plain.parameters(), stub.model.parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+    for name, model in (("sharded", nano), ("plain", plain)):
+        save(tmp_path / name, 1, model, made[name], chat.tokenizer, {"rollouts": [None]})
+    one, two = (load_file(tmp_path / name / "checkpoint/model.safetensors") for name in made)
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k]) for k in one)
+    states = {name: load_state(tmp_path / name) for name in made}
+    assert states["sharded"]["model"].keys() == states["plain"]["model"].keys()
+    for name in made:  # each goes on from the state of the other
+        model = nano if name == "sharded" else plain
+        other = states["plain" if name == "sharded" else "sharded"]["optimizer"]
+        load_moments(optimizer := torch.optim.AdamW(model.parameters()), other)
+        assert all(type(s["exp_avg"]) is type(p.data) for p, s in optimizer.state.items())
+        learn(model, optimizer)
+    for ours, theirs in zip(plain.parameters(), nano.parameters()):
+        assert torch.allclose(ours, whole(theirs), atol=1e-5)
+
+
+@pytest.mark.full
+def test_two_ranks_with_half_of_the_learner_each_equal_one_process(stub_process, tmp_path):
+    flags = (
+        "--tasks_per_step 2 --samples 4 --max_turns 3 --eval_tasks 0 --save_every 1 --warmup 1"
+        " --learning_rate 1e-4 --micro_tokens 1500 --seed 3"
+    ).split()
+    shard = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+    ranks = f"-m torch.distributed.run --master_port {port} --nproc_per_node 2 tests/fsdp_on_cpu.py"
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    def train(script: str, env: dict, *flags) -> None:
+        means = [f"--engine={stub_process.url}", f"--engine_weights={tmp_path / 'weights'}"]
+        command = [sys.executable, *script.split(), *flags, "--check_logprobs", *means]
+        run = subprocess.run(
+            command, cwd=ROOT, env=os.environ | env, stdout=-1, stderr=-2, text=True, timeout=200
+        )
+        assert run.returncode == 0, run.stdout
+        assert "log-prob" in run.stdout
+
+    def compare(steps: int) -> None:
+        for a, b in itertools.zip_longest(*(read_lines(f / "metrics.jsonl") for f in (one, two))):
+            for key in ("step", "reward", "pass_rate", "turns", "tokens", "kept_negatives"):
+                assert a[key] == pytest.approx(b[key]), key
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        states = [load_state(folder) for folder in (one, two)]
+        for a, b in zip(*(state["model"].values() for state in states), strict=True):
+            assert (a - b).abs().max() < steps * 1e-5
+        for a, b in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
+            assert (a["exp_avg"] - b["exp_avg"]).abs().max() < 1e-5 and a["step"] == b[
+                "step"
+            ] == steps
+
+    train("train.py --processes 1", {}, "--steps=1", f"--out={one}", *flags)
+    train(ranks, shard, "--steps=1", f"--out={two}", *flags)
+    compare(1)
+    weights = [load_file(f / "model.safetensors") for f in (ROOT / "data/nano", two / "checkpoint")]
+    assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) > 5e-5
+    train("train.py --processes 1", {}, "--steps=2", f"--resume={one}")
+    # Rank 0 alone reads the weights now.
+    lean = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    train(ranks, shard | lean, "--steps=2", f"--resume={two}")
+    compare(2)
+
+
+def test_a_sharded_learner_without_a_server_is_one_line(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for rollout in ("sync", "async"):
+        with pytest.raises(ValueError, match="give --engine URL and --engine_weights DIR"):
+            check_args(TrainArgs(rollout=rollout), RolloutArgs(), AsyncArgs())
+    server = RolloutArgs(engine="http://127.0.0.1:8000", engine_weights="here")
+    with pytest.raises(ValueError, match="--fsdp_version 2"):
+        check_args(TrainArgs(), server, AsyncArgs())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_args(TrainArgs(), server, AsyncArgs())
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -24,7 +24,7 @@ from context import Segment, Trajectory, Turn
 from data.task import Task, task_at
 from reward import Reward, control_negatives
 from rollout import EVALUATION, Group, RolloutArgs, SyncRollouts, new_group
-from support import processes
+from support import batches, processes
 from support.batches import micro_batches, padded
 from support.checks import check_args
 from support.curriculum import Curriculum
@@ -118,6 +118,25 @@ def test_micro_batches_and_padding_change_nothing(tiny):
     assert sorted(id(row) for batch in batches for row in batch) == sorted(map(id, rows))
     lengths = [[len(row.segment.ids) for row in batch] for batch in batches]
     assert all(len(batch) == 1 or len(batch) * max(batch) <= 150 for batch in lengths)
+
+
+def test_every_rank_gets_as_many_micro_batches(monkeypatch):
+    """Also a rank that has sampled nothing; what it lacks has weight 0."""
+    parts = [made_up_rows(6), made_up_rows(1), []]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(parts))
+    monkeypatch.setattr(batches, "gather_object", lambda rows: sum(parts, []))
+    shares = []
+    for rank, rows in enumerate(parts):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        shares.append(batches.shared_batches(rows, 1))
+    assert [len(share) for share in shares] == [3, 3, 3]
+    trained = [row for share in shares for batch, weight in share if weight for row in batch]
+    assert sorted(map(id, trained)) == sorted(map(id, sum(parts, [])))
+    lacking = [batch for share in shares for batch, weight in share if not weight]
+    assert len(lacking) == 2 and all(len(batch) == 1 for batch in lacking)
+    parts = [[], [], []]
+    assert batches.shared_batches([], 1) == []
 
 
 def test_observation_tokens_have_exactly_no_gradient(tiny):
