@@ -276,7 +276,7 @@ def source_of(monkeypatch, mode, tasks, update, rank=0, ranks=1, per_update=4, s
     run = Run(args, [])
     run.rank, run.ranks, run.local_ranks, run.done = rank, ranks, ranks, update
     run.device, run.state = torch.device("cpu"), {"rollouts": state} if state else None
-    run.learner = SimpleNamespace(model=None, loop=SimpleNamespace(args=RolloutArgs()))
+    run.learner = SimpleNamespace(model=None, loop=SimpleNamespace(args=RolloutArgs(), engine=None))
     rollouts = run.open_rollouts(tasks, AsyncArgs(workers=1))
     if mode == "sync":
         assert isinstance(rollouts, SyncRollouts)
