@@ -281,7 +281,7 @@ def source_of(monkeypatch, mode, tasks, update, rank=0, ranks=1, per_update=4, s
     if mode == "sync":
         assert isinstance(rollouts, SyncRollouts)
         return rollouts.next_group, rollouts.enough, rollouts.next_number
-    [(_, _, _, next_group, enough, _, version, state)] = opened
+    [(_, _, _, next_group, enough, _, version, state, _)] = opened
     assert version == update
     return next_group, enough, state["next_number"]
 
