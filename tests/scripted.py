@@ -99,4 +99,4 @@ def trainer_gaps(
 
 
 def trainer_gap(policy, trajectories: list[Trajectory], version: int = 0) -> float:
-    return max(trainer_gaps(policy, trajectories, version))
+    return max(trainer_gaps(policy, trajectories, version), default=0.0)

@@ -40,7 +40,7 @@ def play(engine, chat, tasks, toolbox, args, samples=2, seed=0, lockstep=True):
 def played(nano, chat, toolbox, dev_tasks):
     """Trajectories of the shipped model, in lockstep. Tests read them only."""
     args = RolloutArgs(slots=8)
-    return play(Engine(nano, chat, args), chat, dev_tasks[:4], toolbox, args)
+    return play(Engine(nano, chat, args), chat, dev_tasks[:12], toolbox, args)
 
 
 def actions(trajectories) -> list[list[list[int]]]:
