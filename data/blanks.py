@@ -101,7 +101,8 @@ BLANKS = {
     "number": (
         "number",
         "number",
-        r"(?:\b(?!(?:version|release|and|or|to) )[a-z]+ |(?<!and )(?<!or )(?<!, )\b(?:RFC|PEP|ISO) |\()"
+        r"(?:\b(?!(?:version|release|and|or|to) )[a-z]+ "
+        r"|(?<!and )(?<!or )(?<!, )\b(?:RFC|PEP|ISO) |\()"
         r"`?(-?\d{1,3}(?:,\d{3})+|-?(?!0\d)\d+(?:\.\d+)?%?)`?"
         r"(?![\w%:/*+^°-]|[.,]\d|,? (?:and |or |to )?(?:RFC |PEP )?`?-?\d)",
     ),

@@ -1,7 +1,7 @@
 """A learner that is sharded over the ranks (FSDP2): its tensors whole, and back again.
 
-In: a state dict whose tensors may be shards. Out: the state dict that an unsharded learner has. So a
-run may go on with another number of GPUs, sharded or not.
+In: a state dict whose tensors may be shards. Out: the state dict that an unsharded learner has. So
+a run may go on with another number of GPUs, sharded or not.
 """
 
 import torch

@@ -17,8 +17,8 @@ from support.html_text import html_to_text
 
 # Words, numbers, the start of an address and everything else are never in one token. A space
 # belongs to the lower-case word beside it and never to a name, number or address (" of " in "mayor
-# of Belin"), so those are cut alike after a space, a quote, a slash or a bracket. A name is cut into
-# its syllables: two tokens, for all names alike.
+# of Belin"), so those are cut alike after a space, a quote, a slash or a bracket. A name is cut
+# into its syllables: two tokens, for all names alike.
 PIECES = (
     r"https?://| (?=https?://)| ?[a-z]+ (?=[A-Z0-9])| [a-z]+|[a-z]+|[A-Z][a-z]{0,2}|\d{1,3}"
     r"|[^A-Za-z0-9]+?(?= [a-z]|https?://)|[^A-Za-z0-9]+"
