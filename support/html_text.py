@@ -268,7 +268,7 @@ def passages_with(wanted: str, text: str, page_chars: int) -> Iterator[str]:
             boundary = SENTENCE_END.search(text, last, starts[of_last])
             end = boundary.end() if boundary else starts[of_last]
             shown = fold_words(text[start:end].strip("#*: \n"))[0]
-            if shown == wanted:  # a heading or term: what it names is next
+            if shown == wanted.rstrip(": "):  # a heading or term: what it names is next
                 limit = min(end + page_chars, len(text))
                 boundary = SENTENCE_END.search(text, end, limit)
                 end = boundary.end() if boundary else limit

@@ -101,13 +101,13 @@ def test_elide_keeps_the_prompt_within_its_budget(chat):
     stub = chat.untrusted(ELIDED)
     for _ in range(30):
         trajectory.turns.append(made_up(chat, 1).turns[0])
-        prompt = elide(trajectory, chat, 900)
-        assert len(prompt) <= 900
+        prompt = elide(trajectory, chat, 1000)
+        assert len(prompt) <= 1000
         assert prompt[: len(trajectory.head_ids)] == trajectory.head_ids
         newest = trajectory.turns[-1].observation_ids
         assert prompt[-len(newest) :] == newest  # it is whole
     assert any(prompt[i : i + len(stub)] == stub for i in range(len(prompt)))
-    assert len(none(trajectory, chat, 900)) > 900
+    assert len(none(trajectory, chat, 1000)) > 1000
 
 
 def test_prefix_rule():

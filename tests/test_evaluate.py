@@ -313,7 +313,7 @@ def test_the_table_has_headings_and_no_rows_for_what_a_users_tasks_do_not_state(
     made = [Trajectory(task, (0,), status="answered", answer="x") for task in dev_tasks[:20]]
     lines = format_table(summarise(made + own, {})).splitlines()
     headings = [line for line in lines if line.endswith(":")]
-    assert headings == ["by family:", "by hops:", "by template:"]
+    assert headings == ["by family:", "by hops:", "by template:", "by pages:"]
     assert not any(line.split()[0] == "own" for line in lines) and "  lookup 1" in "\n".join(lines)
 
 
