@@ -177,8 +177,9 @@ def with_habits(name: str):
 def gaps_around_an_update(name: str, folder) -> tuple[float, float]:
     """Largest |trainer - sampler| log-prob of a model of HABITS before and after one update."""
     policy, engine, play_all = scripted(*with_habits(name), folder, 1200)
-    gaps, args = [], SimpleNamespace(
-        micro_tokens=4096, max_grad_norm=1.0, gradient_checkpointing=False
+    gaps, args = (
+        [],
+        SimpleNamespace(micro_tokens=4096, max_grad_norm=1.0, gradient_checkpointing=False),
     )
     for version in (0, 1):
         played = play_all()

@@ -40,7 +40,7 @@ def play(engine, chat, tasks, toolbox, args, samples=2, seed=0, lockstep=True):
 def played(nano, chat, toolbox, dev_tasks):
     """Trajectories of the shipped model, in lockstep. Tests read them only."""
     args = RolloutArgs(slots=8)
-    return play(Engine(nano, chat, args), chat, dev_tasks[:12], toolbox, args)
+    return play(Engine(nano, chat, args), chat, dev_tasks[:6], toolbox, args)
 
 
 def actions(trajectories) -> list[list[list[int]]]:
@@ -299,7 +299,7 @@ def test_same_key_same_trajectories_whatever_plays_them(
     what a rollout process runs. Other batches round differently, which almost never gives another
     token."""
 
-    def replay(slots, lockstep, tasks=12, seed=0):
+    def replay(slots, lockstep, tasks=6, seed=0):
         args = RolloutArgs(slots=slots)
         engine = make_engine(nano, args)
         return play(engine, chat, dev_tasks[:tasks], toolbox, args, 2, seed, lockstep)
@@ -311,7 +311,7 @@ def test_same_key_same_trajectories_whatever_plays_them(
     for slots, lockstep in [(3, False)] + [(3, True), (8, False)] * full:
         other = replay(slots, lockstep)
         assert [t.key for t in other] == [t.key for t in played]
-        assert sum(a == b for a, b in zip(actions(played), actions(other))) >= 22
+        assert sum(a == b for a, b in zip(actions(played), actions(other))) >= 11
     assert actions(replay(8, True, tasks=1, seed=1)) != actions(played)[:2]
 
 

@@ -287,12 +287,9 @@ def test_a_server_that_is_killed_in_the_middle_loses_nothing(
         play(loop, new_group(tasks[0], 99, 2, 0).trajectories)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    "mode",
-    [
-        ["--rollout=async", "--workers=1", "--partial", "--overlap"],
-        pytest.param(["--processes=2"], marks=pytest.mark.full),
-    ],
+    "mode", [["--rollout=async", "--workers=1", "--partial", "--overlap"], ["--processes=2"]]
 )
 def test_a_training_run_survives_a_sigkill_of_its_server(stub_process, tmp_path, mode):
     flags = (
