@@ -6,7 +6,7 @@ addresses are the same each time. So the batch is rounded up to one of a few siz
 that is read to a multiple of `LENGTH`. The KV cache (engine.SlotCache) is static anyway.
 
 In: the last token of each row. Out: logits. On a CPU the same fixed shapes run without a graph, so
-that they can be tested there. To try an idea (another attention, say), change `StaticDecoder.run`.
+that they can be tested there. To try an idea (a compiled step, say), change `StaticDecoder.run`.
 """
 
 import torch
@@ -25,13 +25,12 @@ class StaticDecoder:
 
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
-        self.device, self.most = model.device, cache.columns - 1
-        self.records = self.device.type == "cuda"
+        self.most, self.records = cache.columns - 1, model.device.type == "cuda"
         self.graphs: dict[tuple[int, int], tuple] = {}  # (rows, length) -> (graph, its logits)
         self.pool = torch.cuda.graph_pool_handle() if self.records else None
         # Ids, positions, and the columns of the cache that are written: (3, rows, 1).
         self.host = torch.zeros(3, cache.count, 1, dtype=torch.long, pin_memory=self.records)
-        self.inputs = self.host.to(self.device)
+        self.inputs = self.host.to(model.device)
 
     def step(self, ids: list[int], positions: list[int]) -> torch.Tensor:
         """Run a token of each of the first rows.
@@ -64,19 +63,7 @@ class StaticDecoder:
     def run(self, rows: int, length: int) -> torch.Tensor:
         """The step itself, on whatever `inputs` hold: logits (rows, V), float32."""
         ids, positions, targets = self.inputs[:, :rows]  # (rows, 1) each
-        self.cache.rows, self.cache.positions, self.cache.length = slice(0, rows), targets, length
-        unseen = torch.arange(length, device=self.device) > positions  # (rows, length)
-        mask = torch.zeros(unseen.shape, dtype=self.model.dtype, device=self.device)
-        mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (rows, 1, 1, length)
-        output = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+        return self.cache.run(self.model, slice(0, rows), length, ids, positions, targets)
 
     def record(self, rows: int, length: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The graph of a step of this shape, and where it leaves its logits."""

@@ -28,8 +28,8 @@ from decode_graphs import StaticDecoder
 from support.flags import did_you_mean
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
-PREFILL_TOKENS = 2048  # of prompts in one pass, padding included; on a GPU so many times as many:
-ON_GPU = 16
+PREFILL_TOKENS = 2048  # of prompts in one pass, padding included
+ON_GPU = 16  # times as many there
 PIECES_GAP = 1e-3  # between log-probs of one context, read at once or in pieces; float32
 PADDING_TOKENS = 64  # of padding in one pass of prompts; more padding costs more than another pass
 
@@ -181,6 +181,33 @@ class SlotCache(Cache):
             )  # a view, not a copy, where `rows` is a slice
         return tuple(result)
 
+    def run(self, model, rows, length: int, ids, positions, targets) -> torch.Tensor:
+        """Run new tokens of some rows through a model.
+
+        Args:
+            rows: a slice of the rows, or a tensor of their numbers.
+            length: columns that are read.
+            ids, positions, targets: (B, T) each: the tokens, where each stands in its context, and
+                the columns that are written.
+
+        Returns:
+            Logits after the last column, (B, V), float32.
+        """
+        self.rows, self.positions, self.length = rows, targets, length
+        # (B, 1, T, length): 0 where a token sees and -inf where it does not. It is made once, not
+        # in each layer.
+        unseen = torch.arange(length, device=ids.device) > positions[:, None, :, None]
+        mask = torch.zeros(unseen.shape, dtype=model.dtype, device=ids.device)
+        output = model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask.masked_fill_(unseen, -torch.inf),
+            past_key_values=self,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are always given
 
@@ -246,15 +273,15 @@ class Engine:
         known = model.get_input_embeddings().num_embeddings
         if (used := max([chat.end_id, *chat.before_question])) >= known:
             raise ValueError(f"the model knows {known} tokens, its tokenizer more: token {used}")
-        self.learner, self.end_id, self.device = model, chat.end_id, model.device
+        self.learner = self.model = model  # on a GPU `self.model` becomes a copy
+        self.end_id, self.device = chat.end_id, model.device
         self.temperature, self.max_new_tokens = args.temperature, args.max_new_tokens
         self.slots: list[Slot | None] = [None] * args.slots
         rows = args.slots
         if args.kv_tokens:
             rows = min(rows, max(1, args.kv_tokens // args.max_context))
-        self.check_agreement(model)
+        self.check_agreement()
         on_gpu = self.device.type == "cuda"
-        self.model = model
         if on_gpu and args.precision == "bf16":
             self.model = copy.deepcopy(model)
             for parameter in self.model.parameters():  # rotary angles stay in float32
@@ -269,13 +296,13 @@ class Engine:
         self.stats |= dict.fromkeys(("sampled", "prefilled", "evicted"), 0)  # tokens, tokens, rows
 
     @torch.no_grad()
-    def check_agreement(self, model) -> None:
+    def check_agreement(self) -> None:
         """Read a few ids in pieces, as the engine does, and at once, as the trainer does.
 
         Raises:
             ValueError: the model cannot do that, or its log-probs differ.
         """
-        self.model, self.cache = model, SlotCache(2, 16)
+        self.cache = SlotCache(2, 16)
         why = "its log-probs depend on whether it reads a context at once or in pieces"
         rows, cuts = [range(2, 14), range(5, 12)], [(0, 0), (6, 2), (11, 6), (12, 7)]
         try:
@@ -286,13 +313,15 @@ class Engine:
             for row, logprobs in zip(rows, logits.log_softmax(-1)):
                 ids = torch.tensor([row], device=self.device)
                 last = ids == row[-1]
-                output = model(input_ids=ids, use_cache=False, logits_to_keep=last)
+                output = self.model(input_ids=ids, use_cache=False, logits_to_keep=last)
                 gaps = output.logits.float().log_softmax(-1) - logprobs  # (1, V)
                 gap = max(gap, float(gaps.abs().max()))
         except Exception as error:  # models fail in many ways, and these ids are harmless
             why, gap = " ".join(str(error).split())[:200], torch.inf
         if not gap < PIECES_GAP:
-            raise ValueError(f"the engine cannot play a {model.config.model_type} model: {why}")
+            raise ValueError(
+                f"the engine cannot play a {self.model.config.model_type} model: {why}"
+            )
 
     @torch.no_grad()
     def new_weights(self, version: int) -> None:
@@ -454,23 +483,9 @@ class Engine:
             torch.from_numpy(x).to(self.device) for x in (ids, positions, targets)
         )
         length = int(positions[:, -1].max()) + 1
-        self.cache.rows = (
-            rows if isinstance(rows, slice) else torch.tensor(rows, device=self.device)
-        )
-        self.cache.positions, self.cache.length = targets, length
-        # (B, 1, T, length): 0 where a token sees and -inf where it does not. It is made once, not
-        # in each layer.
-        unseen = torch.arange(length, device=self.device) > positions[:, None, :, None]
-        mask = torch.zeros(unseen.shape, dtype=self.model.dtype, device=self.device)
-        output = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask.masked_fill_(unseen, -torch.inf),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+        if not isinstance(rows, slice):
+            rows = torch.tensor(rows, device=self.device)
+        return self.cache.run(self.model, rows, length, ids, positions, targets)
 
     def sample(self, logits: torch.Tensor, slots: list[Slot]) -> list[Slot]:
         """Draw a token for each slot from softmax(logits / T); returns the slots whose turn ended.

@@ -208,9 +208,7 @@ class ServerEngine:
 
     # What `AgentLoop` asks for.
 
-    def free_places(self) -> list[int]:
-        """The places in `slots` that nobody has."""
-        return [place for place, slot in enumerate(self.slots) if slot is None]
+    free_places = Engine.free_places  # it looks at `slots` alone
 
     def at_boundary(self) -> bool:
         """Whether no slot is in the middle of a turn."""

@@ -25,18 +25,20 @@ PATHS = {
 }
 
 
-def compose(joints: list[str], has_page: bool, rng: random.Random) -> str:
-    """A random form of one to four parts with these joints between; one part may be the page."""
-    parts = rng.choices("LWN", k=rng.randint(1, 4))
-    if has_page:
-        parts[rng.randrange(len(parts))] = "*"
-    return parts[0] + "".join(rng.choice(joints) + part for part in parts[1:])
+def compose(joints: list[str], has_page: bool, unseen: list[str]) -> list[str]:
+    """Random forms of one to four parts with these joints between, without those of `unseen`; one
+    part may be the page."""
+    rng, forms = random.Random(0), []
+    for _ in range(400):
+        parts = rng.choices("LWN", k=rng.randint(1, 4))
+        if has_page:
+            parts[rng.randrange(len(parts))] = "*"
+        forms.append(parts[0] + "".join(rng.choice(joints) + part for part in parts[1:]))
+    return [form for form in forms if form not in unseen]
 
 
-for known, joints in ((HOSTS, ["", "-", "."]), (PATHS, ["", "-", ".", "/", "/", "/"])):
-    rng = random.Random(0)
-    drawn = (compose(joints, known is PATHS, rng) for _ in range(400))
-    known[COMPOSED] = [form for form in drawn if form not in known[UNSEEN]]
+HOSTS[COMPOSED] = compose(["", "-", "."], False, HOSTS[UNSEEN])
+PATHS[COMPOSED] = compose(["", "-", ".", "/", "/", "/"], True, PATHS[UNSEEN])
 ENDINGS = ("test", "test", "test", "example")  # no real site can have these names
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

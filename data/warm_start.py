@@ -217,7 +217,8 @@ def main():
         end = "stopped"
     except (OSError, ValueError) as error:
         sys.exit(f"data/warm_start.py: {error}")
-    save_model(Path(args.out), model, chat.tokenizer)
+    if end == "stopped" or done % args.eval_every:  # else the last report has saved it
+        save_model(Path(args.out), model, chat.tokenizer)
     print(f"{end} after {done} steps; go on with: python train.py --model {args.out}")
 
 

@@ -59,8 +59,8 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
     the, dot = encode("The"), encode(".")
     is_, bar = encode("A is A")[1:-1], encode("A| A")[1:-1]
 
-    def random_tokens(least: int, most: int) -> list[int]:
-        return rng.integers(0, len(chat.tokenizer), rng.integers(least, most + 1)).tolist()
+    def few_tokens() -> list[int]:
+        return rng.integers(0, len(chat.tokenizer), rng.integers(3)).tolist()
 
     def random_pair() -> list[int]:
         return rng.integers(270, len(chat.tokenizer), 2).tolist()
@@ -80,7 +80,7 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
             rng.shuffle(order)
         is_table = len(names) == 2 and rng.random() < 0.5
         # Tables have a bar. Other layouts have other signs, so those of a row are drawn, too.
-        before, between = random_tokens(0, 2), random_tokens(0, 2)
+        before, between = few_tokens(), few_tokens()
         if rng.random() < 0.3:
             before, between = [], bar
         for n, k in order:
