@@ -37,16 +37,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from context import Chat
-from data.base.drills import (
-    Drill,
-    copy_drill,
-    empty_rows,
-    fact_drill,
-    plans,
-    text_drill,
-    visits,
-    walks,
-)
+from data.base import drills
+from data.base.drills import Drill, copy_drill, empty_rows, fact_drill, text_drill
 from data.base.explorers import Row, write_transcripts, write_visits
 from data.base.induction import build_induction
 from data.base.tokenizer import tokenizer_corpus, train_tokenizer
@@ -58,6 +50,9 @@ from support.flags import parse_flags
 from tools import signatures
 
 NANO = Path(__file__).resolve().parent / "nano"
+# Shares of the drills while facts are not copied yet, and later, among the transcripts.
+EARLY = {"visits": 0.5, "facts": 0.4, "spans": 0.1}
+LATE = {"visits": 0.35, "plans": 0.3, "sums": 0.2, "facts": 0.1, "spans": 0.05}
 
 
 @dataclass
@@ -169,20 +164,20 @@ class Lessons:
         """
         rng, args = self.rng, self.args
         self.can_copy = self.can_copy or copied > 0.9 or step >= args.drill_steps
-        if self.can_copy and (done >= 0.8 or rng.random() >= args.drill_share):
+        if self.can_copy and (done >= 0.9 or rng.random() >= args.drill_share):
             if not self.queue:
                 self.queue = [self.batches[i] for i in rng.permutation(len(self.batches))]
             return "transcripts", pad(self.queue.pop(), rng)
         size = (args.batch_tokens // 256, 256)
+        shares = LATE if self.can_copy else EARLY
+        name = str(rng.choice(list(shares), p=list(shares.values())))
         if self.has_walks and self.can_copy and rng.random() < 0.5:
-            return "walks", text_drill(walks, rng, self.chat, self.drill_world, *size)
-        if self.can_copy and rng.random() < 0.5:
-            return "plans", text_drill(plans, rng, self.chat, self.drill_world, *size)
-        if rng.random() < 0.5:
-            return "visits", text_drill(visits, rng, self.chat, self.drill_world, *size)
-        if rng.random() < 0.8:
-            return "facts", fact_drill(rng, self.chat, *size)
-        return "spans", copy_drill(rng, len(self.chat.tokenizer), *size)
+            name = "walks"
+        if name == "facts":
+            return name, fact_drill(rng, self.chat, *size)
+        if name == "spans":
+            return name, copy_drill(rng, len(self.chat.tokenizer), *size)
+        return name, text_drill(getattr(drills, name), rng, self.chat, self.drill_world, *size)
 
 
 def main():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import data.pretrain
-from data.base.drills import copy_drill, fact_drill, plans, text_drill, visits, walks
+from data.base.drills import copy_drill, fact_drill, plans, sums, text_drill, visits, walks
 from data.base.explorers import open_site, write_transcripts
 from data.base.walkers import Walker, write_walks
 from data.pretrain import addresses_copied
@@ -65,15 +65,35 @@ def test_walk_drills_are_learned_where_their_rule_decides(deep_dir, chat):
     )
 
 
-def test_visit_drills_are_learned_at_the_address_and_what_follows(chat):
+def shown_and_learned(source, chat):
+    """The text of four rows of a drill, apart: what is shown, and what there is loss on."""
     world = World(116, 5000, "pretrain", style="varied")
-    ids, labels = text_drill(visits, np.random.default_rng(0), chat, world, 4, 256)
+    ids, labels = text_drill(source, np.random.default_rng(0), chat, world, 4, 256)
     for row in range(4):
-        shown = chat.decode(ids[row][labels[row] < 0].tolist())
-        learned = chat.decode(ids[row][labels[row] >= 0].tolist())
+        is_shown = labels[row] < 0
+        yield chat.decode(ids[row][is_shown].tolist()), chat.decode(ids[row][~is_shown].tolist())
+
+
+def test_visit_drills_are_learned_at_the_address_and_at_what_the_record_says(chat):
+    for shown, learned in shown_and_learned(visits, chat):
         calls = re.findall(r'"url": "(.*?)"', learned)
         assert calls and len(set(calls)) == len(calls)
         assert all(f" {url}\n" in shown for url in calls)
+        records = re.findall(r"<tool_response>(p\d: .*?)</tool_response>", shown, re.DOTALL)
+        answers = re.findall(r"<answer>(\w+)</answer>", learned)
+        assert answers and all(value in record for value, record in zip(answers, records))
+        # These signs stand only in layouts that training has not.
+        assert "#" not in shown and "*" not in shown
+
+
+def test_sum_drills_are_learned_at_the_sign_and_at_the_result(chat):
+    signs = {"sum": "{} + {}", "difference": "abs({} - {})", "product": "{} * {}"}
+    for shown, learned in shown_and_learned(sums, chat):
+        asked = re.findall(r"(\w+): (\d+), (\d+)\.", shown)
+        codes = re.findall(r"print\((.*?)\)\"", learned)
+        assert codes == [signs[name].format(a, b) for name, a, b in asked][: len(codes)] != []
+        answers = re.findall(r"<answer>(\d+)</answer>", learned)
+        assert answers == [str(eval(code)) for code in codes][: len(answers)] != []
 
 
 def test_the_measure_counts_addresses_that_are_copied_whole(chat, monkeypatch):
@@ -113,7 +133,7 @@ def test_the_recipe_writes_the_rows_that_the_shipped_model_learned_from(chat):
                 8,
                 256,
             )
-            for source in (plans, visits, walks)
+            for source in (plans, sums, visits, walks)
         ),
     ]
     assert [digest([drill]) for drill in drills] == DRILLS

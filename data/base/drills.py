@@ -10,15 +10,17 @@ import numpy as np
 import torch
 
 from context import Chat
-from data.base.explorers import browse, call_text, compute, search_for, turn_text
+from data.base.explorers import browse, call_text, compute, search_for, turn_text, worked_out
 from data.base.walkers import listed
 from data.deep.pages import COLOURS, RARE_COLOUR
-from data.parts import ALL_RELATIONS, FRAMES, OPERATIONS
+from data.parts import ALL_RELATIONS, FRAMES, OPERATIONS, TYPES
 from data.tasks import noun_phrase
 from data.world import World
 
 Drill = tuple[torch.Tensor, torch.Tensor]  # ids (B, T), labels (B, T)
 Chunk = list[tuple[str, bool]]  # pieces of text, and whether there is loss on their tokens
+# What stands around the parts of a record. "*" and "#" are left to the layouts of test worlds.
+SIGNS = list("-+=~/|>()!:;,.?%&")
 
 
 def empty_rows(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +109,7 @@ def text_drill(
     """Rows of text; what goes beyond the length is cut.
 
     Args:
-        source: `plans`, `visits` or `walks`, a generator of chunks for each row.
+        source: `plans`, `sums`, `visits` or `walks`, a generator of chunks for each row.
     """
     ids, labels = empty_rows(rows, length)
     for row in range(rows):
@@ -138,7 +140,11 @@ def random_name(rng: np.random.Generator, world: World) -> str:
 
 
 def random_value(rng: np.random.Generator, world: World) -> str:
-    return random_name(rng, world) if rng.random() < 0.6 else str(rng.integers(100, 1000))
+    """A name, a number of three digits, or a year."""
+    if rng.random() < 0.6:
+        return random_name(rng, world)
+    low, high = (100, 1000) if rng.random() < 0.6 else (1500, 2000)
+    return str(rng.integers(low, high))
 
 
 def response(rng: np.random.Generator, world: World, facts: list[str]) -> tuple[str, bool]:
@@ -189,18 +195,51 @@ def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
     return [*pieces, (turn_text(fact, subject), True)]
 
 
+def sums(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
+    """Two numbers and an operation in a thought, the call that works it out, and its answer."""
+    while True:
+        operation, relation = rng.choice(sorted(OPERATIONS)), rng.choice(ALL_RELATIONS)
+        numbers = [str(rng.integers(100, 1000)) for _ in range(2)]
+        facts = [f"The {relation} of {random_name(rng, world)} is {n}." for n in numbers]
+        said = " ".join(facts) if rng.random() < 0.5 else ""
+        thought = f"{said} {operation}: {', '.join(numbers)}.".strip()
+        call = compute(numbers[0], OPERATIONS[operation], numbers[1])
+        result = worked_out(call)
+        yield [
+            (f"<think>{thought}</think>", False),
+            (call_text(call), True),
+            (f"<tool_response>{result}</tool_response>", False),
+            (turn_text(f"It is {result}.", result), True),
+        ]
+
+
 def visits(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
-    """Results of a search and the call that opens one of them, mostly the first: its address is to
-    be copied, whatever its form. No host comes twice."""
+    """Results of a search, the call that opens one of them, mostly the first, and the answer read
+    off its record: an address is to be copied, whatever its form, and a value found, whatever signs
+    stand around it. No host comes twice."""
     while True:
         place, relation = world.elsewhere(str(rng.random())), str(rng.choice(ALL_RELATIONS))
         names, hits = [random_name(rng, world) for _ in range(rng.integers(1, 4))], ""
         for number, name in enumerate(names, start=1):
-            fact = f"The {rng.choice(ALL_RELATIONS)} of {name} is {random_value(rng, world)}."
-            hits += f"[{number}] {name} {place.address(name)}\n" + rng.choice(["", f"{fact}\n"])
+            lead = f"{name} is a {rng.choice(TYPES)}."
+            for other in rng.choice(ALL_RELATIONS, rng.integers(0, 4), replace=False):
+                lead += f" The {other} of {name} is {random_value(rng, world)}."
+            hits += f"[{number}] {name} {place.address(name)}\n{lead}\n"
         name = names[0] if rng.random() < 0.9 else str(rng.choice(names))
-        said = f"<tool_response>{hits}</tool_response><think>{name}: {relation}.</think>"
-        yield [(said, False), (call_text(browse(place.address(name), find=relation)), True)]
+        # The name stands in many places by then, and its address in one of them.
+        asked = turn_text(f"{name}: {relation}.", search_for(f"{relation} of {name}"))
+        said = f"{asked}<tool_response>{hits}</tool_response><think>{name}: {relation}.</think>"
+        value = random_value(rng, world)
+        fact = f"The {relation} of {name} is {value}."
+        before, between = ("".join(rng.choice(SIGNS, rng.integers(4))) for _ in range(2))
+        record = f"{before} {relation}{between} {value}".strip()
+        record = fact if rng.random() < 0.2 else record
+        yield [
+            (said, False),
+            (call_text(browse(place.address(name), find=relation)), True),
+            (f"<tool_response>p{rng.integers(1, 5)}: {record}</tool_response>", False),
+            (turn_text(fact, value), True),
+        ]
 
 
 def walks(rng: np.random.Generator, world: World) -> Iterator[Chunk]:

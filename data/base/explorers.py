@@ -67,6 +67,13 @@ def compute(a: str, sign: str, b: str) -> Call:
     return {"name": "python", "arguments": {"code": code}}
 
 
+def worked_out(call: Call) -> str:
+    """What the code of `compute` prints."""
+    a, sign, b = re.search(r"(\d+) ([-+*]) (\d+)", call["arguments"]["code"]).groups()
+    values = {"+": int(a) + int(b), "-": abs(int(a) - int(b)), "*": int(a) * int(b)}
+    return str(values[sign])
+
+
 def call_text(call: Call) -> str:
     return f"<tool_call>{json.dumps(call)}</tool_call>"
 
@@ -216,9 +223,7 @@ class Explorer:
         if call["name"] == "search":
             return self.moved(self.site.search(**arguments))
         if call["name"] == "python":
-            a, sign, b = re.search(r"(\d+) ([-+*]) (\d+)", arguments["code"]).groups()
-            values = {"+": int(a) + int(b), "-": abs(int(a) - int(b)), "*": int(a) * int(b)}
-            self.computed = str(values[sign])
+            self.computed = worked_out(call)
             return self.computed
         url = arguments["url"]
         path = self.world.path(url)
