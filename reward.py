@@ -79,9 +79,8 @@ def turn_rewards(outcome: Reward, T: int, gamma: float) -> list[float]:
     return gamma_decay(outcome.total, T, gamma if outcome.correct > 0 else 1.0)
 
 
-# HACK HERE: the baseline is ours. GRPO, for one, subtracts the group's mean and then divides by its
-# standard deviation.
-def advantages(group: list[list[float]]) -> list[list[float]]:
+# HACK HERE: the baseline is ours. GRPO divides by the group's standard deviation besides.
+def advantages(group: list[list[float]], baseline: str = "leave-one-out") -> list[list[float]]:
     """Ours: turn rewards minus their leave-one-out mean over the other trajectories of the task.
 
     Turn i is compared with turn min(i, T_k) of each other trajectory k, so the baseline decays as
@@ -91,20 +90,23 @@ def advantages(group: list[list[float]]) -> list[list[float]]:
 
     Args:
         group: turn rewards of each trajectory of one task.
+        baseline: "none" subtracts nothing.
 
     Returns:
         Advantages in the same shape.
     """
+    if baseline == "none":
+        return group
     if len(group) < 2:
         return [[0.0] * len(turns) for turns in group]
     result = []
     for k, turns in enumerate(group):
         others = group[:k] + group[k + 1 :]
-        baseline = [
+        means = [
             sum(other[min(i, len(other) - 1)] for other in others) / len(others)
             for i in range(len(turns))
         ]
-        result.append([turn - mean for turn, mean in zip(turns, baseline)])
+        result.append([turn - mean for turn, mean in zip(turns, means)])
     return result
 
 

@@ -64,6 +64,7 @@ DATA = Path(__file__).resolve().parent / "data"
 # "mask" leaves tokens of older weights out of the loss, "keep" does not, "is" weighs each by its
 # ratio p_now / p_sampler, at most IS_CAP; so does "all-is" with every token (sampled in bf16, say).
 Stale = Literal["mask", "is", "keep", "all-is"]
+Baseline = Literal["leave-one-out", "none"]
 IS_CAP = 2.0
 
 
@@ -88,6 +89,7 @@ class TrainArgs:
     curriculum: Literal["on", "off"] = HfArg(default="off", help="on: hard tasks come more often")
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
+    baseline: Baseline = HfArg(default="leave-one-out", help="of the other tries at the task")
     negatives: float = HfArg(default=2.0, help="negatives kept for each positive; inf: all")
     reward: str = HfArg(default="", help="file.py:function, a reward of your own")
     nominal_tokens: int = HfArg(default=128, help="assumed for a trajectory in the constant N")
@@ -279,7 +281,7 @@ def main():
                 ]
                 outcomes.append(rewards)
                 kept.append(control_negatives(rewards, args.negatives))
-                by_turns.append(advantages(returns))
+                by_turns.append(advantages(returns, args.baseline))
                 for trajectory, by_turn, is_kept in zip(sound, by_turns[-1], kept[-1]):
                     if is_kept:
                         rows += rows_of(trajectory, by_turn, update, args.stale)

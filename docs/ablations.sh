@@ -8,8 +8,8 @@
 set -eu
 out=$1
 shift
-rows=${*:-default gamma-1 gamma-0.9 all-negatives no-penalty small-penalty curriculum \
-    more-tasks temperature-0.7 partial-mask partial-is partial-keep}
+rows=${*:-default gamma-1 gamma-0.9 all-negatives no-baseline no-penalty small-penalty \
+    curriculum more-tasks temperature-0.7 partial-mask partial-is partial-keep}
 
 flags_of() {
     partial="--rollout async --partial --workers 1"
@@ -18,6 +18,7 @@ flags_of() {
     gamma-1) echo --gamma 1 ;;
     gamma-0.9) echo --gamma 0.9 ;;
     all-negatives) echo --negatives inf ;;
+    no-baseline) echo --baseline none ;;
     no-penalty) echo --format_penalty 0 ;;
     small-penalty) echo --format_penalty 0.1 ;;
     curriculum) echo --curriculum on ;;

@@ -302,6 +302,7 @@ def test_our_advantages_obey_their_laws():
             assert sum(steps[i] for steps in result) == pytest.approx(0)
         assert advantages([group[0]] * 4) == [[0.0] * T] * 4  # all equal: no gradient
     assert advantages([[1.0, 1.0]]) == [[0.0, 0.0]]  # alone in its group
+    assert advantages([[1.0, 1.0], [0.5]], "none") == [[1.0, 1.0], [0.5]]
 
 
 def test_our_baseline_a_longer_correct_trajectory_gets_less_than_a_shorter_one():
