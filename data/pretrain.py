@@ -5,9 +5,9 @@ names, worlds and question templates are apart from those of train, dev and test
 model, it has seen good behaviour among much bad. Which behaviour pays is left to RL.
 
 Stages: (1) a byte-level BPE tokenizer (data/base/tokenizer.py); (2) copy drills: random spans that
-come again, facts, addresses of every form (data/base/drills.py; induction heads appear within a few
-hundred steps, with the start of data/base/induction.py); (3) transcripts (data/base/explorers.py),
-shuffled with drills, with loss on the explorer's own tokens and on a sample of the others. With
+come again, facts, visits to addresses of every form (data/base/drills.py; induction heads appear
+within a few hundred steps, with the start of data/base/induction.py); (3) transcripts
+(data/base/explorers.py), shuffled with these drills and those of sums and plans, with loss on the explorer's own tokens and on a sample of the others. With
 `--deep_share` some of them are walks through the catalogues of deep worlds, too long for the window
 (data/base/walkers.py), under `--deep_manager`. A row is a segment.
 
@@ -37,8 +37,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from context import Chat
-from data.base import drills
-from data.base.drills import Drill, copy_drill, empty_rows, fact_drill, text_drill
+from data.base.drills import (
+    Drill,
+    copy_drill,
+    empty_rows,
+    fact_drill,
+    plans,
+    sums,
+    text_drill,
+    visits,
+    walks,
+)
 from data.base.explorers import Row, write_transcripts, write_visits
 from data.base.induction import build_induction
 from data.base.tokenizer import tokenizer_corpus, train_tokenizer
@@ -53,6 +62,7 @@ NANO = Path(__file__).resolve().parent / "nano"
 # Shares of the drills while facts are not copied yet, and later, among the transcripts.
 EARLY = {"visits": 0.5, "facts": 0.4, "spans": 0.1}
 LATE = {"visits": 0.35, "plans": 0.3, "sums": 0.2, "facts": 0.1, "spans": 0.05}
+TEXTS = {"visits": visits, "plans": plans, "sums": sums, "walks": walks}
 
 
 @dataclass
@@ -177,7 +187,7 @@ class Lessons:
             return name, fact_drill(rng, self.chat, *size)
         if name == "spans":
             return name, copy_drill(rng, len(self.chat.tokenizer), *size)
-        return name, text_drill(getattr(drills, name), rng, self.chat, self.drill_world, *size)
+        return name, text_drill(TEXTS[name], rng, self.chat, self.drill_world, *size)
 
 
 def main():

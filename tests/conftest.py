@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +43,27 @@ def pytest_collection_modifyitems(config, items):
 def full(request) -> bool:
     """Whether the long sweeps run in full; by default a sample of each runs."""
     return request.config.getoption("--full")
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run the `main` of a script within this process, since importing takes longest."""
+    monkeypatch.chdir(ROOT)
+
+    def run(main, *arguments) -> subprocess.CompletedProcess:
+        script, code = Path(main.__code__.co_filename).name, None
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()  # what was printed before
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code  # a message, or None
+        printed, errors = capsys.readouterr()
+        return subprocess.CompletedProcess(
+            sys.argv, int(code is not None), printed, f"{errors}{code or ''}"
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

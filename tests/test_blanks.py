@@ -30,6 +30,7 @@ from data.blanks import (
 from data.deep.funnel import Funnel, items
 from data.index import build_index, html_documents
 from data.task import load_tasks
+from data.tasks import main
 from reward import correct
 from support.html_text import parse
 
@@ -83,11 +84,6 @@ def all_tasks(db, most: int = 1000):
     pages, rng = Pages(db), random.Random(0)
     funnel = Funnel(functions=STAGES, pages=pages)
     return draw_tasks(sorted(pages.titles), most, "train", funnel, rng), funnel
-
-
-def command(*flags):
-    words = [sys.executable, "data/tasks.py", *map(str, flags)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
 
 
 # -------------------------------------------------------------------------- statements and blanks
@@ -398,9 +394,10 @@ def test_text_without_html_is_a_corpus_too(tmp_path):
 # ----------------------------------------------------------------------------------------- command
 
 
-def test_train_and_test_share_no_page(corpus, tmp_path):
-    done = command("--corpus", corpus, "--out", tmp_path / "my.jsonl", "--number", 5, "--test_share",
-                   0.5, "--rejects", tmp_path / "rejects.jsonl")  # fmt: skip
+def test_train_and_test_share_no_page(corpus, tmp_path, run_here):
+    flags = ["--corpus", corpus, "--out", tmp_path / "my.jsonl", "--number", 5]
+    flags += ["--test_share", 0.5, "--rejects", tmp_path / "rejects.jsonl"]
+    done = run_here(main, *flags)
     assert done.returncode == 0 and done.stderr == ""
     train, test = load_tasks(tmp_path / "my.jsonl"), load_tasks(tmp_path / "my-test.jsonl")
     assert (len(train), len(test)) == (5, 2)
@@ -422,10 +419,9 @@ def test_the_seed_decides_everything(corpus):
     assert first == again and first != other
 
 
-def test_without_a_share_there_is_one_file(corpus, tmp_path):
-    done = command(
-        "--corpus", corpus, "--out", tmp_path / "my.jsonl", "--number", 3, "--test_share", 0
-    )
+def test_without_a_share_there_is_one_file(corpus, tmp_path, run_here):
+    flags = ["--out", tmp_path / "my.jsonl", "--number", 3, "--test_share", 0]
+    done = run_here(main, "--corpus", corpus, *flags)
     assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ["my.jsonl"]
 
 
@@ -442,10 +438,11 @@ def test_without_a_share_there_is_one_file(corpus, tmp_path):
         (["--corpus", "SHIPS", "--world", "w"], "give --world DIR or --corpus FILE.db"),
     ],
 )
-def test_errors_are_one_line(corpus, tmp_path, flags, error):
+def test_errors_are_one_line(corpus, tmp_path, run_here, flags, error):
     build_index([], tmp_path / "empty.db")
     names = {"SHIPS": corpus, "EMPTY": tmp_path / "empty.db"}
-    done = command(*(names.get(flag, flag) for flag in flags), "--out", tmp_path / "my.jsonl")
+    flags = [names.get(flag, flag) for flag in flags]
+    done = run_here(main, *flags, "--out", tmp_path / "my.jsonl")
     assert done.returncode == 1 and error in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "my.jsonl").exists()
 

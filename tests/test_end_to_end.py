@@ -523,7 +523,7 @@ def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, request, whole_run, 
     """Saved is the state before that update, with the groups that it was being made of, or the one
     after it; --resume goes on from there.
     """
-    is_in_sample = (mode == "async") == (where == "train.loss_of")
+    is_in_sample = (mode, where) == ("sync", "train.loss_of")
     if not is_in_sample and not request.config.getoption("--full", default=False):
         pytest.skip("runs with --full")
     (tmp_path / "stop.py").write_text(STOPS_ITSELF.replace("TARGET", where))

@@ -166,26 +166,14 @@ def chat_server(answer):
         server.server_close()
 
 
-def test_a_served_model_through_the_api(tmp_path):
+def test_a_served_model_through_the_api(tmp_path, run_here):
     """The model searches once and then answers."""
     call = '<tool_call>{"name": "search", "arguments": {"queries": ["mayor"]}}</tool_call>'
     with chat_server(
         lambda messages: "<answer>Nobody</answer>" if len(messages) > 2 else call
     ) as url:
-        done = run(
-            "--api",
-            url,
-            "--api_model",
-            "m",
-            "--tasks",
-            "data/dev.jsonl",
-            "--limit",
-            3,
-            "--samples",
-            2,
-            "--json",
-            tmp_path / "o.json",
-        )
+        flags = ["--api", url, "--api_model", "m", "--tasks", "data/dev.jsonl", "--limit", 3]
+        done = run_here(evaluate.main, *flags, "--samples", 2, "--json", tmp_path / "o.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "o.json").read_text())
     assert (
@@ -193,7 +181,7 @@ def test_a_served_model_through_the_api(tmp_path):
         and result["steps_mean"] == 2
         and result["tool_calls"] == {"search": 1.0}
     )
-    done = run("--api", url, "--api_model", "m", "--tasks", "data/dev.jsonl", "--limit", 1)
+    done = run_here(evaluate.main, *flags)
     assert done.returncode != 0 and "failed" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -382,13 +370,13 @@ DEEP = Raw('{"choices": ' + "[" * 200_000 + "]" * 200_000 + "}")
 ODD_REPLIES = [7, ["x"], {"text": "x"}, Raw("[1, 2]"), Raw('"x"'), Raw("9"), Raw("{"), DEEP]
 
 
-def test_an_api_whose_replies_have_a_wrong_shape_is_at_fault(tmp_path):
+def test_an_api_whose_replies_have_a_wrong_shape_is_at_fault(tmp_path, run_here):
     """Each odd reply costs its own trajectory; the others go on, and the figures are written."""
     answered = iter([*ODD_REPLIES, *["<answer>x</answer>"] * 2])
     flags = ["--tasks", "data/dev.jsonl", "--limit", "5", "--samples", "2"]
     with chat_server(lambda messages: next(answered)) as url:
-        done = run(
-            "--api", url, "--api_model", "m", *flags, "--json", tmp_path / "o.json",
+        done = run_here(
+            evaluate.main, "--api", url, "--api_model", "m", *flags, "--json", tmp_path / "o.json",
             "--trajectories", tmp_path / "t.jsonl", "--report", tmp_path / "t.html",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -402,7 +390,8 @@ def test_an_api_whose_replies_have_a_wrong_shape_is_at_fault(tmp_path):
         assert said == ["<answer>x</answer>"] * 2 and "</html>" in (tmp_path / "t.html").read_text()
         assert len(result["scores"]) == 5
     with chat_server(lambda messages: 7) as url:  # a server that fails each time is an error, but
-        done = run("--api", url, "--api_model", "m", *flags, "--json", tmp_path / "o.json")
+        flags += ["--api", url, "--api_model", "m", "--json", tmp_path / "o.json"]
+        done = run_here(evaluate.main, *flags)
         assert done.returncode == 1 and "failed each time" in done.stderr
         result = json.loads((tmp_path / "o.json").read_text())  # what has run writes its figures
         assert result["n_error"] == 10 and result["pass@1"] == 0

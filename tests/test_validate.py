@@ -1,17 +1,15 @@
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 from bench_funnel import KINDS, bench
-from conftest import ROOT
 
 from data.deep.funnel import STAGES, Funnel
 from data.deep.solve import solutions
 from data.task import Task, load_tasks, save_tasks
 from data.tasks import DEEP_SHARES, draw_task, make_tasks
+from data.validate import main
 from data.world import load_world
 
 
@@ -115,7 +113,7 @@ def test_two_equal_answers_make_a_question_ambiguous():
     ) == ["Ll", "Mm"]
 
 
-def test_users_own_file_without_a_world(tmp_path):
+def test_users_own_file_without_a_world(tmp_path, run_here):
     lines = [
         '{"question": "Who painted the ceiling of the old hall?", "answer": "Moritz Vane"}',
         "{broken",
@@ -126,25 +124,12 @@ def test_users_own_file_without_a_world(tmp_path):
         '{"question": "How long is the wall of Orvel?", "answer": "5120", "answer_type": "number"}',
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "data" / "validate.py"),
-            "--tasks",
-            "in.jsonl",
-            "--out",
-            "good.jsonl",
-            "--rejects",
-            "rejects.jsonl",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    names = ("in.jsonl", "good.jsonl", "rejects.jsonl")
+    read, good, rejects = (tmp_path / name for name in names)
+    done = run_here(main, "--tasks", read, "--out", good, "--rejects", rejects)
     assert done.returncode == 0, done.stderr
-    assert [t.answer for t in load_tasks(tmp_path / "good.jsonl")] == ["Moritz Vane", "5120"]
-    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [t.answer for t in load_tasks(good)] == ["Moritz Vane", "5120"]
+    rejects = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert Counter(r["stage"] for r in rejects) == {
         "json": 1,
         "guess": 1,
@@ -155,32 +140,19 @@ def test_users_own_file_without_a_world(tmp_path):
     assert all(stage in done.stdout for stage in STAGES) and "kept 2 of 7" in done.stdout
 
 
-def test_pass_window_drops_what_is_never_solved(made, deep_dir, tmp_path):
+def test_pass_window_drops_what_is_never_solved(made, deep_dir, tmp_path, run_here):
     tasks = [t for t in made[0] if t.family == "code"][:2]
     save_tasks(tasks, tmp_path / "in.jsonl")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "data" / "validate.py"),
-            "--tasks",
-            tmp_path / "in.jsonl",
-            "--world",
-            deep_dir,
-            "--out",
-            tmp_path / "good.jsonl",
-            "--rejects",
-            tmp_path / "rejects.jsonl",
-            "--model",
-            "nano",
-            "--pass_n",
-            "2",
-            "--max_turns",
-            "2",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    flags = [
+        "--tasks",
+        tmp_path / "in.jsonl",
+        "--world",
+        deep_dir,
+        "--out",
+        tmp_path / "good.jsonl",
+    ]
+    flags += ["--rejects", tmp_path / "rejects.jsonl", "--model", "nano", "--pass_n", "2"]
+    done = run_here(main, *flags, "--max_turns", "2")
     assert done.returncode == 0, done.stderr
     assert (
         "nano solved it in 0 of 2 attempts" in (tmp_path / "rejects.jsonl").read_text()
