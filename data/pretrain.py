@@ -7,14 +7,15 @@ model, it has seen good behaviour among much bad. Which behaviour pays is left t
 Stages: (1) a byte-level BPE tokenizer (data/base/tokenizer.py); (2) copy drills: random spans that
 come again, facts, visits to addresses of every form (data/base/drills.py; induction heads appear
 within a few hundred steps, with the start of data/base/induction.py); (3) transcripts
-(data/base/explorers.py), shuffled with these drills and those of sums and plans, with loss on the explorer's own tokens and on a sample of the others. With
-`--deep_share` some of them are walks through the catalogues of deep worlds, too long for the window
-(data/base/walkers.py), under `--deep_manager`. A row is a segment.
+(data/base/explorers.py), shuffled with these drills and those of sums and plans, with loss on the
+explorer's own tokens and on a sample of the others. With `--deep_share` some of them are walks
+through the catalogues of deep worlds, too long for the window (data/base/walkers.py), under
+`--deep_manager`. A row is a segment.
 
 In: nothing. Out: `data/nano/` (config, safetensors, tokenizer); the second command below goes on
 from it to what `data/nano-deep` is. To try an idea, change `Explorer` or the sizes in `Args`.
 
-    python data/pretrain.py    # three minutes on a GPU, three hours on two cores
+    python data/pretrain.py    # three minutes on a GPU, an hour and a half on two cores
     python data/pretrain.py --init data/nano --batch_tokens 4096 --deep_share 0.75 \
         --transcripts 3000 --drill_share 0.4 --learning_rate 1e-3 --minutes 40 --out nano-deep
 """
