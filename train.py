@@ -64,8 +64,8 @@ DATA = Path(__file__).resolve().parent / "data"
 # "mask" leaves tokens of older weights out of the loss, "keep" does not, "is" weighs each by its
 # ratio p_now / p_sampler, at most IS_CAP; so does "all-is" with every token (sampled in bf16, say).
 Stale = Literal["mask", "is", "keep", "all-is"]
-Baseline = Literal["leave-one-out", "none"]
 IS_CAP = 2.0
+Baseline = Literal["leave-one-out", "none"]
 
 
 @dataclass
@@ -89,7 +89,7 @@ class TrainArgs:
     curriculum: Literal["on", "off"] = HfArg(default="off", help="on: hard tasks come more often")
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
-    baseline: Baseline = HfArg(default="leave-one-out", help="of the other tries at the task")
+    baseline: Baseline = HfArg(default="leave-one-out", help="subtract the other tries' mean")
     negatives: float = HfArg(default=2.0, help="negatives kept for each positive; inf: all")
     reward: str = HfArg(default="", help="file.py:function, a reward of your own")
     nominal_tokens: int = HfArg(default=128, help="assumed for a trajectory in the constant N")

@@ -143,14 +143,8 @@ def test_users_own_file_without_a_world(tmp_path, run_here):
 def test_pass_window_drops_what_is_never_solved(made, deep_dir, tmp_path, run_here):
     tasks = [t for t in made[0] if t.family == "code"][:2]
     save_tasks(tasks, tmp_path / "in.jsonl")
-    flags = [
-        "--tasks",
-        tmp_path / "in.jsonl",
-        "--world",
-        deep_dir,
-        "--out",
-        tmp_path / "good.jsonl",
-    ]
+    flags = ["--tasks", tmp_path / "in.jsonl", "--world", deep_dir]
+    flags += ["--out", tmp_path / "good.jsonl"]
     flags += ["--rejects", tmp_path / "rejects.jsonl", "--model", "nano", "--pass_n", "2"]
     done = run_here(main, *flags, "--max_turns", "2")
     assert done.returncode == 0, done.stderr

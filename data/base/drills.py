@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from context import Chat
-from data.base.explorers import browse, call_text, compute, search_for, turn_text, worked_out
+from data.base.explorers import (
+    browse,
+    call_text,
+    compute,
+    fact_text,
+    search_for,
+    turn_text,
+    worked_out,
+)
 from data.base.walkers import listed
 from data.deep.pages import COLOURS, RARE_COLOUR
 from data.parts import ALL_RELATIONS, FRAMES, OPERATIONS, TYPES
@@ -152,7 +160,7 @@ def response(rng: np.random.Generator, world: World, facts: list[str]) -> tuple[
     others = []
     for _ in range(rng.integers(0, 3)):
         relation, name = rng.choice(ALL_RELATIONS), random_name(rng, world)
-        others.append(f"The {relation} of {name} is {random_value(rng, world)}.")
+        others.append(fact_text(relation, name, random_value(rng, world)))
     return f"<tool_response>{' '.join(rng.permutation(facts + others))}</tool_response>", False
 
 
@@ -200,7 +208,7 @@ def sums(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
     while True:
         operation, relation = rng.choice(sorted(OPERATIONS)), rng.choice(ALL_RELATIONS)
         numbers = [str(rng.integers(100, 1000)) for _ in range(2)]
-        facts = [f"The {relation} of {random_name(rng, world)} is {n}." for n in numbers]
+        facts = [fact_text(relation, random_name(rng, world), number) for number in numbers]
         said = " ".join(facts) if rng.random() < 0.5 else ""
         thought = f"{said} {operation}: {', '.join(numbers)}.".strip()
         call = compute(numbers[0], OPERATIONS[operation], numbers[1])
@@ -223,14 +231,14 @@ def visits(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
         for number, name in enumerate(names, start=1):
             lead = f"{name} is a {rng.choice(TYPES)}."
             for other in rng.choice(ALL_RELATIONS, rng.integers(0, 4), replace=False):
-                lead += f" The {other} of {name} is {random_value(rng, world)}."
+                lead += f" {fact_text(other, name, random_value(rng, world))}"
             hits += f"[{number}] {name} {place.address(name)}\n{lead}\n"
         name = names[0] if rng.random() < 0.9 else str(rng.choice(names))
         # The name stands in many places by then, and its address in one of them.
         asked = turn_text(f"{name}: {relation}.", search_for(f"{relation} of {name}"))
         said = f"{asked}<tool_response>{hits}</tool_response><think>{name}: {relation}.</think>"
         value = random_value(rng, world)
-        fact = f"The {relation} of {name} is {value}."
+        fact = fact_text(relation, name, value)
         before, between = ("".join(rng.choice(SIGNS, rng.integers(4))) for _ in range(2))
         record = f"{before} {relation}{between} {value}".strip()
         record = fact if rng.random() < 0.2 else record

@@ -67,6 +67,10 @@ def compute(a: str, sign: str, b: str) -> Call:
     return {"name": "python", "arguments": {"code": code}}
 
 
+def fact_text(relation: str, name: str, value: str) -> str:
+    return f"The {relation} of {name} is {value}."
+
+
 def worked_out(call: Call) -> str:
     """What the code of `compute` prints."""
     a, sign, b = re.search(r"(\d+) ([-+*]) (\d+)", call["arguments"]["code"]).groups()
@@ -144,7 +148,7 @@ class Explorer:
         return f"{self.names[0]}: {', '.join(self.relations)}."
 
     def note(self, name: str, relation: str) -> str:
-        return f"The {relation} of {name} is {self.facts[name, relation]}."
+        return fact_text(relation, name, self.facts[name, relation])
 
     # ---------------------------------------------------------------------------------------- moves
 
