@@ -62,7 +62,7 @@ from tools import signatures
 NANO = Path(__file__).resolve().parent / "nano"
 # Shares of the drills while facts are not copied yet, and later, among the transcripts.
 EARLY = {"visits": 0.5, "facts": 0.4, "spans": 0.1}
-LATE = {"visits": 0.35, "plans": 0.3, "sums": 0.2, "facts": 0.1, "spans": 0.05}
+LATE = {"visits": 0.35, "plans": 0.4, "sums": 0.1, "facts": 0.1, "spans": 0.05}
 TEXTS = {"visits": visits, "plans": plans, "sums": sums, "walks": walks}
 
 
@@ -73,7 +73,7 @@ class Args:
     worlds: int = HfArg(default=16, help="number of pretraining worlds")
     entities: int = HfArg(default=300, help="entities in each of them")
     transcripts: int = HfArg(default=20000, help="explorer transcripts to write")
-    skilled_share: float = HfArg(default=0.25, help="share of explorers that behave sensibly")
+    skilled_share: float = HfArg(default=0.22, help="share of explorers that behave sensibly")
     deep_share: float = HfArg(default=0.0, help="share of rows that are segments of walks")
     deep_skilled_share: float = HfArg(default=0.7, help="share of sensible walkers")
     deep_entities: int = HfArg(default=600, help="entities in each deep world")
@@ -86,9 +86,9 @@ class Args:
     heads: int = HfArg(default=4, help="attention heads")
     drill_share: float = HfArg(default=0.4, help="share of drills among the transcripts' batches")
     drill_steps: int = HfArg(default=800, help="optimizer steps on drills alone, at most")
-    steps: int = HfArg(default=2700, help="optimizer steps on transcripts")
-    batch_tokens: int = HfArg(default=16384, help="tokens in one optimizer step")
-    learning_rate: float = HfArg(default=1.5e-3, help="peak; it decays to a thirtieth")
+    steps: int = HfArg(default=5600, help="optimizer steps on transcripts")
+    batch_tokens: int = HfArg(default=8192, help="tokens in one optimizer step")
+    learning_rate: float = HfArg(default=1.2e-3, help="peak; it decays to a thirtieth")
     minutes: float = HfArg(default=0.0, help="decay over this time instead of `steps` (0: off)")
     measure: str = HfArg(default="", help="only measure how this model folder copies addresses")
     init: str = HfArg(default="", help="model folder to go on from, with its tokenizer")

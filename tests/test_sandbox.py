@@ -444,11 +444,7 @@ def processes() -> dict[int, str]:
 
 
 def children_of_ours() -> set[int]:
-    return {
-        int(pid)
-        for task in Path("/proc/self/task").iterdir()
-        for pid in (task / "children").read_text().split()
-    }
+    return {child.pid for child in psutil.Process().children()}
 
 
 @needs_sandbox

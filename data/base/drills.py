@@ -29,6 +29,7 @@ Drill = tuple[torch.Tensor, torch.Tensor]  # ids (B, T), labels (B, T)
 Chunk = list[tuple[str, bool]]  # pieces of text, and whether there is loss on their tokens
 # What stands around the parts of a record. "*" and "#" are left to the layouts of test worlds.
 SIGNS = list("-+=~/|>()!:;,.?%&")
+LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 
 
 def empty_rows(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,8 +165,23 @@ def response(rng: np.random.Generator, world: World, facts: list[str]) -> tuple[
     return f"<tool_response>{' '.join(rng.permutation(facts + others))}</tool_response>", False
 
 
+def random_words(rng: np.random.Generator, most: int) -> str:
+    """At most so many words of random letters."""
+    words = [
+        "".join(rng.choice(LETTERS, rng.integers(2, 8))) for _ in range(rng.integers(most + 1))
+    ]
+    return " ".join(words)
+
+
 def ask(rng: np.random.Generator, phrase: str) -> tuple[str, bool]:
-    return str(rng.choice(FRAMES["pretrain"])).format(np=phrase) + "\n", False
+    """A question, half of the time in a frame of random words: what is asked for stands anywhere,
+    and no word before it says so."""
+    frame = str(rng.choice(FRAMES["pretrain"]))
+    if rng.random() < 0.5:
+        before, after = random_words(rng, 4).capitalize(), random_words(rng, 2)
+        end = rng.choice([". ", "? ", ", ", " "]) + after
+        frame = f"{before} {{np}}{end.rstrip()}".strip()
+    return frame.format(np=phrase) + "\n", False
 
 
 def sum_plan(rng: np.random.Generator, world: World) -> Chunk:
@@ -176,14 +192,25 @@ def sum_plan(rng: np.random.Generator, world: World) -> Chunk:
     queries = [f"{relation} of {name}" for name in names]
     facts = [f"The {query} is {number}." for query, number in zip(queries, numbers)]
     plan = f"{operation}: {', '.join(queries)}."
-    (a, b), sign = numbers, OPERATIONS[operation]
-    thought = f"{' '.join(facts)} {operation}: {a}, {b}."
     return [
         ask(rng, f"the {operation} of {one} and {other}"),
         (f"<think>{plan}</think>", True),
         (call_text(search_for(*queries)), True),
         response(rng, world, facts),
-        (turn_text(thought, compute(a, sign, b)), True),
+        *working_out(" ".join(facts), operation, numbers, is_thought_learned=True),
+    ]
+
+
+def working_out(said: str, operation: str, numbers: list[str], is_thought_learned: bool) -> Chunk:
+    """A thought with two numbers and an operation, the call that works it out, and its answer."""
+    thought = f"{said} {operation}: {', '.join(numbers)}.".strip()
+    call = compute(numbers[0], OPERATIONS[operation], numbers[1])
+    result = worked_out(call)
+    return [
+        (f"<think>{thought}</think>", is_thought_learned),
+        (call_text(call), True),
+        (f"<tool_response>{result}</tool_response>", False),
+        (turn_text(f"It is {result}.", result), True),
     ]
 
 
@@ -204,21 +231,13 @@ def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
 
 
 def sums(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
-    """Two numbers and an operation in a thought, the call that works it out, and its answer."""
+    """Sums alone, with and without the facts that the numbers are from."""
     while True:
         operation, relation = rng.choice(sorted(OPERATIONS)), rng.choice(ALL_RELATIONS)
         numbers = [str(rng.integers(100, 1000)) for _ in range(2)]
         facts = [fact_text(relation, random_name(rng, world), number) for number in numbers]
         said = " ".join(facts) if rng.random() < 0.5 else ""
-        thought = f"{said} {operation}: {', '.join(numbers)}.".strip()
-        call = compute(numbers[0], OPERATIONS[operation], numbers[1])
-        result = worked_out(call)
-        yield [
-            (f"<think>{thought}</think>", False),
-            (call_text(call), True),
-            (f"<tool_response>{result}</tool_response>", False),
-            (turn_text(f"It is {result}.", result), True),
-        ]
+        yield working_out(said, operation, numbers, is_thought_learned=False)
 
 
 def visits(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
