@@ -1,7 +1,8 @@
 """The pictures of docs/results.md, drawn from committed figures alone.
 
 In: from docs/results/NAME/ the files metrics.jsonl and evaluations.jsonl (train.py wrote them) and
-test.json (evaluate.py wrote it). Out: learning.png, gamma.png, partial.png and deep.png in docs/.
+test.json (evaluate.py wrote it), and bench/ablations.json. Out: learning.png, ablations.png,
+gamma.png, partial.png and deep.png in docs/.
 To draw another figure, write a function `draw_...` and call it at the end.
 
     python docs/figures.py
@@ -82,6 +83,26 @@ def draw_learning() -> None:
     axes[0].set_ylim(0, 1)
     axes[0].legend(fontsize=7, loc="lower right")
     figure.savefig(DOCS / "learning.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_ablations() -> None:
+    """Held-out Pass@1 with one flag changed: a dot is a seed, a bar their mean."""
+    tests = json.loads((DOCS / "results" / "bench" / "ablations.json").read_text())
+    rows: dict[str, list[float]] = {}
+    for name, test in tests.items():
+        rows.setdefault(name.rpartition("-")[0], []).append(test["pass@1"])
+    order = sorted(rows, key=lambda row: (row != "default", np.mean(rows[row])))
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.32 * len(order)), layout="constrained")
+    for y, row in enumerate(order):
+        colour = "tab:orange" if row == "default" else "tab:blue"
+        axis.plot(rows[row], [y] * len(rows[row]), "o", color=colour, markersize=5, alpha=0.7)
+        axis.plot([np.mean(rows[row])], [y], "|", color="black", markersize=14)
+    axis.axvline(np.mean(rows["default"]), color="tab:orange", linewidth=1, alpha=0.5)
+    axis.set_yticks(range(len(order)), order)
+    axis.set_title("held-out Pass@1 with one flag changed: seeds and their mean", fontsize=10)
+    axis.grid(alpha=0.3, axis="x")
+    figure.savefig(DOCS / "ablations.png", dpi=110)
     plt.close(figure)
 
 
@@ -213,6 +234,7 @@ def draw_deep() -> None:
 
 if __name__ == "__main__":
     draw_learning()
+    draw_ablations()
     draw_gamma()
     draw_partial()
     draw_deep()
