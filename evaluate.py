@@ -133,9 +133,9 @@ def summarise(trajectories: list[Trajectory], settings: dict, seed: int = 0) -> 
 # ------------------------------------------------------------------------------------ policies
 
 
-def open_policy(name: str, args: RolloutArgs, device: torch.device | str | None = None):
+def open_policy(name: str, args: RolloutArgs):
     """(model, chat, engine) of a local policy."""
-    model, tokenizer = load_policy(name, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer = load_policy(name, "cuda" if torch.cuda.is_available() else "cpu")
     chat = Chat(tokenizer, signatures())
     return model, chat, open_engine(model, chat, args)
 

@@ -139,8 +139,7 @@ def insert_documents(connection: sqlite3.Connection, documents: Iterable[dict]) 
             row = (count, url, document["html"])
             connection.execute("insert into html values (?, ?, ?)", row)
         sites["://".join(urlsplit(address)[:2])] = None
-    rows = [("sites", "\n".join(sites)), ("count", str(count))]
-    connection.executemany("insert into meta values (?, ?)", rows)
+    connection.execute("insert into meta values (?, ?)", ("sites", "\n".join(sites)))
     return count
 
 

@@ -54,12 +54,11 @@ from data.base.induction import build_induction
 from data.base.tokenizer import tokenizer_corpus, train_tokenizer
 from data.base.walkers import write_walks
 from data.world import World
-from engine import keep_memory
+from engine import NANO, keep_memory
 from rollout import RolloutArgs
 from support.flags import parse_flags
 from tools import signatures
 
-NANO = Path(__file__).resolve().parent / "nano"
 # Shares of the drills while facts are not copied yet, and later, among the transcripts.
 EARLY = {"visits": 0.5, "facts": 0.4, "spans": 0.1}
 LATE = {"visits": 0.35, "plans": 0.4, "sums": 0.1, "facts": 0.1, "spans": 0.05}

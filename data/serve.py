@@ -129,7 +129,6 @@ class PageServer(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Leave out HTTPServer's reverse lookup, which can stall where there is no name server."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address
 
     def handle_error(self, request, client_address) -> None:
         pass  # a client that hangs up is no news

@@ -1,5 +1,8 @@
 """Requests to an OpenAI-style endpoint: `ask`, with one deadline for whatever the server does.
 
+`requests` only bounds the wait for each read, and a server that drips bytes never ends. So requests
+run in threads that are left behind at their deadline and that no exit waits for.
+
 In: a URL and a request. Out: the text of the reply, or one line that says what went wrong.
 """
 
@@ -18,20 +21,11 @@ from support.threads import in_thread
 MAX_REPLY_BYTES = 4 << 20
 
 
-def within(deadline_s: float, function):
-    """What `function()` returns or raises; TimeoutError if it takes more than `deadline_s` seconds.
-
-    `requests` only bounds the wait for each read, and a server that drips bytes never ends. So the
-    function runs in a thread that is left behind at the deadline and that no exit waits for.
-    """
-    return in_thread(function).result(timeout=deadline_s)
-
-
 def probe(url: str) -> None:
     """Raise a ValueError of one line if no server answers at this URL; any answer will do."""
     address = f"{url.rstrip('/')}/models"
     try:
-        within(15, lambda: requests.get(address, timeout=10, stream=True).close())
+        in_thread(lambda: requests.get(address, timeout=10, stream=True).close()).result(15)
     except (requests.RequestException, TimeoutError) as error:
         raise ValueError(f"the server at {url} failed: {error or 'no answer'}") from None
 
@@ -73,7 +67,8 @@ def ask(url: str, body: dict, deadline_s: float = 600.0) -> str:
             return data
 
     try:
-        text = json.loads(within(deadline_s, post))["choices"][0]["message"].get("content") or ""
+        reply = json.loads(in_thread(post).result(deadline_s))
+        text = reply["choices"][0]["message"].get("content") or ""
     except TimeoutError:
         raise ValueError(f"{url} gave no whole answer within {deadline_s:g} s") from None
     except requests.RequestException as error:

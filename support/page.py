@@ -8,7 +8,6 @@ and tables. Out: a file that works without a network.
 import base64
 import itertools
 import json
-import math
 import os
 import re
 import statistics
@@ -142,21 +141,12 @@ def show_record(record: dict, spread: float, about_group: str, pieces: Pieces) -
         turn["parts"] = [(kind, tokens[first:last]) for kind, first, last in parts]
 
 
-def without_infinities(data):
-    """The data with None in the place of numbers that are no JSON."""
-    if isinstance(data, dict):
-        return {key: without_infinities(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [without_infinities(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
 def to_json(data) -> str:
-    """Compact JSON that every browser reads."""
+    """Compact JSON that every browser reads: NaN and infinities become null."""
     try:
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        return to_json(without_infinities(data))
+        return to_json(json.loads(json.dumps(data), parse_constant=lambda name: None))
 
 
 def pack(records: list[dict], pieces: Pieces) -> str:

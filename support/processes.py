@@ -74,7 +74,8 @@ def start_ranks(count: int) -> None:
     if endings.is_child():  # we are one of the others
         threading.Thread(target=end_with_the_pipe, daemon=True).start()
         return
-    if launched() or count == 1 or torch.cuda.is_available():
+    launched = any(name in os.environ for name in RANK_NAMES)
+    if launched or count == 1 or torch.cuda.is_available():
         return
     listener = socket.create_server(("127.0.0.1", 0))
     os.environ |= {
@@ -115,11 +116,6 @@ def join_ranks() -> None:
     )
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-
-
-def launched() -> bool:
-    """Whether torchrun, MPI or Accelerate's launcher for several GPUs has started ranks."""
-    return any(name in os.environ for name in RANK_NAMES)
 
 
 def own_rank() -> int:

@@ -304,14 +304,9 @@ def mathematics(question: str, read, find) -> list:
     return []
 
 
-def python_session() -> Python:
-    """A session of the `python` tool, so that a program runs as it does for the policy."""
-    return Python()
-
-
 def code(question: str, read, find) -> list:
-    """Run the program in the `python` tool."""
-    output = python_session()(question.split("```")[1].removeprefix("python\n"))
+    """Run the program in the `python` tool, as the policy would."""
+    output = Python()(question.split("```")[1].removeprefix("python\n"))
     return [output.strip()] if re.fullmatch(r"-?\w+", output.strip()) else []
 
 
