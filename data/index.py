@@ -167,10 +167,10 @@ def build_index(
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     connection = sqlite3.connect(partial)
-    bar = {"desc": f"indexing {out.name}", "unit": "page", "mininterval": 1, "leave": False}
+    bar = {"desc": f"indexing {out.name}", "unit": "page", "mininterval": 1, "delay": 1}
     try:
         connection.executescript(SCHEMA)
-        count = insert_documents(connection, tqdm(documents, total=total, **bar))
+        count = insert_documents(connection, tqdm(documents, total=total, leave=False, **bar))
         if require_some and count == 0:
             raise ValueError("no page found")
         if count >= LARGE_INDEX:

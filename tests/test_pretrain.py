@@ -11,6 +11,7 @@ import data.pretrain
 from data.base.drills import copy_drill, fact_drill, plans, sums, text_drill, visits, walks
 from data.base.explorers import open_site, write_transcripts
 from data.base.walkers import Walker, write_walks
+from data.parts import FRAMES
 from data.pretrain import addresses_copied
 from data.tasks import draw_task, form_of
 from data.world import World, load_world
@@ -96,6 +97,18 @@ def test_sum_drills_are_learned_at_the_sign_and_at_the_result(chat):
         assert answers == [str(eval(code)) for code in codes][: len(answers)] != []
 
 
+def test_plan_drills_take_the_names_out_of_questions_of_any_wording(chat):
+    known = {frame.partition("{np}")[0] for frame in FRAMES["pretrain"]}
+    is_new = set()
+    for shown, learned in shown_and_learned(plans, chat):
+        question = shown.split("\n")[0]
+        plan = re.match(r"<think>(.*?)\.</think>", learned)[1]
+        names = re.findall(r"\b[A-Z][a-z]{5}\b", plan)
+        assert names and all(name in question for name in names)
+        is_new.add(not any(question.startswith(start) for start in known if start))
+    assert is_new == {False, True}
+
+
 def test_the_measure_counts_addresses_that_are_copied_whole(chat, monkeypatch):
     def said(model, chat, row):
         tokens = chat.tokenizer.convert_ids_to_tokens(row[0][row[1]].tolist())
@@ -109,7 +122,7 @@ def test_the_measure_counts_addresses_that_are_copied_whole(chat, monkeypatch):
     assert len(shares) == 4 and all(0 < float(share) < 60 for share in shares)
 
 
-DRILLS = ["b3834507477a", "c23fc26306bc", "073f4d187d4e", "b23192bbc1bd", "4141cc1971b7"]
+DRILLS = ["b3834507477a", "c23fc26306bc", "2a9297248ebf", "b23192bbc1bd", "4141cc1971b7"]
 DRILLS += ["65fe496fce4f"]
 TRANSCRIPTS, WALKS = "0812273b7d52", ("80206d3b32c4", "27854b39b5c0")
 
@@ -121,7 +134,7 @@ def digest(rows) -> str:
 
 
 def test_the_recipe_writes_the_rows_that_the_shipped_model_learned_from(chat):
-    """A change here means that the last 35 minutes of data/nano cannot be repeated."""
+    """A change here means that data/nano cannot be made again."""
     drills = [
         copy_drill(np.random.default_rng(0), len(chat.tokenizer), 4, 256),
         fact_drill(np.random.default_rng(0), chat, 4, 256),
