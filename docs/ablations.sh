@@ -33,7 +33,7 @@ for row in $rows; do
     flags=$(flags_of "$row")
     for seed in ${SEEDS:-0 1 2}; do
         run="$out/$row-$seed"
-        python train.py $flags --seed "$seed" --steps "${STEPS:-60}" --eval_every 0 --eval_tasks 0 \
+        python train.py $flags --seed "$seed" --steps "${STEPS:-40}" --eval_every 0 --eval_tasks 0 \
             --keep_trajectories 0 --out "$run"
         python evaluate.py --model "$run" --json "$run/test.json"
     done

@@ -100,6 +100,7 @@ def draw_ablations() -> None:
         axis.plot([np.mean(rows[row])], [y], "|", color="black", markersize=14)
     axis.axvline(np.mean(rows["default"]), color="tab:orange", linewidth=1, alpha=0.5)
     axis.set_yticks(range(len(order)), order)
+    axis.set_ylim(-0.6, len(order) - 0.4)
     axis.set_title("held-out Pass@1 with one flag changed: seeds and their mean", fontsize=10)
     axis.grid(alpha=0.3, axis="x")
     figure.savefig(DOCS / "ablations.png", dpi=110)
