@@ -64,26 +64,11 @@ def test_evaluation_is_unaffected(tmp_path):
 
 
 def test_training_is_unaffected(tmp_path):
-    flags = [
-        "train.py",
-        "--tasks_per_step",
-        "2",
-        "--samples",
-        "4",
-        "--eval_tasks",
-        "0",
-        "--max_turns",
-        "4",
-        "--steps",
-        "1",
-        "--train_tasks",
-        "data/dev.jsonl",
-        "--dev_tasks",
-        "data/dev.jsonl",
-        "--out",
-        tmp_path / "run",
-    ]
-    done = cut(*flags)
+    flags = (
+        "--processes 1 --threads 1 --tasks_per_step 2 --samples 4 --eval_tasks 0 --max_turns 4"
+        " --steps 1 --train_tasks data/dev.jsonl --dev_tasks data/dev.jsonl"
+    )
+    done = cut("train.py", *flags.split(), "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert (
