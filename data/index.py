@@ -167,10 +167,11 @@ def build_index(
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     connection = sqlite3.connect(partial)
-    bar = {"desc": f"indexing {out.name}", "unit": "page", "mininterval": 1, "delay": 1}
+    bar = {"desc": f"indexing {out.name}", "unit": "page", "mininterval": 1, "leave": False}
+    pages = tqdm(documents, total=total, delay=1, **bar)  # a small index shows none
     try:
         connection.executescript(SCHEMA)
-        count = insert_documents(connection, tqdm(documents, total=total, leave=False, **bar))
+        count = insert_documents(connection, pages)
         if require_some and count == 0:
             raise ValueError("no page found")
         if count >= LARGE_INDEX:

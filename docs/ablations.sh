@@ -1,6 +1,6 @@
 #!/bin/sh
 # Repeats rows of the ablation table, three seeds each: trains with one flag changed, and asks the 500
-# held-out questions, 4 samples each. A row of the whole budget takes about half an hour on two cores.
+# held-out questions, 4 samples each. A row of the whole budget takes about 25 minutes on two cores.
 #
 #     sh docs/ablations.sh runs/ablations                       # all rows
 #     sh docs/ablations.sh runs/ablations gamma-0.9             # one row

@@ -276,14 +276,12 @@ def test_bad_input_gives_one_line(monkeypatch, arguments, words):
         ["--without", "python", "--python", "cpython"],
     ],
 )
-def test_no_sandbox_is_needed_where_no_code_runs(tmp_path, monkeypatch, flags):
+def test_no_sandbox_is_needed_where_no_code_runs(tmp_path, monkeypatch, run_here, flags):
     """A machine without a sandbox refuses only what would run code."""
     monkeypatch.setattr("support.cpython_sandbox.missing", lambda: "denied", raising=False)
-    fixed = ["evaluate.py", "--tasks", str(ROOT / "data/dev.jsonl"), "--limit", "2"]
-    monkeypatch.setattr(
-        "sys.argv", [*fixed, "--samples", "1", "--json", f"{tmp_path}/o.json"] + flags
-    )
-    evaluate.main()
+    fixed = ["--tasks", "data/dev.jsonl", "--limit", 2, "--samples", 1]
+    done = run_here(evaluate.main, *fixed, "--json", tmp_path / "o.json", *flags)
+    assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["n"] == 2 and not result["settings"].get("unsafe_python")
 
@@ -352,15 +350,14 @@ def test_a_baseline_whose_search_fails_counts_as_wrong():
     assert trajectory.status == "tool_fault" and summarise([trajectory], {})["n_error"] == 1
 
 
-def test_figures_are_written_before_anything_is_printed(tmp_path, monkeypatch, world_dir):
+def test_figures_are_written_before_anything_is_printed(tmp_path, monkeypatch, run_here, world_dir):
     """A table that the terminal cannot show does not lose the figures."""
     (tmp_path / "own.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}))
     monkeypatch.setattr(evaluate, "format_table", lambda result: "\ud800".encode())
-    flags = ["--baseline", "top_snippet", "--corpus", str(world_dir / "pages.db")]
-    fixed = ["evaluate.py", "--tasks", str(tmp_path / "own.jsonl"), *flags]
-    monkeypatch.setattr("sys.argv", [*fixed, "--json", str(tmp_path / "o.json")])
+    flags = ["--baseline", "top_snippet", "--corpus", world_dir / "pages.db"]
+    flags += ["--tasks", tmp_path / "own.jsonl", "--json", tmp_path / "o.json"]
     with contextlib.suppress(UnicodeEncodeError):
-        evaluate.main()
+        run_here(evaluate.main, *flags)
     assert json.loads((tmp_path / "o.json").read_text())["n"] == 1
 
 

@@ -5,6 +5,7 @@ try an idea, write a generator of chunks like `plans` and give it to `text_drill
 """
 
 from collections.abc import Iterator
+from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ Drill = tuple[torch.Tensor, torch.Tensor]  # ids (B, T), labels (B, T)
 Chunk = list[tuple[str, bool]]  # pieces of text, and whether there is loss on their tokens
 # What stands around the parts of a record. "*" and "#" are left to the layouts of test worlds.
 SIGNS = list("-+=~/|>()!:;,.?%&")
-LETTERS = list("abcdefghijklmnopqrstuvwxyz")
+LETTERS = list(ascii_lowercase)
 
 
 def empty_rows(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,7 +181,7 @@ def ask(rng: np.random.Generator, phrase: str) -> tuple[str, bool]:
     if rng.random() < 0.5:
         before, after = random_words(rng, 4).capitalize(), random_words(rng, 2)
         end = rng.choice([". ", "? ", ", ", " "]) + after
-        frame = f"{before} {{np}}{end.rstrip()}".strip()
+        frame = f"{before} {{np}}{end}".strip()
     return frame.format(np=phrase) + "\n", False
 
 
@@ -190,7 +191,7 @@ def sum_plan(rng: np.random.Generator, world: World) -> Chunk:
     one, other = (noun_phrase(name, [relation], possessive) for name in names)
     numbers = [str(rng.integers(100, 1000)) for _ in range(2)]
     queries = [f"{relation} of {name}" for name in names]
-    facts = [f"The {query} is {number}." for query, number in zip(queries, numbers)]
+    facts = [fact_text(relation, name, number) for name, number in zip(names, numbers)]
     plan = f"{operation}: {', '.join(queries)}."
     return [
         ask(rng, f"the {operation} of {one} and {other}"),
@@ -220,11 +221,11 @@ def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
     pieces = [ask(rng, noun_phrase(subject, left, rng.random() < 0.4))]
     thought = f"{subject}: {', '.join(left)}."
     while left:
-        query = f"{left.pop(0)} of {subject}"
+        relation, known = left.pop(0), subject
         pieces.append((f"<think>{thought}</think>", True))
-        pieces.append((call_text(search_for(query)), True))
+        pieces.append((call_text(search_for(f"{relation} of {known}")), True))
         subject = random_name(rng, world) if left else random_value(rng, world)
-        fact = f"The {query} is {subject}."
+        fact = fact_text(relation, known, subject)
         pieces.append(response(rng, world, [fact]))
         thought = f"{fact} {subject}: {', '.join(left)}."
     return [*pieces, (turn_text(fact, subject), True)]
