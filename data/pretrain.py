@@ -61,7 +61,7 @@ from tools import signatures
 
 # Shares of the drills while facts are not copied yet, and later, among the transcripts.
 EARLY = {"visits": 0.5, "facts": 0.4, "spans": 0.1}
-LATE = {"visits": 0.35, "plans": 0.4, "sums": 0.1, "facts": 0.1, "spans": 0.05}
+LATE = {"visits": 0.3, "plans": 0.4, "sums": 0.15, "facts": 0.1, "spans": 0.05}
 TEXTS = {"visits": visits, "plans": plans, "sums": sums, "walks": walks}
 
 
@@ -72,7 +72,7 @@ class Args:
     worlds: int = HfArg(default=16, help="number of pretraining worlds")
     entities: int = HfArg(default=300, help="entities in each of them")
     transcripts: int = HfArg(default=20000, help="explorer transcripts to write")
-    skilled_share: float = HfArg(default=0.22, help="share of explorers that behave sensibly")
+    skilled_share: float = HfArg(default=0.18, help="share of explorers that behave sensibly")
     deep_share: float = HfArg(default=0.0, help="share of rows that are segments of walks")
     deep_skilled_share: float = HfArg(default=0.7, help="share of sensible walkers")
     deep_entities: int = HfArg(default=600, help="entities in each deep world")
@@ -209,7 +209,8 @@ def main():
     tokenizer.save_pretrained(args.out)
     chat = Chat(tokenizer, signatures())
     where = (chat, args.seed, args.worlds)
-    rows = write_transcripts(*where, args.entities, args.transcripts, args.skilled_share)
+    about = (args.entities, args.transcripts, args.skilled_share)
+    rows = write_transcripts(*where, *about, any_frame=0.5)
     walks, held_out_walks = [], []
     if args.deep_share:
         count = round(len(rows) * args.deep_share / (1 - args.deep_share))

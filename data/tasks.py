@@ -167,7 +167,7 @@ def answer_type_of(answer: str | list[str], form: str) -> str:
 
 
 def draw_task(
-    world: World, family: str, hops: int, rng: random.Random, held_out: bool = False
+    world: World, family: str, hops: int, rng: random.Random, held_out: bool = False, frame=""
 ) -> Task:
     """One random task of a family.
 
@@ -175,6 +175,7 @@ def draw_task(
         hops: pages to visit on the way (compute: 1, for each of two operands); for a family of
             data/deep/families.py its level.
         held_out: use the possessive form, or the last wording of a form, instead of the others.
+        frame: of the question (default: one of the split's).
     """
     if family in FAMILIES and (family, hops) != ("compute", 1):
         draft = FAMILIES[family](world, hops, rng)
@@ -192,7 +193,7 @@ def draw_task(
             phrase, relations, answer, passed = chain(world, family, hops, rng, held_out)
         paths = [world.name(i) for i in passed]
         meta = {"template": form, "relations": relations}
-    question = rng.choice(FRAMES[world.split]).format(np=phrase)
+    question = (frame or rng.choice(FRAMES[world.split])).format(np=phrase)
     question = question[0].upper() + question[1:] + suffix
     return Task(
         id=hashlib.sha256(f"{world.seed} {question}".encode()).hexdigest()[:12],

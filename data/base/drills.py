@@ -4,8 +4,8 @@ In: a random generator. Out: ids (B, T) and labels (B, T), with -100 where nothi
 try an idea, write a generator of chunks like `plans` and give it to `text_drill`.
 """
 
+import random
 from collections.abc import Iterator
-from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from data.base.explorers import (
     call_text,
     compute,
     fact_text,
+    random_frame,
     search_for,
     turn_text,
     worked_out,
@@ -27,10 +28,10 @@ from data.tasks import noun_phrase
 from data.world import World
 
 Drill = tuple[torch.Tensor, torch.Tensor]  # ids (B, T), labels (B, T)
+Fact = tuple[str, str, str]  # relation, name, value
 Chunk = list[tuple[str, bool]]  # pieces of text, and whether there is loss on their tokens
 # What stands around the parts of a record. "*" and "#" are left to the layouts of test worlds.
 SIGNS = list("-+=~/|>()!:;,.?%&")
-LETTERS = list(ascii_lowercase)
 
 
 def empty_rows(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -157,31 +158,44 @@ def random_value(rng: np.random.Generator, world: World) -> str:
     return str(rng.integers(low, high))
 
 
-def response(rng: np.random.Generator, world: World, facts: list[str]) -> tuple[str, bool]:
-    """A result that holds these facts among others."""
-    others = []
-    for _ in range(rng.integers(0, 3)):
-        relation, name = rng.choice(ALL_RELATIONS), random_name(rng, world)
-        others.append(fact_text(relation, name, random_value(rng, world)))
-    return f"<tool_response>{' '.join(rng.permutation(facts + others))}</tool_response>", False
+def hit(rng: np.random.Generator, place: World, number: int, name: str, fact: Fact | None) -> str:
+    """A result of a search as the tool shows it: a page with this fact among others."""
+    facts = [fact] if fact else []
+    for relation in rng.choice(ALL_RELATIONS, rng.integers(0, 4), replace=False):
+        if not fact or relation != fact[0]:
+            facts.append((relation, name, random_value(rng, place)))
+    texts = [fact_text(*facts[n]) for n in rng.permutation(len(facts))]
+    lead = " ".join([f"{name} is a {rng.choice(TYPES)}.", *texts])
+    return f"[{number}] {name} {place.address(name)}\n{lead}\n"
 
 
-def random_words(rng: np.random.Generator, most: int) -> str:
-    """At most so many words of random letters."""
-    words = [
-        "".join(rng.choice(LETTERS, rng.integers(2, 8))) for _ in range(rng.integers(most + 1))
-    ]
-    return " ".join(words)
+def response(rng: np.random.Generator, world: World, facts: list[Fact]) -> tuple[str, bool]:
+    """The result of a search for these facts: half of the time hits of each query, mostly the right
+    page first, else nothing but facts, so that more of a plan fits into a row."""
+    text = ""
+    if rng.random() < 0.5:
+        place = world.elsewhere(str(rng.random()))
+        for n, (relation, name, value) in enumerate(facts):
+            heading = f"{relation} of {name}:\n" if len(facts) > 1 else ""
+            other = facts[n - 1] if len(facts) > 1 and rng.random() < 0.5 else None
+            others_name = other[1] if other else random_name(rng, world)
+            pages = [(name, (relation, name, value)), (others_name, other)]
+            order = pages if rng.random() < 0.75 else pages[::-1]
+            text += heading + "".join(hit(rng, place, n, *page) for n, page in enumerate(order, 1))
+    else:
+        others = [
+            (rng.choice(ALL_RELATIONS), random_name(rng, world), random_value(rng, world))
+            for _ in range(rng.integers(0, 3))
+        ]
+        text = " ".join(rng.permutation([fact_text(*fact) for fact in facts + others]))
+    return f"<tool_response>{text.strip()}</tool_response>", False
 
 
 def ask(rng: np.random.Generator, phrase: str) -> tuple[str, bool]:
-    """A question, half of the time in a frame of random words: what is asked for stands anywhere,
-    and no word before it says so."""
+    """A question, half of the time in a frame of random words."""
     frame = str(rng.choice(FRAMES["pretrain"]))
     if rng.random() < 0.5:
-        before, after = random_words(rng, 4).capitalize(), random_words(rng, 2)
-        end = rng.choice([". ", "? ", ", ", " "]) + after
-        frame = f"{before} {{np}}{end}".strip()
+        frame = random_frame(random.Random(str(rng.random())))
     return frame.format(np=phrase) + "\n", False
 
 
@@ -191,24 +205,30 @@ def sum_plan(rng: np.random.Generator, world: World) -> Chunk:
     one, other = (noun_phrase(name, [relation], possessive) for name in names)
     numbers = [str(rng.integers(100, 1000)) for _ in range(2)]
     queries = [f"{relation} of {name}" for name in names]
-    facts = [fact_text(relation, name, number) for name, number in zip(names, numbers)]
+    facts = [(relation, name, number) for name, number in zip(names, numbers)]
+    said = " ".join(fact_text(*fact) for fact in facts)
     plan = f"{operation}: {', '.join(queries)}."
     return [
         ask(rng, f"the {operation} of {one} and {other}"),
         (f"<think>{plan}</think>", True),
         (call_text(search_for(*queries)), True),
         response(rng, world, facts),
-        *working_out(" ".join(facts), operation, numbers, is_thought_learned=True),
+        *working_out(said, operation, numbers, is_plan=True),
     ]
 
 
-def working_out(said: str, operation: str, numbers: list[str], is_thought_learned: bool) -> Chunk:
-    """A thought with two numbers and an operation, the call that works it out, and its answer."""
-    thought = f"{said} {operation}: {', '.join(numbers)}.".strip()
+def working_out(said: str, operation: str, numbers: list[str], is_plan: bool) -> Chunk:
+    """A thought with two numbers and an operation, the call that works it out, and its answer.
+
+    Args:
+        said: the facts that the numbers are from, or "".
+        is_plan: there is loss on the whole thought, not only on numbers out of facts.
+    """
     call = compute(numbers[0], OPERATIONS[operation], numbers[1])
     result = worked_out(call)
     return [
-        (f"<think>{thought}</think>", is_thought_learned),
+        (f"<think>{said} {operation}: " if said else f"<think>{operation}: ", is_plan),
+        (f"{', '.join(numbers)}.</think>", bool(said)),
         (call_text(call), True),
         (f"<tool_response>{result}</tool_response>", False),
         (turn_text(f"It is {result}.", result), True),
@@ -221,12 +241,12 @@ def hop_plan(rng: np.random.Generator, world: World) -> Chunk:
     pieces = [ask(rng, noun_phrase(subject, left, rng.random() < 0.4))]
     thought = f"{subject}: {', '.join(left)}."
     while left:
-        relation, known = left.pop(0), subject
+        relation = left.pop(0)
         pieces.append((f"<think>{thought}</think>", True))
-        pieces.append((call_text(search_for(f"{relation} of {known}")), True))
-        subject = random_name(rng, world) if left else random_value(rng, world)
-        fact = fact_text(relation, known, subject)
-        pieces.append(response(rng, world, [fact]))
+        pieces.append((call_text(search_for(f"{relation} of {subject}")), True))
+        value = random_name(rng, world) if left else random_value(rng, world)
+        pieces.append(response(rng, world, [(relation, subject, value)]))
+        fact, subject = fact_text(relation, subject, value), value
         thought = f"{fact} {subject}: {', '.join(left)}."
     return [*pieces, (turn_text(fact, subject), True)]
 
@@ -238,7 +258,7 @@ def sums(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
         numbers = [str(rng.integers(100, 1000)) for _ in range(2)]
         facts = [fact_text(relation, random_name(rng, world), number) for number in numbers]
         said = " ".join(facts) if rng.random() < 0.5 else ""
-        yield working_out(said, operation, numbers, is_thought_learned=False)
+        yield working_out(said, operation, numbers, is_plan=False)
 
 
 def visits(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
@@ -247,12 +267,8 @@ def visits(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
     stand around it. No host comes twice."""
     while True:
         place, relation = world.elsewhere(str(rng.random())), str(rng.choice(ALL_RELATIONS))
-        names, hits = [random_name(rng, world) for _ in range(rng.integers(1, 4))], ""
-        for number, name in enumerate(names, start=1):
-            lead = f"{name} is a {rng.choice(TYPES)}."
-            for other in rng.choice(ALL_RELATIONS, rng.integers(0, 4), replace=False):
-                lead += f" {fact_text(other, name, random_value(rng, world))}"
-            hits += f"[{number}] {name} {place.address(name)}\n{lead}\n"
+        names = [random_name(rng, world) for _ in range(rng.integers(1, 4))]
+        hits = "".join(hit(rng, place, n, name, None) for n, name in enumerate(names, start=1))
         name = names[0] if rng.random() < 0.9 else str(rng.choice(names))
         # The name stands in many places by then, and its address in one of them.
         asked = turn_text(f"{name}: {relation}.", search_for(f"{relation} of {name}"))

@@ -13,6 +13,7 @@ import json
 import random
 import re
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 import numpy as np
 from tqdm import tqdm
@@ -300,6 +301,17 @@ class Explorer:
         return ids, mask, False
 
 
+def random_frame(rng: random.Random) -> str:
+    """A frame of a question that says nothing: what is asked for stands among random words, so that
+    no word before it gives its place away."""
+    before, after = (
+        " ".join("".join(rng.choices(ascii_lowercase, k=rng.randint(2, 7))) for _ in range(count))
+        for count in (rng.randint(0, 4), rng.randint(0, 2))
+    )
+    end = rng.choice([". ", "? ", ", ", " "])
+    return f"{before.capitalize()} {{np}}{end}{after}".strip()
+
+
 def write_transcripts(
     chat: Chat,
     seed: int,
@@ -309,6 +321,7 @@ def write_transcripts(
     skilled_share: float,
     args: RolloutArgs = WINDOW,
     families=(),
+    any_frame: float = 0.0,
 ) -> list[Row]:
     """Explorer transcripts over all pretraining worlds; prints how often they were right.
 
@@ -320,6 +333,7 @@ def write_transcripts(
         skilled_share: share of explorers that behave sensibly.
         args: limits of the explorers, as of the agent loop.
         families: of their tasks (default: all that the shipped training tasks have).
+        any_frame: share of the questions that stand in a frame of random words.
     """
     rng = random.Random(f"explorers-{seed}")
     transcripts, right_by_family = [], {}
@@ -332,7 +346,8 @@ def write_transcripts(
         kinds, weights = zip(*shares_of(site.world, families, ()).items())
         for _ in range(per_world):
             family, hops = rng.choices(kinds, weights)[0]
-            task = draw_task(site.world, family, hops, rng, rng.random() < 0.25)
+            frame = random_frame(rng) if any_frame and rng.random() < any_frame else ""
+            task = draw_task(site.world, family, hops, rng, rng.random() < 0.4, frame)
             skill = 0.97 if rng.random() < skilled_share else rng.uniform(0.0, 0.12)
             ids, mask, is_right = Explorer(task, site, chat, rng, skill, args).play()
             transcripts.append(row_of(ids, mask))
