@@ -468,8 +468,8 @@ def test_many_sandboxes_at_once_leave_nothing(tmp_path, monkeypatch, request):
         assert len(list(tmp_path.iterdir())) == number == len(children_of_ours() - children)
         list(pool.map(CPythonSession.close, sessions))
     assert not list(tmp_path.iterdir())
-    assert children_of_ours() == children
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert children_of_ours() <= children
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 @needs_sandbox
@@ -544,7 +544,7 @@ def test_a_session_ends_while_a_given_up_thread_is_in_a_call(code, tmp_path, mon
             True,
         )
     assert not list(tmp_path.iterdir()) and session.process is None
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_the_folder_of_a_killed_owner_is_removed_by_a_later_run(tmp_path, monkeypatch):
@@ -604,7 +604,7 @@ def test_a_child_that_cannot_be_confined_runs_nothing(tmp_path, monkeypatch):
     broken.write_text("raise ValueError('no such thing')")
     with pytest.raises(ToolFault, match="python cannot be started"):
         CPythonSession()(code="print('ran')")
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     assert list(tmp_path.iterdir()) == [broken]
 
 

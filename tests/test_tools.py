@@ -517,7 +517,7 @@ def test_a_sandbox_that_cannot_start_is_a_fault(monkeypatch):
             session = cpython_sandbox.CPythonSession()
             ((text, fault),) = run_calls([ToolCall("python", {"code": "1"})], {"python": session})
         assert fault and "python cannot be started" in text
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_machine_without_a_sandbox_is_refused_for_cpython_alone(monkeypatch):
