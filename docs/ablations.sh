@@ -1,6 +1,8 @@
 #!/bin/sh
 # Repeats rows of the ablation table, three seeds each: trains with one flag changed, and asks the 500
 # held-out questions, 4 samples each. A row of the whole budget takes about 25 minutes on two cores.
+# OUT/ablations.json then holds the results of all rows that were run; docs/figures.py draws it, once
+# it lies in docs/results/bench/.
 #
 #     sh docs/ablations.sh runs/ablations                       # all rows
 #     sh docs/ablations.sh runs/ablations gamma-0.9             # one row
@@ -39,10 +41,13 @@ for row in $rows; do
     done
 done
 
-python - "$out" $rows <<'END'
+python - "$out" <<'END'
 import json, pathlib, sys
 
-for row in sys.argv[2:]:
-    files = sorted(pathlib.Path(sys.argv[1]).glob(f"{row}-[0-9]*/test.json"))
-    print(f"{row:16s}", *(f"{100 * json.loads(file.read_text())['pass@1']:6.1f}" for file in files))
+tests, out = {}, pathlib.Path(sys.argv[1])
+for file in sorted(out.glob("*/test.json")):
+    test = json.loads(file.read_text())
+    print(f"{file.parent.name:20s}{100 * test['pass@1']:6.1f}")
+    tests[file.parent.name] = {k: v for k, v in test.items() if k not in ("settings", "scores")}
+(out / "ablations.json").write_text(json.dumps(tests, indent=1) + "\n")
 END
