@@ -13,7 +13,6 @@ distribution.
 
 import copy
 import ctypes
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +61,8 @@ def load_policy(name: str, device: torch.device | str = "cpu", weights: bool = T
     Raises:
         ValueError: the model cannot be loaded; one line says why.
     """
-    path, extra = NANO if name == "nano" else Path(name), {}
+    path = NANO if name == "nano" else Path(name)
+    settings = {"trust_remote_code": False}
     near = "" if path.exists() else did_you_mean(name, local_models(path.parent), cutoff=0.7)
     if (path / "checkpoint").is_dir():
         path = path / "checkpoint"
@@ -71,7 +71,7 @@ def load_policy(name: str, device: torch.device | str = "cpu", weights: bool = T
         if name.endswith(".gguf"):
             if not path.is_file():
                 raise OSError("there is no such file")
-            source, extra = str(path.parent), {"gguf_file": path.name}
+            source, settings["gguf_file"] = str(path.parent), path.name
         elif path.exists() and not (path / "config.json").is_file():
             raise OSError("the folder has no config.json; give the folder of a checkpoint")
         elif not path.exists() and (
@@ -80,15 +80,11 @@ def load_policy(name: str, device: torch.device | str = "cpu", weights: bool = T
             or (near and "/" not in name)
         ):
             raise OSError("there is no such folder")  # and a hub name does not look like this
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source, **settings)
         if not weights:
             return torch.nn.Module(), tokenizer
         model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-            **extra,
+            source, dtype=torch.float32, attn_implementation="sdpa", **settings
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200].rstrip(".") + near
@@ -135,11 +131,8 @@ def check_full_attention(model, max_context: int) -> None:
 
 def keep_memory() -> None:
     """Tell glibc to reuse large blocks of memory: a CPU update is then 1.2 times as fast."""
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-        except OSError:  # another C library, such as musl
-            return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # no other C library has it
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
@@ -176,9 +169,8 @@ class SlotCache(Cache):
         result = []
         for stored, new in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
             stored[index, :, self.positions] = new.transpose(1, 2)  # (B, T, heads, head size)
-            result.append(
-                stored[self.rows, :, : self.length]
-            )  # a view, not a copy, where `rows` is a slice
+            # A view, not a copy, where `rows` is a slice.
+            result.append(stored[self.rows, :, : self.length])
         return tuple(result)
 
     def run(self, model, rows, length: int, ids, positions, targets) -> torch.Tensor:
@@ -262,13 +254,14 @@ class Engine:
         chat: its template. `chat.end_id` ends a turn. `chat.before_question` begins all prompts,
             and runs once for each version of the weights.
         args: `RolloutArgs`; slots, kv_tokens, max_context, max_new_tokens and temperature are read.
+        version: of the model's weights.
 
     Raises:
         ValueError: the model lacks tokens or positions, or cannot be played from keys and values of
             its context alone.
     """
 
-    def __init__(self, model, chat: Chat, args):
+    def __init__(self, model, chat: Chat, args, version: int = 0):
         check_full_attention(model, args.max_context)
         known = model.get_input_embeddings().num_embeddings
         if (used := max([chat.end_id, *chat.before_question])) >= known:
@@ -291,7 +284,7 @@ class Engine:
         self.most_prefill = PREFILL_TOKENS * (ON_GPU if on_gpu else 1)
         self.users: list[Slot | None] = [None] * rows  # who used each row last; it may have left
         self.queue: list[Slot] = []  # turns that have no row yet
-        self.shared_prefix, self.prefix_ready, self.version = chat.before_question, False, 0
+        self.shared_prefix, self.prefix_ready, self.version = chat.before_question, False, version
         self.stats = dict.fromkeys(("decode_s", "prefill_s", "idle_s"), 0.0)
         self.stats |= dict.fromkeys(("sampled", "prefilled", "evicted"), 0)  # tokens, tokens, rows
 
@@ -412,15 +405,11 @@ class Engine:
         their first token.
         """
         batch = sorted(batch, key=lambda slot: slot.row)
-        pieces, rows = (
-            [slot.pending[: self.most_prefill] for slot in batch],
-            [slot.row for slot in batch],
-        )
-        side_by_side = rows[-1] - rows[0] < len(rows)  # then they can be read without a copy
-        starts = [len(slot.cached) for slot in batch]
-        logits = self.forward(
-            pieces, starts, slice(rows[0], rows[-1] + 1) if side_by_side else rows
-        )
+        pieces = [slot.pending[: self.most_prefill] for slot in batch]
+        starts, rows = [len(slot.cached) for slot in batch], [slot.row for slot in batch]
+        if rows[-1] - rows[0] < len(rows):  # side by side: they can be read without a copy
+            rows = slice(rows[0], rows[-1] + 1)
+        logits = self.forward(pieces, starts, rows)
         for slot, piece in zip(batch, pieces):
             self.stats["prefilled"] += len(piece)
             slot.cached, slot.pending = slot.cached + piece, slot.pending[len(piece) :]
@@ -473,18 +462,15 @@ class Engine:
             Logits after each row's last token, (B, V), float32.
         """
         B, T = len(chunks), max(map(len, chunks))
-        ids, positions = np.zeros((B, T), dtype=np.int64), np.zeros((B, T), dtype=np.int64)
-        targets = np.full((B, T), self.cache.columns - 1)
+        inputs = np.zeros((3, B, T), dtype=np.int64)  # ids, positions, columns that are written
+        inputs[2] = self.cache.columns - 1
         for b, (chunk, start) in enumerate(zip(chunks, starts)):
-            ids[b, T - len(chunk) :] = chunk
-            positions[b, T - len(chunk) :] = np.arange(start, start + len(chunk))
-            targets[b, T - len(chunk) :] = positions[b, T - len(chunk) :]
-        ids, positions, targets = (
-            torch.from_numpy(x).to(self.device) for x in (ids, positions, targets)
-        )
-        length = int(positions[:, -1].max()) + 1
+            inputs[0, b, T - len(chunk) :] = chunk
+            inputs[1:, b, T - len(chunk) :] = np.arange(start, start + len(chunk))
+        length = int(inputs[1, :, -1].max()) + 1
         if not isinstance(rows, slice):
             rows = torch.tensor(rows, device=self.device)
+        ids, positions, targets = torch.from_numpy(inputs).to(self.device)
         return self.cache.run(self.model, rows, length, ids, positions, targets)
 
     def sample(self, logits: torch.Tensor, slots: list[Slot]) -> list[Slot]:
@@ -519,15 +505,12 @@ def batches_of_like_length(slots: list[Slot], most: int) -> list[list[Slot]]:
     """
     most_padding = PADDING_TOKENS * most // PREFILL_TOKENS
     batches: list[list[Slot]] = []
-    padding = 0
     for slot in sorted(slots, key=lambda slot: len(slot.pending)):
-        if batches:
-            rows, length = len(batches[-1]), len(slot.pending)
-            more = rows * (length - len(batches[-1][-1].pending))
-            if (rows + 1) * length <= most and padding + more <= most_padding:
-                batches[-1].append(slot)
-                padding += more
-                continue
-        batches.append([slot])
-        padding = 0
+        batch = [*batches[-1], slot] if batches else [slot]
+        tokens = len(batch) * len(slot.pending)
+        padding = tokens - sum(len(other.pending) for other in batch)
+        if len(batch) > 1 and tokens <= most and padding <= most_padding:
+            batches[-1] = batch
+        else:
+            batches.append([slot])
     return batches

@@ -161,11 +161,8 @@ def open_engine(model, chat: Chat, args, version: int = 0):
     """What plays: `Engine`, or with --engine a server, which then has the model's weights, of this
     version.
     """
-    if args.engine:
-        return ServerEngine(model, chat, args, version)
-    engine = Engine(model, chat, args)
-    engine.version = version
-    return engine
+    kind = ServerEngine if args.engine else Engine
+    return kind(model, chat, args, version)
 
 
 class ServerEngine:

@@ -144,33 +144,24 @@ class SharedWeights:
     """
 
     def __init__(self, model):
-        self.places, at = [], 16  # behind a header of two numbers: version, checksum
-        for parameter in model.parameters():
-            size = parameter.numel() * parameter.element_size()
-            self.places.append((at, at + size))
-            at += -(-size // 8) * 8
-        self.buffer = torch.zeros(at, dtype=torch.uint8).share_memory_()
-        self.header()[0] = -1
-
-    def header(self):
-        return self.buffer[:16].numpy().view("int64")
+        self.sizes = [parameter.numel() for parameter in model.parameters()]
+        self.flat = torch.zeros(sum(self.sizes)).share_memory_()  # float32, as load_policy's
+        self.header = torch.tensor([-1, 0]).share_memory_()  # version, checksum
 
     def version(self) -> int:
         """-1 while they are being written."""
-        return int(self.header()[0])
+        return int(self.header[0])
 
     @torch.no_grad()
     def write(self, model, version: int) -> None:
         """Raises WorkerError if a weight is not finite; the old weights then stay."""
-        own = list(zip(model.parameters(), self.places))  # none: a server has them
+        own = list(zip(model.parameters(), self.flat.split(self.sizes)))  # or a server has them
         check_finite((parameter for parameter, _ in own), version)
-        header = self.header()
-        header[0] = -1
-        for parameter, (start, end) in own:
-            flat = parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-            self.buffer[start:end].copy_(flat)
-        header[1] = zlib.crc32(self.buffer[16:].numpy())
-        header[0] = version
+        self.header[0] = -1
+        for parameter, part in own:
+            part.copy_(parameter.flatten())
+        self.header[1] = zlib.crc32(self.flat.numpy())
+        self.header[0] = version
 
     @torch.no_grad()
     def read(self, model, patience_s: float = 60.0) -> int:
@@ -182,13 +173,12 @@ class SharedWeights:
         """
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            version, checksum = self.header().tolist()
+            version, checksum = self.header.tolist()
             if version >= 0:
-                copy = self.buffer.clone()
-                if self.version() == version and zlib.crc32(copy[16:].numpy()) == checksum:
-                    for parameter, (start, end) in zip(model.parameters(), self.places):
-                        flat = copy[start:end].view(parameter.dtype)
-                        parameter.copy_(flat.view(parameter.shape))
+                copy = self.flat.clone()
+                if self.version() == version and zlib.crc32(copy.numpy()) == checksum:
+                    for parameter, part in zip(model.parameters(), copy.split(self.sizes)):
+                        parameter.copy_(part.view(parameter.shape))
                     return version
             time.sleep(0.002)
         raise RuntimeError("no whole weights in shared memory")
@@ -594,9 +584,6 @@ class AsyncRollouts:
             raise WorkerError(
                 f"{line}; {self.deaths} workers in a row were lost before a trajectory was finished"
             )
-        print(
-            f"{line}: replaced, {len(gone.keys)} trajectories handed out again",
-            file=sys.stderr,
-            flush=True,
-        )
+        line += f": replaced, {len(gone.keys)} trajectories handed out again"
+        print(line, file=sys.stderr, flush=True)
         self.start(gone.number)
