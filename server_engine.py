@@ -18,7 +18,6 @@ classes of three calls: `generate`, `load`, `loaded`. To try another server, wri
 
 import concurrent.futures
 import fcntl
-import functools
 import shutil
 import sys
 import threading
@@ -334,8 +333,8 @@ class ServerEngine:
         if own_rank() == 0:
             check_finite(weights.values(), self.version)
             folder = self.weights_of(self.version)
-            write = functools.partial(self.model.save_pretrained, state_dict=weights)
-            run_folder.save_atomically(folder, write)
+            with run_folder.save_atomically(folder) as temporary:
+                self.model.save_pretrained(temporary, state_dict=weights)
             self.bring_back(name_of(folder))
             ids, logprobs, _ = self.turn(prompt, self.version)
         del weights

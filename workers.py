@@ -155,7 +155,7 @@ class SharedWeights:
     @torch.no_grad()
     def write(self, model, version: int) -> None:
         """Raises WorkerError if a weight is not finite; the old weights then stay."""
-        own = list(zip(model.parameters(), self.flat.split(self.sizes)))  # or a server has them
+        own = list(zip(model.parameters(), self.flat.split(self.sizes)))  # none: a server has them
         check_finite((parameter for parameter, _ in own), version)
         self.header[0] = -1
         for parameter, part in own:
@@ -329,7 +329,7 @@ class AsyncRollouts:
             self.begin(group_from(plain))
         self.holds, self.holding = 0, False
         self.deaths, self.restarts, self.idle_share = 0, 0, 0.0
-        self.retired_s, self.retired_tokens = 0.0, 0  # work of workers that were replaced
+        self.working_s, self.sampled = 0.0, 0  # of all workers, those that were replaced as well
         self.seen = (time.monotonic(), 0.0)  # end of the last collect, and the work done by then
         self.progress = None
         self.weights = SharedWeights(torch.nn.Module() if setup.args.engine else model)
@@ -375,8 +375,8 @@ class AsyncRollouts:
         self.progress = progress
         self.pump(0.0)
         if not self.args.overlap:
-            self.seen = (time.monotonic(), self.working_s())
-        started, tokens = time.monotonic(), self.sampled()
+            self.seen = (time.monotonic(), self.working_s)
+        started, tokens = time.monotonic(), self.sampled
         self.top_up(version, self.enough)
         while self.groups and not self.enough_whole(version, started, tokens):
             endings.check()
@@ -389,10 +389,10 @@ class AsyncRollouts:
         self.lent = sorted(whole, key=lambda group: group.position)
         for group in self.lent:
             del self.groups[group.position]
-        now, working_s = time.monotonic(), self.working_s()
+        now = time.monotonic()
         possible_s = max(1e-9, (now - self.seen[0]) * len(self.workers))
-        self.idle_share = max(0.0, 1.0 - (working_s - self.seen[1]) / possible_s)
-        self.seen = (now, working_s)
+        self.idle_share = max(0.0, 1.0 - (self.working_s - self.seen[1]) / possible_s)
+        self.seen = (now, self.working_s)
         if self.args.overlap:
             self.top_up(version, self.enough)  # so that nobody idles during the update
         return self.lent
@@ -404,7 +404,7 @@ class AsyncRollouts:
             version - group.born >= self.args.max_age and not group.whole()
             for group in self.groups.values()
         )
-        seconds, sampled = time.monotonic() - started, self.sampled() - tokens
+        seconds, sampled = time.monotonic() - started, self.sampled - tokens
         over = 0 < self.args.budget_s < seconds or 0 < self.args.budget_tokens < sampled
         return not late and (whole >= min(self.enough, len(self.groups)) or (over and whole > 0))
 
@@ -500,12 +500,6 @@ class AsyncRollouts:
             del self.where[trajectory.key]
         return True
 
-    def working_s(self) -> float:
-        return self.retired_s + sum(worker.working_s for worker in self.workers)
-
-    def sampled(self) -> int:
-        return self.retired_tokens + sum(worker.sampled for worker in self.workers)
-
     # Talking to workers.
 
     def hold(self) -> None:
@@ -548,6 +542,8 @@ class AsyncRollouts:
         self.hand_out()
 
     def hear(self, worker: Process, kind: str, content, working_s: float, sampled: int) -> None:
+        self.working_s += working_s - worker.working_s
+        self.sampled += sampled - worker.sampled
         worker.heard, worker.working_s, worker.sampled = time.monotonic(), working_s, sampled
         if kind == "ready":
             worker.ready = True
@@ -570,8 +566,6 @@ class AsyncRollouts:
         """
         gone.process.kill()
         gone.channel.connection.close()
-        self.retired_s += gone.working_s
-        self.retired_tokens += gone.sampled
         for key in sorted(gone.keys, key=lambda key: self.where[key], reverse=True):
             position, index = self.where.pop(key)
             trajectory = self.groups[position].trajectories[index]

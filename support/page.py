@@ -8,12 +8,13 @@ and tables. Out: a file that works without a network.
 import base64
 import itertools
 import json
-import os
 import re
 import statistics
 import zlib
 from bisect import bisect_left
 from pathlib import Path
+
+from support.run_folder import replace_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PART = re.compile(r"<(think|tool_call|answer)>.*?(?:</\1>|$)", re.DOTALL)
@@ -172,6 +173,4 @@ def write_page(path: str | Path, data: dict) -> None:
     # ASCII without "<": no text can end the script element that holds it.
     text = to_json(data).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("DATA_OF_THE_RUNS", text, 1)
-    temporary = Path(f"{path}.new")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(Path(path), page)

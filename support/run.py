@@ -25,12 +25,12 @@ from context import Chat
 from engine import WorkerError, keep_memory
 from evaluate import format_table, summarise
 from report import write_report
-from rollout import EVALUATION, AgentLoop, Group, SyncRollouts, new_group, play
+from rollout import AgentLoop, Group, SyncRollouts, new_group, play
 from support import endings, run_folder
 from support.batches import logprob_gaps
 from support.curriculum import Curriculum
 from support.curves import draw_curves
-from support.evaluation import NO_TURN
+from support.evaluation import NO_TURN, make_trajectories
 from support.processes import (
     cores_of,
     end_ranks,
@@ -189,16 +189,10 @@ class Run:
         setup = Setup(args.model, learner.loop.args, str(self.device), threads)
         under_way = self.state["rollouts"] if self.state else []
         state = share_of(under_way, self.rank, self.ranks, args.tasks_per_step)
+        state = state or {"next_number": first, "groups": []}
+        model, engine = learner.model, learner.loop.engine
         self.rollouts = AsyncRollouts(
-            learner.model,
-            setup,
-            workers,
-            next_group,
-            enough,
-            async_args,
-            self.done,
-            state or {"next_number": first, "groups": []},
-            learner.loop.engine,
+            model, setup, workers, next_group, enough, async_args, self.done, state, engine
         )
         return self.rollouts
 
@@ -263,8 +257,7 @@ class Run:
         gap, mean = max(gaps, default=0.0), sum(gaps) / max(1, len(gaps))
         if self.is_main:
             words = f"largest |trainer - sampler| log-prob {gap:.1e}, mean {mean:.1e}"
-            line = f"step {self.done + 1}: {words}"
-            print(line, flush=True)
+            print(f"step {self.done + 1}: {words}", flush=True)
         if gap > MAX_GAP and self.accelerator.mixed_precision == "no":
             self.fail(f"trainer and sampler disagree by more than {MAX_GAP:g}")
 
@@ -323,14 +316,11 @@ class Run:
         """Pass@1 on held-out tasks, one sample each; None if there are no tasks."""
         if not tasks:
             return None
-        shares = range(self.rank, len(tasks), self.ranks)
-        seed = self.args.seed
-        groups = [new_group(tasks[n], n, 1, seed, stream=EVALUATION) for n in shares]
-        trajectories = [t for group in groups for t in group.trajectories]
+        trajectories = make_trajectories(tasks, 1, self.args.seed)[self.rank :: self.ranks]
         with self.bar(len(trajectories), f"evaluate on {split}") as progress:
             played = gather_object(play(self.learner.loop, trajectories, progress))
         settings = {"step": self.done, "split": split}
-        result = summarise(played, settings, seed)
+        result = summarise(played, settings, self.args.seed)
         if self.is_main:
             run_folder.append_line(self.out / "evaluations.jsonl", settings | result)
             self.accelerator.log({f"{split}/pass@1": result["pass@1"]}, step=self.done)

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import shlex
@@ -56,14 +57,11 @@ def choose_folder(out: str) -> Path:
         Path(out).mkdir(parents=True, exist_ok=True)
         return Path(out)
     Path("runs").mkdir(exist_ok=True)
-    number = 1
-    while True:
+    for number in itertools.count(1):
         folder = Path("runs") / f"run-{number}"
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir()  # one of two runs that start together gets it
             return folder
-        except FileExistsError:
-            number += 1
 
 
 def lock(folder: Path) -> int:
@@ -155,9 +153,15 @@ def save_config(out: Path, parts: list) -> None:
         code = file.read_bytes()
         (out / file.name).unlink(missing_ok=True)  # it may be a link to another file
         (out / file.name).write_bytes(code)
-    temporary = out / "config.json.new"
-    temporary.write_text(json.dumps(config | {"commit": commit, "packages": packages}, indent=1))
-    os.replace(temporary, out / "config.json")
+    about = {"commit": commit, "packages": packages}
+    replace_text(out / "config.json", json.dumps(config | about, indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file; it appears whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def append_line(path: Path, record: dict) -> None:
@@ -199,24 +203,23 @@ def cut_lines(path: Path, last_step: int) -> None:
     for line, record in whole_lines(path):
         if isinstance(record.get("step"), (int, float)) and record["step"] <= last_step:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, "".join(kept))
 
 
 # ------------------------------------------------------------------------------------- checkpoints
 
 
-def save_atomically(folder: Path, write) -> None:
-    """`write(temporary folder)`, then put it in the place of `folder`: a reader sees the old one or
-    the new one.
+@contextlib.contextmanager
+def save_atomically(folder: Path):
+    """Gives a temporary folder to write into, which then takes the place of `folder`: a reader sees
+    the old one or the new one.
     """
     temporary = folder.with_name(folder.name + ".new")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write(temporary)
+        yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
         raise
@@ -229,12 +232,9 @@ def save_atomically(folder: Path, write) -> None:
 
 def save_model(folder: Path, model, tokenizer, **weights) -> None:
     """A folder that `--model` takes. Of a sharded model `state_dict` gives the whole weights."""
-
-    def write(temporary: Path) -> None:
+    with save_atomically(folder) as temporary:
         model.save_pretrained(temporary, **weights)
         tokenizer.save_pretrained(temporary)
-
-    save_atomically(folder, write)
 
 
 def sha256(path: Path) -> str:
@@ -271,10 +271,7 @@ def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
         sharded = isinstance(next(model.parameters()), DTensor)
         whole = {"state_dict": state["model"]} if sharded else {}
         save_model(out / "checkpoint", model, tokenizer, **whole)
-    except (
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # what torch and safetensors make of a full disk
+    except (RuntimeError, SafetensorError) as error:  # as torch and safetensors say it
         full = shutil.disk_usage(out).free < 100e6
         words = "the disk is full" if full else str(error).splitlines()[0][:100]
         raise OSError(f"cannot write a checkpoint: {words}") from None

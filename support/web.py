@@ -8,7 +8,6 @@ To try an idea (another kind of page, such as PDF), change `html_of`.
 """
 
 import codecs
-import collections
 import concurrent.futures
 import html
 import importlib
@@ -298,13 +297,12 @@ class WebReader:
     def __init__(self, hosts: dict[str, str], web: "LiveWeb | None", timeout_s: float):
         self.hosts, self.web, self.timeout_s = hosts, web, timeout_s
         self.embedded = bounded_session(public=False)
-        self.pages, self.lock = collections.OrderedDict(), threading.Lock()
+        self.pages, self.lock = {}, threading.Lock()
         self.kept_chars = 0
 
     def read(self, url: str) -> Page:
         """A page, from memory if it was read before; raises as `fetch` does."""
-        with self.lock:
-            kept = self.pages.get(url)
+        kept = self.pages.get(url)
         if kept is None:
             kept = self.fetch(url)
             with self.lock:
@@ -312,7 +310,7 @@ class WebReader:
                     self.pages[url] = kept
                     self.kept_chars += len(kept.html)
                 while len(self.pages) > KEPT_PAGES or self.kept_chars > KEPT_CHARS:
-                    self.kept_chars -= len(self.pages.popitem(last=False)[1].html)
+                    self.kept_chars -= len(self.pages.pop(next(iter(self.pages))).html)
         return kept
 
     def fetch(self, url: str) -> Page:

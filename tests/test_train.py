@@ -702,14 +702,11 @@ def test_a_tracker_that_does_not_start_is_one_line(tmp_path, error):
 
 
 def test_a_failed_save_keeps_the_old_folder(tmp_path):
-    save_atomically(tmp_path / "c", lambda folder: (folder / "x").write_text("old"))
-
-    def disk_full(folder):
+    with save_atomically(tmp_path / "c") as folder:
+        (folder / "x").write_text("old")
+    with pytest.raises(OSError), save_atomically(tmp_path / "c") as folder:
         (folder / "x").write_text("half")
         raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError):
-        save_atomically(tmp_path / "c", disk_full)
     assert (tmp_path / "c" / "x").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
