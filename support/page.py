@@ -61,9 +61,8 @@ class Pieces:
         for is_broken, run in itertools.groupby(ids, key=self.broken.__contains__):
             run = list(run)
             if is_broken:
-                result[at : at + len(run)] = [self.place_of(self.decode(run))] + [0] * (
-                    len(run) - 1
-                )
+                whole = self.place_of(self.decode(run))
+                result[at : at + len(run)] = [whole] + [0] * (len(run) - 1)
             at += len(run)
         return result
 
