@@ -40,13 +40,8 @@ RECORDS = {
     "festival": {"organizer": "person", "opening": "year"},
 }
 TYPES = list(LEAD)
-# type -> (relation, type of its value, "lead" or "deep") of both tables
-RELATIONS = {
-    type: [(relation, kind, "lead") for relation, kind in LEAD[type].items()]
-    + [(relation, kind, "deep") for relation, kind in RECORDS[type].items()]
-    for type in TYPES
-}
-ALL_RELATIONS = sorted({relation for type in TYPES for relation, _, _ in RELATIONS[type]})
+RELATIONS = {type: LEAD[type] | RECORDS[type] for type in TYPES}
+ALL_RELATIONS = sorted({relation for type in TYPES for relation in RELATIONS[type]})
 PLURALS = {type: type[:-1] + "ies" if type[-1] == "y" else type + "s" for type in TYPES}
 OPERATIONS = {"sum": "+", "difference": "-", "product": "*"}
 

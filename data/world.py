@@ -208,6 +208,15 @@ class World:
         full_rounds = self.entities // len(TYPE_OF_SLOT)
         return rng.randrange(full_rounds) * len(TYPE_OF_SLOT) + rng.choice(SLOTS[type])
 
+    def random_value(self, kind: str, rng: random.Random) -> tuple[str, int | None]:
+        """A value for a relation of LEAD or RECORDS, and the entity that it names, if any."""
+        if kind == "number":
+            return str(rng.randint(100, 999)), None
+        if kind == "year":
+            return str(rng.randint(1500, 1999)), None
+        target = self.random_entity(kind, rng)
+        return self.name(target), target
+
     def count(self, type: str) -> int:
         """Entities of this type that `nth` counts: those in full rounds of TYPE_OF_SLOT."""
         return self.entities // len(TYPE_OF_SLOT) * len(SLOTS[type])
@@ -227,14 +236,10 @@ class World:
         """The entity with this index: a pure function of (seed, split, index)."""
         rng = random.Random(f"facts-{self.seed}-{self.split}-{index}")
         facts, targets = {}, {}
-        for relation, kind, _ in RELATIONS[self.type(index)]:
-            if kind == "number":
-                facts[relation] = str(rng.randint(100, 999))
-            elif kind == "year":
-                facts[relation] = str(rng.randint(1500, 1999))
-            else:
-                targets[relation] = self.random_entity(kind, rng)
-                facts[relation] = self.name(targets[relation])
+        for relation, kind in RELATIONS[self.type(index)].items():
+            facts[relation], target = self.random_value(kind, rng)
+            if target is not None:
+                targets[relation] = target
         return Entity(index, self.name(index), self.type(index), facts, targets)
 
 
@@ -304,10 +309,8 @@ def page_html(world: World, entity: Entity) -> str:
         return " ".join(rng.choice(FILLER).format(*others[2 * i : 2 * i + 2]) for i in range(count))
 
     stale, kind = rng.choice(list(LEAD[entity.type].items()))
-    if kind == "number":
-        stale_value = str(rng.randint(100, 999))
-    else:
-        stale_value = link(world.name(world.random_entity(kind, rng)))
+    stale_value, target = world.random_value(kind, rng)
+    stale_value = stale_value if target is None else link(stale_value)
     form, lead_is_last = draw_layout(world, entity.index)
     records = records_html(entity, shown, form)
     sections = [

@@ -77,7 +77,7 @@ def main():
     queries = []
     for number in range(args.queries):
         entity = world.entity(rng.randrange(args.entities))
-        relation = rng.choice(RELATIONS[entity.type])[0]
+        relation = rng.choice(list(RELATIONS[entity.type]))
         queries.append(
             (f"{entity.name} {relation}", f"What is the {relation} of {entity.name}?", entity.name)[
                 number % 3

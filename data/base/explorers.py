@@ -200,7 +200,7 @@ class Explorer:
         if rng.random() < 0.5:
             relation = rng.choice(self.relations)
         else:
-            relation = rng.choice(RELATIONS[rng.choice(TYPES)])[0]
+            relation = rng.choice(list(RELATIONS[rng.choice(TYPES)]))
         roll = rng.random()
         if roll < 0.35 and fact:
             return self.note(*fact), self.facts[fact]
@@ -263,7 +263,7 @@ class Explorer:
                 title = self.world.path(url)
                 hits += [url] if title in types else []
             elif title in types:
-                for relation, _, _ in RELATIONS[types[title]]:
+                for relation in RELATIONS[types[title]]:
                     if value := read_fact(re.sub(r"^p\d+: ", "", line), title, relation):
                         self.facts[title, relation] = value
                         self.last_facts.append((title, relation))

@@ -94,7 +94,7 @@ def names_of(entities: list) -> list[str]:
 
 def entity_relations(type: str) -> list[str]:
     """The relations of a type whose values are names."""
-    return [relation for relation, kind, _ in RELATIONS[type] if kind in TYPES]
+    return [relation for relation, kind in RELATIONS[type].items() if kind in TYPES]
 
 
 def pick(world, rng: random.Random, suits, hops: int) -> tuple[str, int, list[str]]:
@@ -206,7 +206,7 @@ def inverse(world, level: int, rng: random.Random, type: str) -> Draft:
     """The one in the whole world: the search engine has to be asked backwards."""
     hero = several(world, type, 1, rng)[0]
     used = rng.sample(entity_relations(type), level)
-    wanted = rng.choice([r for r, _, _ in RELATIONS[type] if r not in used])
+    wanted = rng.choice([r for r in RELATIONS[type] if r not in used])
     conditions = " and whose ".join(f"{r} is {hero.facts[r]}" for r in used)
     slots = {"word": wanted, "x": type, "y": conditions}
     return Draft("inverse", slots, hero.facts[wanted], [hero.name])
@@ -216,7 +216,7 @@ def among(world, level: int, rng: random.Random, type: str) -> Draft:
     """The one among some that are named. Conditions that hold for it are drawn until they leave no
     other."""
     number, names = number_relation(type), entity_relations(type)
-    other_numbers = [r for r, kind, _ in RELATIONS[type] if kind not in TYPES and r != number]
+    other_numbers = [r for r in RELATIONS[type] if r not in [*names, number]]
     usable = [number] + other_numbers + names[:1]
     rest, hero = [], None
     while rest != [hero]:
@@ -248,19 +248,14 @@ def narrow(relation: str, hero, group: list, rest: list, other, number: str, lev
 
 
 def algorithmic(world, level: int, rng: random.Random) -> Draft:
-    draft = None
+    makers, draft = {"way": way, "cities": way, "rank": rank, "schedule": schedule}, None
     while draft is None:
-        form = rng.choice(["way", "cities", "rank", "schedule"])
-        if form == "rank":
-            draft = rank(world, level, rng)
-        elif form == "schedule":
-            draft = schedule(world, level, rng)
-        else:
-            draft = way(world, level, rng, form)
+        form = rng.choice(list(makers))
+        draft = makers[form](world, level, rng, form)
     return draft
 
 
-def rank(world, level: int, rng: random.Random) -> Draft:
+def rank(world, level: int, rng: random.Random, form: str) -> Draft:
     """A fact about the second, third or fourth of some entities in the order of a number."""
     type = rng.choice([t for t in TYPES if t != "country"])
     group, relation = several(world, type, 3 + 2 * level, rng), number_relation(type)
@@ -269,10 +264,10 @@ def rank(world, level: int, rng: random.Random) -> Draft:
     wanted = rng.choice(entity_relations(type))
     order = f"{['second', 'third', 'fourth'][place - 1]} greatest {relation}"
     slots = {"word": wanted, "y": order, "x": names_list(names_of(group))}
-    return Draft("rank", slots, ordered[place].facts[wanted], names_of(group))
+    return Draft(form, slots, ordered[place].facts[wanted], names_of(group))
 
 
-def schedule(world, level: int, rng: random.Random) -> Draft:
+def schedule(world, level: int, rng: random.Random, form: str) -> Draft:
     """Weighted interval scheduling: the most days at festivals that do not overlap."""
     group = several(world, "festival", 4 + 2 * level, rng)
     best = {0: 0}  # last day -> most days that end by then
@@ -281,7 +276,7 @@ def schedule(world, level: int, rng: random.Random) -> Draft:
         before = max(days for end, days in best.items() if end < first)
         best[last] = max(max(best.values()), last - first + 1 + before)
     slots = {"x": names_list(names_of(group))}
-    return Draft("schedule", slots, str(max(best.values())), names_of(group))
+    return Draft(form, slots, str(max(best.values())), names_of(group))
 
 
 def way(world, level: int, rng: random.Random, form: str) -> Draft | None:

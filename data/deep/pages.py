@@ -83,16 +83,13 @@ def notices(world, index: int) -> list[dict]:
         return []
     rng = random.Random(f"notices-{world.seed}-{world.split}-{index}")
     kind = LEAD[world.type(index)][relation]
-    found, values = [], {world.entity(index).facts[relation]}
+    value = world.entity(index).facts[relation]
+    found, values = [], {value}
     days = sorted(rng.sample(range(200 * 365), rng.randint(2, 4)))
     rng.shuffle(days)  # a later notice may have a lower number: the date has to be read
     for day in days:
-        value = None
-        while value is None or value in values:
-            if kind == "number":
-                value = str(rng.randint(100, 999))
-            else:
-                value = world.name(world.random_entity(kind, rng))
+        while value in values:
+            value, _ = world.random_value(kind, rng)
         values.add(value)
         date = (datetime.date(1750, 1, 1) + datetime.timedelta(days=day)).isoformat()
         office = rng.choice(OFFICES)
