@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
@@ -41,7 +42,6 @@ from context import Chat
 from data.base.drills import (
     Drill,
     copy_drill,
-    empty_rows,
     fact_drill,
     plans,
     sums,
@@ -131,12 +131,10 @@ def batches_of(rows: list[Row], tokens: int, rng: np.random.Generator) -> list[l
 
 def pad(batch: list[Row], rng: np.random.Generator) -> Drill:
     """Right-padded ids and labels (B, T): the explorer's tokens and a tenth of the others."""
-    ids, labels = empty_rows(len(batch), max(len(ids) for ids, _ in batch))
-    for row, (row_ids, mask) in enumerate(batch):
-        ids[row, : len(row_ids)] = row_ids
-        keep = mask | (rng.random(len(row_ids)) < 0.1)
-        labels[row, : len(row_ids)] = np.where(keep, row_ids, -100)
-    return torch.from_numpy(ids), torch.from_numpy(labels)
+    ids = [torch.from_numpy(row_ids).long() for row_ids, _ in batch]
+    keep = [torch.from_numpy(mask | (rng.random(len(mask)) < 0.1)) for _, mask in batch]
+    labels = [torch.where(kept, row_ids, -100) for kept, row_ids in zip(keep, ids)]
+    return pad_sequence(ids, True), pad_sequence(labels, True, -100)
 
 
 def loss_of(

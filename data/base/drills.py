@@ -34,28 +34,23 @@ Chunk = list[tuple[str, bool]]  # pieces of text, and whether there is loss on t
 SIGNS = list("-+=~/|>()!:;,.?%&")
 
 
-def empty_rows(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """ids and labels of (rows, length), to be filled."""
-    return np.zeros((rows, length), dtype=np.int64), np.full((rows, length), -100, dtype=np.int64)
-
-
 def copy_drill(rng: np.random.Generator, vocabulary: int, rows: int, length: int) -> Drill:
     """Random spans of random tokens that come again in random order; loss on every token of a span
     seen before."""
-    ids, labels = empty_rows(rows, length)
-    for row in range(rows):
+    ids, labels = [], []
+    for _ in range(rows):
         sizes = range(rng.integers(4, 24))
-        spans = [rng.integers(0, vocabulary, rng.integers(2, 12)) for _ in sizes]
-        seen, position = set(), 0
-        while position < length:
+        spans = [rng.integers(0, vocabulary, rng.integers(2, 12)).tolist() for _ in sizes]
+        seen, row_ids, row_labels = set(), [], []
+        while len(row_ids) < length:
             k = rng.integers(len(spans))
-            span = spans[k][: length - position]
-            ids[row, position : position + len(span)] = span
-            if k in seen:  # the first token of a span cannot be known
-                labels[row, position + 1 : position + len(span)] = span[1:]
+            row_ids += spans[k]
+            # The first token of a span cannot be known.
+            row_labels += [-100, *spans[k][1:]] if k in seen else [-100] * len(spans[k])
             seen.add(k)
-            position += len(span)
-    return torch.from_numpy(ids), torch.from_numpy(labels)
+        ids.append(row_ids[:length])
+        labels.append(row_labels[:length])
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> Drill:
@@ -78,8 +73,8 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
     def random_pair() -> list[int]:
         return rng.integers(270, len(chat.tokenizer), 2).tolist()
 
-    ids, labels = empty_rows(rows, length)
-    for row in range(rows):
+    ids, labels = [], []
+    for _ in range(rows):
         names = [random_pair() for _ in range(rng.integers(2, 6))]
         kinds = rng.choice(len(ALL_RELATIONS), rng.integers(2, 5), replace=False)
         facts = {}
@@ -87,7 +82,7 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
             for k in kinds:
                 is_new = rng.random() < 0.7
                 facts[n, k] = random_pair() if is_new else names[rng.integers(len(names))]
-        text, values = [], []
+        text = []
         order = list(facts)
         if rng.random() < 0.5:
             rng.shuffle(order)
@@ -101,17 +96,17 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
                 text += the + in_sentence[k] + names[n] + is_ + facts[n, k] + dot
             elif n == 0:  # the rows of a table have no name in them, so it is one entity's
                 text += before + in_table[k] + between + facts[n, k] + dot
+        learned = [-100] * len(text)
         while len(text) < length:
             n, k = list(facts)[rng.integers(len(facts))]
             if is_table and n == 1:
                 continue
-            text += the + in_sentence[k] + names[n] + is_
-            values.append(len(text))
-            text += facts[n, k] + dot
-        ids[row] = text[:length]
-        for position in values:
-            labels[row, position : position + 2] = ids[row, position : position + 2]
-    return torch.from_numpy(ids), torch.from_numpy(labels)
+            asked = the + in_sentence[k] + names[n] + is_
+            text += asked + facts[n, k] + dot
+            learned += [-100] * len(asked) + facts[n, k] + [-100] * len(dot)
+        ids.append(text[:length])
+        labels.append(learned[:length])
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 def text_drill(
@@ -122,16 +117,17 @@ def text_drill(
     Args:
         source: `plans`, `sums`, `visits` or `walks`, a generator of chunks for each row.
     """
-    ids, labels = empty_rows(rows, length)
-    for row in range(rows):
+    ids, labels = [], []
+    for _ in range(rows):
         chunks, row_ids, row_labels = source(rng, world), [], []
         while len(row_ids) < length:
             for text, is_learned in next(chunks):
                 new = chat.trusted(text)
                 row_ids += new
                 row_labels += new if is_learned else [-100] * len(new)
-        ids[row], labels[row] = row_ids[:length], row_labels[:length]
-    return torch.from_numpy(ids), torch.from_numpy(labels)
+        ids.append(row_ids[:length])
+        labels.append(row_labels[:length])
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 def plans(rng: np.random.Generator, world: World) -> Iterator[Chunk]:
