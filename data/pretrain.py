@@ -155,8 +155,8 @@ class Lessons:
     """Chooses what the next step learns from: first drills until facts are copied, then
     transcripts with some drills among them."""
 
-    def __init__(self, args: Args, chat: Chat, rows: list[Row], has_walks: bool):
-        self.args, self.chat, self.has_walks = args, chat, has_walks
+    def __init__(self, args: Args, chat: Chat, rows: list[Row]):
+        self.args, self.chat = args, chat
         self.rng = np.random.default_rng(args.seed)
         self.batches, self.queue = batches_of(rows, args.batch_tokens, self.rng), []
         self.drill_world = World(100 + args.worlds, 5000, "pretrain", style="varied")
@@ -179,7 +179,7 @@ class Lessons:
         size = (args.batch_tokens // 256, 256)
         shares = LATE if self.can_copy else EARLY
         name = str(rng.choice(list(shares), p=list(shares.values())))
-        if self.has_walks and self.can_copy and rng.random() < 0.5:
+        if args.deep_share and self.can_copy and rng.random() < 0.5:
             name = "walks"
         if name == "facts":
             return name, fact_drill(rng, self.chat, *size)
@@ -194,18 +194,18 @@ def main():
         sys.exit("data/pretrain.py: --deep_share must be at least 0 and below 1")
     keep_memory()
     torch.manual_seed(args.seed)
-    if args.measure:
-        model = LlamaForCausalLM.from_pretrained(args.measure, dtype=torch.float32)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.measure)
-        print(addresses_copied(model, Chat(tokenizer, signatures())))
-        return
+    args.init = args.measure or args.init
     if args.init:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
     else:
         corpus = tokenizer_corpus(args.seed, min(args.worlds, 6), args.entities)
         tokenizer = train_tokenizer(corpus, 2560)
-    tokenizer.save_pretrained(args.out)
     chat = Chat(tokenizer, signatures())
+    model = new_model(args, chat)
+    if args.measure:
+        print(addresses_copied(model, chat))
+        return
+    tokenizer.save_pretrained(args.out)
     where = (chat, args.seed, args.worlds)
     about = (args.entities, args.transcripts, args.skilled_share)
     rows = write_transcripts(*where, *about, any_frame=0.5)
@@ -216,18 +216,17 @@ def main():
         walks, held_out_walks = write_walks(
             *where, args.deep_entities, count, args.deep_skilled_share, window
         )
-    model = new_model(args, chat).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = len(chat.before_question)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, prompt {prompt} tokens")
-    train(model, args, chat, rows[:-200] + walks, bool(walks), (rows[-200:], held_out_walks))
+    train(model, args, chat, rows[:-200] + walks, (rows[-200:], held_out_walks))
 
 
-def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_out: tuple) -> None:
+def train(model, args: Args, chat: Chat, rows: list[Row], held_out: tuple) -> None:
     """Train the model, report now and then, and save it with each report.
 
     Args:
         rows: what to learn from.
-        has_walks: whether walks are among them.
         held_out: transcripts and walks for the reports.
     """
     groups = [
@@ -235,7 +234,7 @@ def train(model, args: Args, chat: Chat, rows: list[Row], has_walks: bool, held_
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
-    lessons = Lessons(args, chat, rows, has_walks)
+    lessons = Lessons(args, chat, rows)
     total = args.drill_steps + args.steps
     start, tokens, average = time.time(), 0, {}
 

@@ -160,12 +160,6 @@ def two_numbers(
     return f"the {operation} of {one} and {other}", [relation, operation], answer, [first, second]
 
 
-def answer_type_of(answer: str | list[str], form: str) -> str:
-    if isinstance(answer, list):
-        return "list"
-    return "date" if form == "date" else "number" if answer.isdigit() else "name"
-
-
 def draw_task(
     world: World, family: str, hops: int, rng: random.Random, held_out: bool = False, frame=""
 ) -> Task:
@@ -195,11 +189,12 @@ def draw_task(
         meta = {"template": form, "relations": relations}
     question = (frame or rng.choice(FRAMES[world.split])).format(np=phrase)
     question = question[0].upper() + question[1:] + suffix
+    one_answer = "date" if form == "date" else "number" if str(answer).isdigit() else "name"
     return Task(
         id=hashlib.sha256(f"{world.seed} {question}".encode()).hexdigest()[:12],
         question=question,
         answer=answer,
-        answer_type=answer_type_of(answer, form),
+        answer_type="list" if isinstance(answer, list) else one_answer,
         family=family,
         split=world.split,
         hops=hops,

@@ -346,10 +346,9 @@ def document(world: World, path: str, title: str, description: str, page: str) -
 
 def entity_documents(world: World, indices: range) -> list[dict]:
     """The pages of these entities."""
-    entities = [world.entity(index) for index in indices]
     return [
         document(world, e.name, e.name, lead_sentences(e, e.facts), page_html(world, e))
-        for e in entities
+        for e in map(world.entity, indices)
     ]
 
 

@@ -128,10 +128,7 @@ def several(world, type: str, count: int, rng: random.Random) -> list:
 
 def collection(world, level: int, rng: random.Random) -> Draft:
     last_keeper = world.nth("company", deep.catalogues(world) - 1)
-
-    def keeps_one(index: int) -> bool:
-        return world.type(index) == "company" and index <= last_keeper
-
+    keeps_one = lambda index: world.type(index) == "company" and index <= last_keeper
     phrase, keeper, path = pick(world, rng, keeps_one, hops=int(rng.random() < 0.3))
     number = world.position(keeper)
     entries, path = deep.catalogue(world, number), path + deep.catalogue_paths(world, number)
@@ -281,10 +278,7 @@ def schedule(world, level: int, rng: random.Random, form: str) -> Draft:
 
 def way(world, level: int, rng: random.Random, form: str) -> Draft | None:
     """The shortest way by road, its length or its cities; None if it came out too short."""
-
-    def has_roads(index: int) -> bool:
-        return world.type(index) == "city" and world.position(index) is not None
-
+    has_roads = lambda index: world.type(index) == "city" and world.position(index) is not None
     phrase, start, paths = pick(world, rng, has_roads, hops=int(level == 3))
     goal, bound = start, 0
     for _ in range(level + 1):  # a random walk gives the goal, and a bound on the shortest way
