@@ -24,6 +24,7 @@ To try an idea, add a template to FRAMES (data/parts.py) or a family to `draw_ta
 
 import hashlib
 import random
+import sqlite3
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -366,7 +367,7 @@ def main():
             rejects = from_corpus(args) if args.corpus else from_world(args)
             if args.rejects:
                 save_lines(rejects, args.rejects)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/tasks.py: {error}")
 
 

@@ -9,6 +9,7 @@ Without --world the stages that need pages are left out. To try an idea, add a s
     python data/validate.py --tasks in.jsonl --world DIR --out good.jsonl --rejects rejects.jsonl
 """
 
+import sqlite3
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -74,7 +75,7 @@ def main():
             good = pass_window(good, funnel, args)
         save_tasks(good, args.out)
         save_lines(funnel.rejects, args.rejects)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/validate.py: {error}")
     print(funnel.table())
     total = len(good) + len(funnel.rejects)

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from data.deep.funnel import STAGES, Funnel
 from data.deep.solve import solutions
 from data.task import Task, load_tasks, save_tasks
 from data.tasks import DEEP_SHARES, draw_task, make_tasks
+from data.tasks import main as tasks_main
 from data.validate import main
 from data.world import load_world
 
@@ -152,6 +154,18 @@ def test_pass_window_drops_what_is_never_solved(made, deep_dir, tmp_path, run_he
         "nano solved it in 0 of 2 attempts" in (tmp_path / "rejects.jsonl").read_text()
         and "kept 0 of 2" in done.stdout
     )
+
+
+def test_a_damaged_index_is_one_line(world_dir, tmp_path, run_here):
+    shutil.copytree(world_dir, tmp_path, dirs_exist_ok=True)
+    tasks, _ = make_tasks(load_world(world_dir), world_dir, 10, seed=0)
+    save_tasks(tasks, tmp_path / "in.jsonl")
+    pages = (tmp_path / "pages.db").read_bytes()
+    (tmp_path / "pages.db").write_bytes(pages[:16384].ljust(len(pages), b"x"))
+    flags = ["--world", tmp_path, "--out", tmp_path / "out.jsonl"]
+    checked = ["--tasks", tmp_path / "in.jsonl", "--rejects", tmp_path / "rejects.jsonl"]
+    for done in (run_here(tasks_main, *flags), run_here(main, *flags, *checked)):
+        assert done.returncode == 1 and "malformed" in done.stderr and "\n" not in done.stderr
 
 
 def test_families_are_chosen_and_a_plain_world_says_what_it_lacks(world_dir, tmp_path):
