@@ -12,7 +12,7 @@ from data.task import Task, load_tasks, save_tasks
 from data.tasks import DEEP_SHARES, draw_task, make_tasks
 from data.tasks import main as tasks_main
 from data.validate import main
-from data.world import load_world
+from data.world import World, load_world, write_world
 
 
 @pytest.fixture(scope="session")
@@ -173,6 +173,9 @@ def test_families_are_chosen_and_a_plain_world_says_what_it_lacks(world_dir, tmp
     assert {t.family for t in tasks} == {"math", "logic"}
     with pytest.raises(ValueError, match="deep one"):
         make_tasks(load_world(world_dir), world_dir, 5, seed=0, families=["collection"])
+    small = write_world(World(3, 20, "dev"), tmp_path / "small")
+    with pytest.raises(ValueError, match="use a larger world"):
+        make_tasks(load_world(small), small, 5, seed=0, families=["logic"])
 
 
 def test_wordings_of_every_form_can_be_read_by_the_solver(deep_dir):

@@ -122,6 +122,8 @@ def pick(world, rng: random.Random, suits, hops: int) -> tuple[str, int, list[st
 
 def several(world, type: str, count: int, rng: random.Random) -> list:
     """Distinct entities of a type."""
+    if count > world.count(type):
+        raise ValueError(f"this world has no {count} entities of type {type}: use a larger world")
     numbers = rng.sample(range(world.count(type)), count)
     return [world.entity(world.nth(type, number)) for number in numbers]
 
