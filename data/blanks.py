@@ -179,7 +179,7 @@ def inline(event: str, element: etree._Element) -> str:
 
 
 def table_rows(table: etree._Element) -> list[list[etree._Element]]:
-    return [[cell for cell in row if cell.tag in ("td", "th")] for row in table.iter("tr")]
+    return [row.xpath("td | th") for row in table.iter("tr")]
 
 
 def is_data(table: etree._Element) -> bool:
@@ -287,16 +287,12 @@ def blanks_of(statement: Statement) -> Iterator[Blank]:
     elif is_clear(statement):
         for kind, (_, _, pattern) in BLANKS.items():
             for match in re.finditer(pattern, text):
-                start, end = match.span(1)
+                answer, (start, end) = match.group(1), match.span(1)
                 if text[:start].count("`") % 2 == 1:
                     start, end = start - 1, text.index("`", end) + 1
                 code = text[start:end].replace("()", "").strip("`")
-                if (
-                    code == match.group(1)
-                    and start > 0
-                    and not WITHOUT_WORDS.fullmatch(match.group(1))
-                ):
-                    yield Blank(statement, kind, text[:start], match.group(1), text[end:])
+                if code == answer and start > 0 and not WITHOUT_WORDS.fullmatch(answer):
+                    yield Blank(statement, kind, text[:start], answer, text[end:])
 
 
 def question_of(blank: Blank, title: str) -> str:
@@ -354,18 +350,17 @@ class Pages:
     def __init__(self, db: Path | str):
         self.index = open_index(db)
         self.search, self.browse = open_index_tools(db)
-        rows = self.index.execute("select address, url, title from pages order by id desc")
-        found = {address: (url, title) for address, url, title in rows}
-        self.urls = {address: url for address, (url, _) in found.items()}
-        self.titles = without_site({address: title for address, (_, title) in found.items()})
+        page = "select address, url, title from pages order by id desc"
+        rows = self.index.execute(page).fetchall()
+        self.urls = {address: url for address, url, _ in rows}
+        self.titles = without_site({address: title for address, _, title in rows})
         self.named = Counter(self.titles.values())
         self.statements = functools.lru_cache(maxsize=1024)(self.statements)
 
     def statements(self, address: str) -> list[Statement]:
         page = "select text, html from pages left join html using (id) where address = ?"
-        trees = [
-            parse(html or page_of(text)) for text, html in self.index.execute(page, (address,))
-        ]
+        rows = self.index.execute(page, (address,))
+        trees = [parse(html or page_of(text)) for text, html in rows]
         return [statement for tree in trees for statement in statements(tree)]
 
     def with_phrases(self, phrases: list[str], most: int) -> list[str]:

@@ -298,13 +298,11 @@ def random_pages(connection: sqlite3.Connection, query: str, k: int, seed: int) 
 class Index:
     """A search index for several threads: each search takes a connection that no other uses now.
 
-    Args:
-        path: of the index.
-        look_up: `search_index`, or another function that finds hits for (connection, query, k).
+    `look_up` may be set to another function that finds hits for (connection, query, k).
     """
 
-    def __init__(self, path: Path | str, look_up: Callable = search_index):
-        self.path, self.look_up, self.idle = path, look_up, [open_index(path)]
+    def __init__(self, path: Path | str):
+        self.path, self.look_up, self.idle = path, search_index, [open_index(path)]
 
     def hits(self, queries: list[str], k: int) -> list[list[dict]]:
         """What `look_up` finds for each query.
@@ -364,9 +362,8 @@ def html_document(path: Path, folder: Path, base_url: str) -> dict | None:
         }
     except Exception as error:  # one hostile page must not end the index of the others
         reason = str(error) or type(error).__name__
-        print(
-            f"{os.fsencode(path).decode('utf-8', 'replace')}: skipped ({reason})", file=sys.stderr
-        )
+        name = os.fsencode(path).decode("utf-8", "replace")
+        print(f"{name}: skipped ({reason})", file=sys.stderr)
         return None
 
 

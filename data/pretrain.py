@@ -39,16 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from context import Chat
-from data.base.drills import (
-    Drill,
-    copy_drill,
-    fact_drill,
-    plans,
-    sums,
-    text_drill,
-    visits,
-    walks,
-)
+from data.base.drills import Drill, copy_drill, fact_drill, plans, sums, text_drill, visits, walks
 from data.base.explorers import Row, write_transcripts, write_visits
 from data.base.induction import build_induction
 from data.base.tokenizer import tokenizer_corpus, train_tokenizer
@@ -173,8 +164,7 @@ class Lessons:
         rng, args = self.rng, self.args
         self.can_copy = self.can_copy or copied > 0.9 or step >= args.drill_steps
         if self.can_copy and (done >= 0.9 or rng.random() >= args.drill_share):
-            if not self.queue:
-                self.queue = [self.batches[i] for i in rng.permutation(len(self.batches))]
+            self.queue = self.queue or [self.batches[i] for i in rng.permutation(len(self.batches))]
             return "transcripts", pad(self.queue.pop(), rng)
         size = (args.batch_tokens // 256, 256)
         shares = LATE if self.can_copy else EARLY

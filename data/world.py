@@ -281,15 +281,6 @@ LAYOUTS = {
 }
 
 
-def records_html(entity: Entity, shown: dict[str, str], form: str) -> str:
-    """The records of an entity in one of the forms of LAYOUTS; `shown` as of `lead_sentences`."""
-    around, each = LAYOUTS[form]
-    records = [
-        each.format(relation, shown[relation], entity.name) for relation in RECORDS[entity.type]
-    ]
-    return f"<h2>Records</h2>{around.format(''.join(records))}"
-
-
 def draw_layout(world: World, index: int) -> tuple[str, bool]:
     """The form of an entity's records, and whether the lead comes last on its page."""
     if world.style == "single":
@@ -312,7 +303,9 @@ def page_html(world: World, entity: Entity) -> str:
     stale_value, target = world.random_value(kind, rng)
     stale_value = stale_value if target is None else link(stale_value)
     form, lead_is_last = draw_layout(world, entity.index)
-    records = records_html(entity, shown, form)
+    around, each = LAYOUTS[form]
+    records = "".join(each.format(r, shown[r], entity.name) for r in RECORDS[entity.type])
+    records = f"<h2>Records</h2>{around.format(records)}"
     sections = [
         f"<p>{lead_sentences(entity, shown)}</p>",
         f"<h2>Stories</h2><p>{filler(5)}</p><p>{filler(4)}</p><h2>History</h2>"

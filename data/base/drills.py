@@ -4,6 +4,7 @@ In: a random generator. Out: ids (B, T) and labels (B, T), with -100 where nothi
 try an idea, write a generator of chunks like `plans` and give it to `text_drill`.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -73,12 +74,10 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
         names = [random_pair() for _ in range(rng.integers(2, 6))]
         kinds = rng.choice(len(ALL_RELATIONS), rng.integers(2, 5), replace=False)
         facts = {}
-        for n in range(len(names)):
-            for k in kinds:
-                is_new = rng.random() < 0.7
-                facts[n, k] = random_pair() if is_new else names[rng.integers(len(names))]
-        text = []
-        order = list(facts)
+        for n, k in itertools.product(range(len(names)), kinds):
+            is_new = rng.random() < 0.7
+            facts[n, k] = random_pair() if is_new else names[rng.integers(len(names))]
+        text, order = [], list(facts)
         if rng.random() < 0.5:
             rng.shuffle(order)
         is_table = len(names) == 2 and rng.random() < 0.5

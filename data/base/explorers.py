@@ -340,14 +340,13 @@ def write_transcripts(
     per_world = number // worlds
     progress = tqdm(total=per_world * worlds, desc="explorers", unit="transcript", mininterval=5)
     for world_seed in range(100, 100 + worlds):
-        site = open_site(
-            World(world_seed, entities, "pretrain", style="varied"), args.search_results
-        )
-        kinds, weights = zip(*shares_of(site.world, families, ()).items())
+        world = World(world_seed, entities, "pretrain", style="varied")
+        site = open_site(world, args.search_results)
+        kinds, weights = zip(*shares_of(world, families, ()).items())
         for _ in range(per_world):
             family, hops = rng.choices(kinds, weights)[0]
             frame = random_frame(rng) if any_frame and rng.random() < any_frame else ""
-            task = draw_task(site.world, family, hops, rng, rng.random() < 0.4, frame)
+            task = draw_task(world, family, hops, rng, rng.random() < 0.4, frame)
             skill = 0.97 if rng.random() < skilled_share else rng.uniform(0.0, 0.12)
             ids, mask, is_right = Explorer(task, site, chat, rng, skill, args).play()
             transcripts.append(row_of(ids, mask))

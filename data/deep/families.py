@@ -168,7 +168,7 @@ def conflict(world, level: int, rng: random.Random) -> Draft:
 
     phrase, index, path = pick(world, rng, suits, hops=int(level == 3))
     name, found = world.name(index), deep.notices(world, index)
-    valid = found[deep.valid_notice(world, index)]
+    valid = deep.valid_notice(world, index)
     form = rng.choice(["valid", "valid", "date"])
     path += [name, "rules"] + [f"{name}-notice-{n + 1}" for n in range(len(found))]
     slots = {"x": phrase, "word": deep.disputed(world, index)}

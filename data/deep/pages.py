@@ -101,16 +101,16 @@ def notices(world, index: int) -> list[dict]:
     return found
 
 
-def valid_notice(world, index: int) -> int:
-    """Position (from 0) of the notice that counts by the world's rule."""
+def valid_notice(world, index: int) -> dict:
+    """The notice that counts by the world's rule."""
     which, offices = rule(world)
     found = notices(world, index)
     retracted = {notice["retracts"] for notice in found}
-    left = [k for k in range(len(found)) if k + 1 not in retracted]
+    left = [notice for n, notice in enumerate(found, start=1) if n not in retracted]
     if offices:
-        strongest = min(offices.index(found[k]["office"]) for k in left)
-        left = [k for k in left if offices.index(found[k]["office"]) == strongest]
-    return (max if which == "latest" else min)(left, key=lambda k: found[k]["date"])
+        strongest = min((notice["office"] for notice in left), key=offices.index)
+        left = [notice for notice in left if notice["office"] == strongest]
+    return (max if which == "latest" else min)(left, key=lambda notice: notice["date"])
 
 
 # ------------------------------------------------------------------------------- roads and calendar

@@ -215,11 +215,6 @@ def holds(name: str, relation: str, comparison: str, value: str, read) -> bool:
     return int(fact) < int(bound) if comparison == "below" else int(fact) > int(bound)
 
 
-def roads_of(name: str, read) -> dict[str, int]:
-    road = rf"The road from {name} to (\w+) is (\d+) miles long"
-    return {other: int(miles) for other, miles in re.findall(road, read(name) or "")}
-
-
 def way(question: str, read, find) -> list:
     """Shortest ways by Dijkstra's algorithm, reading a city's page when it is reached; all equally
     short ones are found."""
@@ -234,11 +229,13 @@ def way(question: str, read, find) -> list:
             continue
         if city == goal:
             break
-        for other, length in roads_of(city, read).items():
-            if miles + length < distance.get(other, math.inf):
-                distance[other], before[other] = miles + length, [city]
-                heapq.heappush(heap, (miles + length, other))
-            elif miles + length == distance[other]:
+        road = rf"The road from {city} to (\w+) is (\d+) miles long"
+        for other, length in dict(re.findall(road, read(city) or "")).items():
+            there = miles + int(length)
+            if there < distance.get(other, math.inf):
+                distance[other], before[other] = there, [city]
+                heapq.heappush(heap, (there, other))
+            elif there == distance[other]:
                 before[other].append(city)
     if goal not in distance:
         return []
