@@ -67,8 +67,13 @@ def fact_drill(rng: np.random.Generator, chat: Chat, rows: int, length: int) -> 
     in_table = [encode(relation) for relation in ALL_RELATIONS]
     the, dot = encode("The"), encode(".")
     is_, bar = encode("A is A")[1:-1], encode("A| A")[1:-1]
-    few_tokens = lambda: rng.integers(0, len(chat.tokenizer), rng.integers(3)).tolist()
-    random_pair = lambda: rng.integers(270, len(chat.tokenizer), 2).tolist()
+
+    def few_tokens() -> list[int]:
+        return rng.integers(0, len(chat.tokenizer), rng.integers(3)).tolist()
+
+    def random_pair() -> list[int]:
+        return rng.integers(270, len(chat.tokenizer), 2).tolist()
+
     ids, labels = [], []
     for _ in range(rows):
         names = [random_pair() for _ in range(rng.integers(2, 6))]

@@ -130,7 +130,10 @@ def several(world, type: str, count: int, rng: random.Random) -> list:
 
 def collection(world, level: int, rng: random.Random) -> Draft:
     last_keeper = world.nth("company", deep.catalogues(world) - 1)
-    keeps_one = lambda index: world.type(index) == "company" and index <= last_keeper
+
+    def keeps_one(index: int) -> bool:
+        return world.type(index) == "company" and index <= last_keeper
+
     phrase, keeper, path = pick(world, rng, keeps_one, hops=int(rng.random() < 0.3))
     number = world.position(keeper)
     entries, path = deep.catalogue(world, number), path + deep.catalogue_paths(world, number)
