@@ -154,6 +154,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-if __name__ == "__main__":
+def serve(dialect: str, port: int, *policy: str) -> None:
     torch.set_num_threads(1)
-    Stub(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]).http.serve_forever()
+    Stub(dialect, port, *policy).http.serve_forever()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-import threading
 from collections import Counter
 
 import numpy as np
@@ -427,20 +426,6 @@ def test_more_trajectories_than_slots_take_the_places_that_get_free(
     assert [len(t.turns) for t in trajectories] == [t.task.meta["turns"][0] for t in trajectories]
     assert loop.begun == sum(len(t.turns) for t in trajectories)
     assert loop.engine.free_places() == [0, 1, 2] and not any(loop.engine.slots)
-
-
-def test_a_tool_thread_that_hangs_does_not_stop_the_loop(tiny, chat, make_engine, monkeypatch):
-    """Its turn is given up at the time limit, as the environment's fault; the others play on."""
-    release = threading.Event()
-    hang = lambda calls, tools: release.wait(30) and [("late", False)]
-    monkeypatch.setattr("rollout.run_calls", hang)
-    args = RolloutArgs(slots=2, max_new_tokens=2, tool_timeout_s=0.1)
-    (task,) = scripted_tasks(1, 2, turns=lambda rng: 9)
-    loop = ScriptedLoop(make_engine(tiny, args), chat, None, args)
-    ended = play_all(loop, new_group(task, 0, 2, 0).trajectories)
-    release.set()
-    assert [t.status for t in ended] == ["tool_fault"] * 2
-    assert all(turn.results == ["error: no answer within 0.1 s"] for turn in ended[0].turns)
 
 
 # ---------------------------------------------------------------------------------- sync rollouts

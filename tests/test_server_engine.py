@@ -3,7 +3,6 @@
 import copy
 import itertools
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,12 +10,14 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import requests
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from scripted import ScriptedLoop, scripted_tasks, trainer_gap
-from stub_server import Stub
+from stub_server import Stub, serve
 from test_workers import assert_each_exactly_once
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,7 +32,6 @@ from support.shards import load_moments
 from train import Policy, TrainArgs
 from workers import AsyncArgs, AsyncRollouts, Setup, WorkerError
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = dict(slots=16, max_new_tokens=4, max_context=2000, max_turns=99, tool_steps=1)
 
 
@@ -130,7 +130,7 @@ def test_a_turn_is_the_same_again_and_ends_as_in_our_own_engine(stub, nano, chat
     ],
 )
 def test_workers_on_a_server_have_no_model_and_stay_on_policy(
-    stubs, nano, chat, args_of, dialect, flags
+    stubs, nano, chat, args_of, quick_start, dialect, flags
 ):
     stub = stubs[dialect]
     stub.fault = ""
@@ -223,8 +223,8 @@ class StubProcess:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, ROOT / "tests" / "stub_server.py", self.dialect, str(self.port)]
-        self.process = subprocess.Popen(command)
+        self.process = forked.Process(serve, args=(self.dialect, self.port), daemon=True)
+        self.process.start()
 
     def wait(self) -> None:
         while True:
@@ -235,12 +235,12 @@ class StubProcess:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
 
-@pytest.fixture(params=["vllm"])
-def stub_process(request):
-    stub = StubProcess(request.param)
+@pytest.fixture
+def stub_process(quick_start):
+    stub = StubProcess("vllm")
     stub.wait()
     yield stub
     stub.kill()
@@ -302,8 +302,7 @@ def test_a_training_run_survives_a_sigkill_of_its_server(stub_process, tmp_path,
     )
     while run.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.02)
-    os.kill(stub_process.process.pid, signal.SIGKILL)
-    stub_process.process.wait()
+    stub_process.kill()
     stub_process.start()
     said = run.communicate(timeout=300)[0]
     assert run.returncode == 0, said

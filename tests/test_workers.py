@@ -42,7 +42,7 @@ def tiny_path(tiny, tokenizer, tmp_path):
 
 
 @pytest.fixture
-def make_pool(tiny, tiny_path):
+def make_pool(tiny, tiny_path, quick_start):
     """Rollouts over scripted tasks; closed when the test ends."""
     pools = []
 
@@ -422,14 +422,14 @@ def test_a_tool_that_hangs_is_given_up(make_loop, lockstep):
     def tasks(count, latency_s):
         return scripted_tasks(count, 2, turns=lambda rng: 3, latency_s=latency_s)
 
-    loop = make_loop(RolloutArgs(**ARGS | dict(tool_timeout_s=2.0)), HangingLoop, lockstep)
+    loop = make_loop(RolloutArgs(**ARGS | dict(tool_timeout_s=0.5)), HangingLoop, lockstep)
     started = time.monotonic()
     groups = [new_group(task, n, 2, 0) for n, task in enumerate(tasks(1, 9.0) + tasks(2, 0.0))]
     ended = play(loop, [t for group in groups for t in group.trajectories])
     assert time.monotonic() - started < 30 and all(len(t.turns) == 3 for t in ended)
     for t in ended:
         hung = t.task.meta["latency_s"] == 9.0
-        said = ["error: no answer within 2 s"] if hung else ["waited"]
+        said = ["error: no answer within 0.5 s"] if hung else ["waited"]
         assert all(turn.results == said and turn.faults == hung for turn in t.turns[:-1])
 
 
