@@ -1,4 +1,5 @@
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -48,17 +49,22 @@ def full(request) -> bool:
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Run the `main` of a script within this process, since importing takes longest."""
+    """Run a script, or only its `main`, within this process, since importing takes longest."""
     monkeypatch.chdir(ROOT)
+    threads = torch.get_num_threads()
 
     def run(main, *arguments) -> subprocess.CompletedProcess:
-        script, code = Path(main.__code__.co_filename).name, None
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        script, code = main if isinstance(main, str) else main.__code__.co_filename, None
+        monkeypatch.setattr(sys, "argv", [Path(script).name, *map(str, arguments)])
         capsys.readouterr()  # what was printed before
         try:
-            main()
+            if main is script:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                main()
         except SystemExit as end:
             code = end.code  # a message, or None
+        torch.set_num_threads(threads)
         printed, errors = capsys.readouterr()
         return subprocess.CompletedProcess(
             sys.argv, int(code is not None), printed, f"{errors}{code or ''}"

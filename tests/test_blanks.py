@@ -7,13 +7,12 @@ import json
 import random
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 
+import train
 from data.blanks import (
     STAGES,
     Pages,
@@ -458,16 +457,7 @@ SMALL = {  # what makes a command of the chapter small; the last one of a flag c
 }
 
 
-IN_ONE_PROCESS = """
-import json, runpy, sys
-for script, *words in json.loads(sys.argv[1]):
-    sys.argv = [script, *words]
-    runpy.run_path(script, run_name="__main__")
-"""
-
-
-def test_the_commands_of_the_chapter_run(tmp_path, full):
-    """One process for all, since importing takes longest."""
+def test_the_commands_of_the_chapter_run(tmp_path, full, run_here, monkeypatch):
     chapter = (ROOT / "docs" / "documents.md").read_text(encoding="utf-8")
     blocks = "".join(re.findall(r"^```\n(.*?)^```", chapter, re.DOTALL | re.MULTILINE))
     lines = [shlex.split(line) for line in blocks.replace("\\\n", " ").splitlines()]
@@ -475,7 +465,7 @@ def test_the_commands_of_the_chapter_run(tmp_path, full):
     for number, name in enumerate(SHIPS):
         page = ship_page(name, ORDINALS[number], 40 + number)
         (tmp_path / "my_docs" / f"{number}.html").write_text(page, encoding="utf-8")
-    commands = []
+    monkeypatch.chdir(tmp_path)
     for words in lines:
         script = next(word for word in words if word.endswith(".py"))
         if "necessity" in script and not full:  # six evaluations
@@ -484,11 +474,9 @@ def test_the_commands_of_the_chapter_run(tmp_path, full):
             "nano" if word == "my_model" else word for word in words[words.index(script) + 1 :]
         ]
         words += SMALL.get(script.rpartition("/")[2], "").split()
-        commands.append([str(ROOT / script), *words])
+        done = run_here(train.main if script == "train.py" else script, *words)
+        assert done.returncode == 0, done.stderr
     assert len(lines) == 7
-    command = [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(commands)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
     for name in (
         "my.jsonl",
         "my-test.jsonl",

@@ -606,9 +606,8 @@ def read_hostile(page):
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_hostile_pages_take_bounded_time(number, request):
+def test_hostile_pages_take_bounded_time(number, full):
     """At the limit of 2 MB with --full, else at a tenth of it; what is quadratic takes minutes."""
-    full = request.config.getoption("--full", default=False)
     page = at_the_limit(HOSTILE[number]) if full else at_the_limit(HOSTILE[number])[:200_000]
     started = time.process_time()
     read_hostile(page)

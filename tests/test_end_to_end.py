@@ -20,7 +20,9 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from data.world import World, write_world
-from support.run_folder import load_state
+from support.metrics import metrics_of
+from support.run_folder import load_state, lock
+from train import main
 
 SMALL = (
     "--processes 1 --threads 1 --tasks_per_step 2 --samples 2 --max_turns 3 --eval_tasks 0"
@@ -188,43 +190,52 @@ def test_parts_of_a_reward_of_ones_own_are_logged_and_the_format_penalty_holds(w
     assert failures
 
 
-def test_resume_is_bitwise_equal_and_survives_a_damaged_state(whole_run, wordy, tmp_path):
+def test_resume_is_bitwise_equal_and_survives_a_damaged_state(whole_run, wordy, tmp_path, run_here):
     whole, out = whole_run[0], tmp_path / "run"
     shutil.copytree(whole, out)
     [newest] = (out / "state").glob("step-000002-*.pt")
     newest.write_bytes(newest.read_bytes()[:1000])
-    status, _, errors = Train(tmp_path, "--resume", out, *wordy).end()
-    assert status == 0 and "damaged" in errors, errors[-2000:]
+    done = run_here(main, "--resume", out, *wordy)
+    assert done.returncode == 0 and "damaged" in done.stderr, done.stderr
     assert untimed(lines_of(whole)) == untimed(lines_of(out))
     assert same_weights(whole / "checkpoint", out / "checkpoint")
 
 
-def test_a_tracker_writes_into_the_runs_folder(tmp_path):
+def test_a_tracker_writes_into_the_runs_folder(tmp_path, run_here):
     pytest.importorskip("tensorboard", reason="needs pip install tensorboard")
     flags = [*SMALL, "--steps", 1, "--log_with", "tensorboard", "--out", tmp_path / "run"]
-    train(tmp_path, *flags)
+    assert run_here(main, *flags).returncode == 0
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
-def test_one_of_two_runs_in_a_folder_is_refused_and_warnings_are_single_lines(tmp_path):
+def test_one_of_two_runs_in_a_folder_is_refused_and_warnings_are_single_lines(
+    tmp_path, run_here, monkeypatch
+):
+    out, tries = tmp_path / "run", []
     (tmp_path / "one.jsonl").write_text('{"question": "Who?", "answer": "Ada"}\n')
-    flags = [*SMALL, "--max_context", 100, "--samples", 1, "--steps", 2, "--out", tmp_path / "run"]
+    flags = [*SMALL, "--max_context", 100, "--samples", 1, "--steps", 2, "--out", out]
     flags += ["--train_tasks", tmp_path / "one.jsonl", "--eval_every", 0]
     flags += ["--corpus", write_world(World(11, 60, "dev"), tmp_path / "w11") / "pages.db"]
-    (tmp_path / "other").mkdir()
-    runs = [Train(folder, *flags) for folder in (tmp_path, tmp_path / "other")]
-    ended = [run.end() for run in runs]
-    assert sorted(status for status, _, _ in ended) == [0, 1], ended
-    for status, _, errors in ended:
-        if status:
-            words = last_words(errors)
-            assert "another run is writing into" in words or "holds a run" in words
-        else:
-            lines = errors.splitlines()
-            assert [line.split(":")[0] for line in lines] == ["warning"] * 3, errors
-            for words in ("--samples 1", "1 training tasks", "--max_context"):
-                assert errors.count(words) == 1
-    assert [row["step"] for row in lines_of(tmp_path / "run")] == [1, 2]
+    out.mkdir()
+    other = lock(out)
+    assert "another run is writing into" in last_words(run_here(main, *flags).stderr)
+    os.close(other)
+
+    def metrics_meanwhile(*counts) -> dict:
+        with pytest.raises(ValueError, match="another run is writing into"):
+            lock(out)
+        tries.append(out)
+        return metrics_of(*counts)
+
+    monkeypatch.setattr("train.metrics_of", metrics_meanwhile)
+    done = run_here(main, *flags)
+    assert done.returncode == 0 and len(tries) == 2
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["warning"] * 3, lines
+    for words in ("--samples 1", "1 training tasks", "--max_context"):
+        assert done.stderr.count(words) == 1
+    assert [row["step"] for row in lines_of(out)] == [1, 2]
+    assert "holds a run" in last_words(run_here(main, *flags).stderr)
 
 
 def assert_like_the_first_update(out: Path, whole: Path):
@@ -232,6 +243,15 @@ def assert_like_the_first_update(out: Path, whole: Path):
     [a], b = lines_of(out), lines_of(whole)[0]
     for key in ("reward", "pass_rate", "turns", "tokens", "kept_negatives", "reward_parts"):
         assert a[key] == pytest.approx(b[key]), key
+    said = [
+        {
+            (line["group"], line["index"]): [turn["text"] for turn in line["turns"]]
+            for line in lines_of(folder, "trajectories")
+            if line["step"] == 1
+        }
+        for folder in (out, whole)
+    ]
+    assert said[0] == said[1] and len(said[0]) >= 4
     [state] = (whole / "state").glob("step-000001-*.pt")
     one = torch.load(state, weights_only=True)["model"]
     base, two = (
@@ -241,33 +261,16 @@ def assert_like_the_first_update(out: Path, whole: Path):
     assert max(float((base[name] - two[name]).abs().max()) for name in two) > 1e-5
 
 
-def test_two_ranks_equal_one(whole_run, wordy, tmp_path):
-    flags = [*SMALL, *wordy, "--processes", 2, "--steps", 1, "--out", tmp_path / "run"]
-    train(tmp_path, *flags)
-    assert_like_the_first_update(tmp_path / "run", whole_run[0])
-    said = [
-        {
-            (line["group"], line["index"]): [turn["text"] for turn in line["turns"]]
-            for line in lines_of(out, "trajectories")
-            if line["step"] == 1
-        }
-        for out in (tmp_path / "run", whole_run[0])
-    ]
-    assert said[0] == said[1] and len(said[0]) == 4
-
-
-def test_torchrun_starts_the_ranks_too(whole_run, wordy, tmp_path, request):
-    if not request.config.getoption("--full", default=False):
-        pytest.skip("runs with --full")
+@pytest.mark.full
+def test_torchrun_starts_the_ranks_too(whole_run, wordy, tmp_path):
     flags = [*SMALL, *wordy, "--steps", 1, "--out", tmp_path / "run"]
     train(tmp_path, *flags, launcher=TORCHRUN)
     assert_like_the_first_update(tmp_path / "run", whole_run[0])
 
 
-def test_two_machines_of_two_ranks_equal_one_process(wordy, tmp_path, request, monkeypatch):
+@pytest.mark.full
+def test_two_machines_of_two_ranks_equal_one_process(wordy, tmp_path, monkeypatch):
     """Both stand on loopback; each has a launcher of its own."""
-    if not request.config.getoption("--full", default=False):
-        pytest.skip("runs with --full")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     flags = [*SMALL, *wordy, "--tasks_per_step", 4, "--steps", 1, "--out"]
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -285,9 +288,8 @@ def test_two_machines_of_two_ranks_equal_one_process(wordy, tmp_path, request, m
     assert_like_the_first_update(tmp_path / "two", tmp_path / "one")
 
 
-def test_the_loop_raises_what_is_rewarded(tmp_path, request):
+def test_the_loop_raises_what_is_rewarded(tmp_path, full, run_here):
     """A reward for giving an answer within two turns makes such trajectories more frequent."""
-    full = request.config.getoption("--full", default=False)
     (tmp_path / "soon.py").write_text(
         "def soon(trajectory):\n"
         "    return float(len(trajectory.turns) <= 2 and trajectory.status == 'answered')\n"
@@ -295,22 +297,13 @@ def test_the_loop_raises_what_is_rewarded(tmp_path, request):
     flags = ["--tasks_per_step", 4 if full else 2, "--samples", 8, "--steps", 9 if full else 6]
     flags += ["--max_turns", 4 if full else 3, "--learning_rate", "5e-4", "--warmup", 1]
     flags += ["--save_every", 99, "--reward", f"{tmp_path}/soon.py:soon", "--out", tmp_path / "run"]
-    train(tmp_path, *SMALL, *flags)
+    assert run_here(main, *SMALL, *flags).returncode == 0
     rewards = [row["reward"] for row in lines_of(tmp_path / "run")]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
 
 
 # ---------------------------------------------------------------------------------- bad input
 
-MAIN_AGAIN = """
-import json, sys, train
-for flags in json.loads(sys.argv[1]):
-    sys.argv = ["train.py", *flags]
-    try:
-        train.main()
-    except SystemExit as end:
-        print(json.dumps(str(end.code)))
-"""
 BAD_FLAGS = {
     "--model ./nowhere --processes 1": "cannot load the model",
     "--train_tasks nowhere.jsonl --processes 1": "no task file",
@@ -322,35 +315,30 @@ BAD_FLAGS = {
 }
 
 
-def test_bad_input_gives_one_clear_line():
-    """One process for all, since importing takes longest."""
-    flags = json.dumps([flags.split() for flags in BAD_FLAGS])
-    command = [sys.executable, "-c", MAIN_AGAIN, flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
-    assert len(said) == len(BAD_FLAGS), done.stderr[-2000:]
-    for line, words in zip(said, BAD_FLAGS.values()):
-        assert line.startswith("train.py: ") and words in line and "\n" not in line
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_input_gives_one_clear_line(flags, run_here):
+    line = run_here(main, *flags.split()).stderr
+    assert line.startswith("train.py: ") and BAD_FLAGS[flags] in line and "\n" not in line
 
 
-def test_a_reward_that_fails_is_one_line(tmp_path):
+def test_a_reward_that_fails_is_one_line(tmp_path, run_here):
     (tmp_path / "bad.py").write_text("def bad(trajectory):\n    return 1 / 0\n")
     flags = [*SMALL, "--steps", 1, "--out", tmp_path / "run", "--reward", f"{tmp_path}/bad.py:bad"]
-    status, _, errors = Train(tmp_path, *flags).end()
-    words = last_words(errors)
-    assert status != 0 and "train.py: the reward failed on task" in words
+    done = run_here(main, *flags)
+    words = last_words(done.stderr)
+    assert done.returncode != 0 and "train.py: the reward failed on task" in words
     assert "ZeroDivisionError: division by zero (bad.py:2)" in words
 
 
-def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run(tmp_path):
+def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run(tmp_path, run_here):
     (tmp_path / "huge.py").write_text(
         "def huge(trajectory):\n    return 1e300 if trajectory.key[3] % 2 else -1e300\n"
     )
     flags = ["--steps", 9, "--samples", 4, "--save_every", 2, "--out", tmp_path / "run"]
     flags += ["--reward", f"{tmp_path}/huge.py:huge"]
-    status, printed, errors = Train(tmp_path, *SMALL, *flags).end()
-    assert status != 0 and printed.count("the step was skipped") == 3
-    assert "lower --learning_rate" in last_words(errors)
+    done = run_here(main, *SMALL, *flags)
+    assert done.returncode != 0 and done.stdout.count("the step was skipped") == 3
+    assert "lower --learning_rate" in last_words(done.stderr)
     assert same_weights(ROOT / "data/nano", tmp_path / "run/checkpoint")
 
 
@@ -374,20 +362,34 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 MOMENTS = ("as the second process starts", "after an update", "after an asynchronous update")
 
 
+WAITS = f"""{WORDY}
+import pathlib, time
+from support import endings
+
+def waits(trajectory):
+    while (pathlib.Path(__file__).parent / "run/metrics.jsonl").exists() and not endings.received:
+        time.sleep(0.01)  # the second update is not made
+    return wordy(trajectory)
+"""
+
+
 @pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_ends_all_ranks_with_one_line(tmp_path, request, wordy, name, moment):
-    """The second process is a rank, but for a sample's asynchronous run, where it is a worker."""
+def test_a_signal_ends_all_ranks_with_one_line(tmp_path, full, whole_run, wordy, name, moment):
+    """The second process is a rank, but for a sample's asynchronous run, where it is a worker. What
+    two ranks have saved after an update equals what one process has.
+    """
     number = getattr(signal, name)
     if signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("ignored here, as under nohup, and so by what is started here")
-    full = request.config.getoption("--full", default=False)
     if not full and SIGNALS.index(name) != MOMENTS.index(moment):
         pytest.skip("runs with --full")
     out, is_async = tmp_path / "run", "asynchronous" in moment
     flags = [*SMALL, *wordy, "--steps", 1000, "--out", out, *(ASYNC if is_async else [])]
     flags += ["--processes", 2 if full or not is_async else 1]
-    flags += [] if is_async else ["--save_every", 1000]
+    if not is_async:
+        (tmp_path / "waits.py").write_text(WAITS)
+        flags += ["--save_every", 1000, "--reward", f"{tmp_path}/waits.py:waits"]
     run = Train(tmp_path, *flags)
     if "starts" in moment:
         run.wait_for(lambda: len(run.processes()) == 2)
@@ -399,6 +401,8 @@ def test_a_signal_ends_all_ranks_with_one_line(tmp_path, request, wordy, name, m
     assert f"--resume {out}" in words
     # With workers on other ranks, the last checkpoint is what the run goes on from.
     assert load_state(out)["step"] >= len(lines_of(out)) - (full and is_async)
+    if not is_async:
+        assert_like_the_first_update(out, whole_run[0])
 
 
 HANGS = """
@@ -455,8 +459,8 @@ def rank_of(process: psutil.Process) -> str | None:
 
 
 @pytest.mark.parametrize("rank", ["1", "1 as it starts", "1 beside workers", "0 beside workers"])
-def test_a_rank_that_is_killed_ends_the_run(tmp_path, request, wordy, rank):
-    if rank != "1" and not request.config.getoption("--full", default=False):
+def test_a_rank_that_is_killed_ends_the_run(tmp_path, full, wordy, rank):
+    if rank != "1" and not full:
         pytest.skip("runs with --full")
     out = tmp_path / "run"
     flags = [*SMALL, *wordy, "--processes", 2, "--steps", 1000, "--out", out]
@@ -479,7 +483,7 @@ def test_a_rank_that_is_killed_ends_the_run(tmp_path, request, wordy, rank):
     assert starts or f"--resume {out}" in words
 
 
-def test_an_async_run_goes_on_after_a_kill_with_its_parked_work(tmp_path):
+def test_an_async_run_goes_on_after_a_kill_with_its_parked_work(tmp_path, run_here, quick_start):
     out = tmp_path / "run"
     flags = [*SMALL, *ASYNC, "--overlap", "--stale", "is", "--steps", 1000, "--out", out]
     first = Train(tmp_path, *flags)
@@ -491,7 +495,7 @@ def test_an_async_run_goes_on_after_a_kill_with_its_parked_work(tmp_path):
     done = max(int(path.name[5:11]) for path in (out / "state").glob("step-*.pt"))
     [kept] = load_state(out)["rollouts"]  # of the one rank
     assert any(t["turns"] for group in kept["groups"] for t in group["trajectories"])
-    train(tmp_path, "--resume", out, "--steps", done + 1)
+    assert run_here(main, "--resume", out, "--steps", done + 1).returncode == 0
     rows = lines_of(out)
     assert [row["step"] for row in rows] == list(range(1, done + 2))
     for row in rows:
@@ -505,7 +509,6 @@ STOPS_ITSELF = f"""{WORDY}
 import os, pathlib, signal, sys
 import torch
 train, here = sys.modules["__main__"], pathlib.Path(__file__).parent
-real = TARGET
 
 def stop_once(*arguments, **named):
     if (here / "run/metrics.jsonl").exists() and not (here / "stopped").exists():
@@ -513,18 +516,20 @@ def stop_once(*arguments, **named):
         os.kill(os.getpid(), signal.SIGTERM)
     return real(*arguments, **named)
 
-TARGET = stop_once
+if not (here / "stopped").exists():
+    real, TARGET = TARGET, stop_once
 """
 
 
 @pytest.mark.parametrize("where", ["train.loss_of", "torch.optim.AdamW.step"])
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, request, whole_run, mode, where):
+def test_a_run_stopped_in_an_update_loses_no_step(
+    tmp_path, full, whole_run, run_here, quick_start, mode, where
+):
     """Saved is the state before that update, with the groups that it was being made of, or the one
     after it; --resume goes on from there.
     """
-    is_in_sample = (mode, where) == ("sync", "train.loss_of")
-    if not is_in_sample and not request.config.getoption("--full", default=False):
+    if not full and (mode, where) != ("sync", "train.loss_of"):
         pytest.skip("runs with --full")
     (tmp_path / "stop.py").write_text(STOPS_ITSELF.replace("TARGET", where))
     out = tmp_path / "run"
@@ -541,7 +546,7 @@ def test_a_run_stopped_in_an_update_loses_no_step(tmp_path, request, whole_run, 
         assert same_weights(whole_run[0] / "checkpoint", out / "checkpoint")
         return
     to_go_on = words.split("accelerate launch train.py ")[1].split()
-    train(tmp_path, *to_go_on, "--steps", state["step"] + 1)
+    assert run_here(main, *to_go_on, "--steps", state["step"] + 1).returncode == 0
     if mode == "async":
         [kept] = state["rollouts"]
         whole = {

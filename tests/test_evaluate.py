@@ -96,37 +96,13 @@ def test_every_kind_of_failure_counts_as_wrong(dev_tasks):
         assert key in result
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def test_command_writes_the_json(tmp_path):
-    done = run(
-        "--model",
-        "nano",
-        "--tasks",
-        "data/dev.jsonl",
-        "--limit",
-        4,
-        "--samples",
-        2,
-        "--json",
-        tmp_path / "o.json",
-    )
+def test_command_writes_the_json(tmp_path, run_here):
+    flags = "--model nano --tasks data/dev.jsonl --limit 4 --samples 2 --json".split()
+    done = run_here("evaluate.py", *flags, tmp_path / "o.json")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "o.json").read_text())
-    assert (
-        result["n"] == 4
-        and result["samples"] == 2
-        and "Pass@1" in done.stdout
-        and result["settings"]["temperature"] == 1.0
-    )
+    assert result["n"] == 4 and result["samples"] == 2 and "Pass@1" in done.stdout
+    assert result["settings"]["temperature"] == 1.0
 
 
 class Raw(str):

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import context
 import reward
@@ -18,7 +19,6 @@ from context import Trajectory, Turn
 from data.task import Task
 from support.user_code import load_reward
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text(encoding="utf-8")

@@ -9,8 +9,6 @@ pytest tests/test_report.py
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -479,17 +477,12 @@ def test_it_is_readable_in_the_dark_and_on_a_phone(page, scheme, width):
 # ------------------------------------------------------------------------------------ the command
 
 
-def run_report(*arguments):
-    command = [sys.executable, "report.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_command_writes_one_file_that_asks_for_nothing(chat, tmp_path):
+def test_the_command_writes_one_file_that_asks_for_nothing(chat, tmp_path, run_here):
     write_run(tmp_path / "a" / "run", chat, HOSTILE[:4])
     write_run(tmp_path / "b" / "run", chat, ["plain"])
     (tmp_path / "a" / "run" / "checkpoint" / "tokenizer.json").unlink()  # then no tokens are shown
     out = tmp_path / "page.html"
-    done = run_report(tmp_path / "a" / "run", tmp_path / "b" / "run", "--out", out)
+    done = run_here("report.py", tmp_path / "a" / "run", tmp_path / "b" / "run", "--out", out)
     assert done.returncode == 0 and str(out) in done.stdout, done.stderr
     text = out.read_text(encoding="utf-8")
     assert text.count("</script>") == 2 and "<!--" not in text

@@ -364,9 +364,9 @@ def test_an_evaluation_runs_where_landlock_and_seccomp_are_denied():
 
 
 @pytest.fixture(scope="module")
-def run_attacks(request):
+def run_attacks(full):
     """Results of the attacks on a rung, run once each: name -> [breached, what the policy saw]."""
-    full, results = request.config.getoption("--full", default=False), {}
+    results = {}
 
     def run(uid: str, third: int, *flags: str) -> dict:
         if (uid, flags) not in results:
@@ -408,9 +408,8 @@ def test_the_rung_in_force_is_named(run_attacks, uid, third):
 
 @needs_sandbox
 @pytest.mark.parametrize("abi", [1, 2, 5])
-def test_attacks_on_older_kernels(run_attacks, abi, request):
+def test_attacks_on_older_kernels(run_attacks, abi, full):
     """Where Landlock knows less, seccomp denies it."""
-    full = request.config.getoption("--full", default=False)
     only = "" if full else "trunc|signal of|signal by|lease|notice|open for nothing"
     results = run_attacks(ORDINARY, 0, "--abi", str(abi), "--only", only)
     assert len(results) > 10 and f"Landlock ABI {abi} " in results["isolation"][1]
@@ -448,11 +447,11 @@ def children_of_ours() -> set[int]:
 
 
 @needs_sandbox
-def test_many_sandboxes_at_once_leave_nothing(tmp_path, monkeypatch, request):
+def test_many_sandboxes_at_once_leave_nothing(tmp_path, monkeypatch, full):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tmp_path.chmod(0o755)
     children, descriptors = children_of_ours(), len(os.listdir("/proc/self/fd"))
-    number = 100 if request.config.getoption("--full", default=False) else 25
+    number = 100 if full else 25
     sessions = [CPythonSession(timeout_s=100) for _ in range(number)]
     with ThreadPoolExecutor(8) as pool:
         results = list(

@@ -331,9 +331,9 @@ def kill_workers(pool, times, seed=0):
 
 
 def test_killed_workers_are_replaced_and_nothing_is_lost_or_doubled(
-    make_pool, tiny, capfd, monkeypatch, request
+    make_pool, tiny, capfd, monkeypatch, full
 ):
-    kills = 100 if request.config.getoption("--full", default=False) else 3
+    kills = 100 if full else 3
     # We kill faster than a fault would: several in a row mean nothing.
     monkeypatch.setattr("workers.MAX_DEATHS", 10 * kills)
     samples = 2

@@ -44,12 +44,6 @@ from support.toolbox import Toolbox, open_index_tools
 from tools import Browse, urls_in
 
 
-def command(script, *arguments, cwd=None):
-    """A script of the repository in a process of its own."""
-    line = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=100)
-
-
 def test_a_world_is_a_function_of_its_seed():
     assert page_html(World(5, 100), World(5, 100).entity(7)) == page_html(
         World(5, 100), World(5, 100).entity(7)
@@ -161,17 +155,9 @@ def test_records_of_every_layout_are_found_and_read(style):
     assert len(seen) == count.get(style, 8)
 
 
-def test_chosen_hosts(tmp_path):
-    done = command(
-        "data/world.py",
-        "--entities",
-        "60",
-        "--host",
-        "kor.test/maps",
-        "a-1.bul.example",
-        "--out",
-        tmp_path,
-    )
+def test_chosen_hosts(tmp_path, run_here):
+    hosts = ["kor.test/maps", "a-1.bul.example"]
+    done = run_here("data/world.py", "--entities", 60, "--host", *hosts, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     world, server = load_world(tmp_path), start_server(tmp_path / "pages.db")
     assert set(server.hosts) == {"kor.test", "a-1.bul.example"}
@@ -344,7 +330,7 @@ def test_jsonl_corpus_and_its_malformed_lines(tmp_path, capsys):
     assert search_index(open_index(tmp_path / "c.db"), "eggs", 1)[0]["title"] == "Hens"
 
 
-def test_hostile_files_are_named_and_skipped(tmp_path):
+def test_hostile_files_are_named_and_skipped(tmp_path, run_here):
     """A fifo, links, a name that is no UTF-8 and pages that no parser likes end no index."""
     folder = tmp_path / "pages"
     folder.mkdir()
@@ -357,14 +343,14 @@ def test_hostile_files_are_named_and_skipped(tmp_path):
     with contextlib.suppress(OSError):  # some file systems take no such name
         (tmp_path / "pages" / os.fsdecode(b"bad\xff.html")).write_text("<p>goats</p>")
         names.append("bad")
-    done = command("data/index.py", "--html", folder, "--out", tmp_path / "c.db")
+    done = run_here("data/index.py", "--html", folder, "--out", tmp_path / "c.db")
     assert done.returncode == 0 and "1 pages indexed" in done.stdout, done.stderr
     assert all(f"{name}" in done.stderr for name in names) and "Traceback" not in done.stderr
     assert done.stderr.count("skipped") == len(names)
     assert not search_index(open_index(tmp_path / "c.db"), "secret", 3)
 
 
-def test_hostile_lines_are_named_and_skipped(tmp_path):
+def test_hostile_lines_are_named_and_skipped(tmp_path, run_here):
     lines = [
         '\ufeff{"text": "hens lay eggs", "title": "Hens"}',
         '{"text": "x", "html": ["<p>"]}',
@@ -377,7 +363,7 @@ def test_hostile_lines_are_named_and_skipped(tmp_path):
         '{"text": "cows give milk"}',
     ]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    done = command("data/index.py", "--jsonl", tmp_path / "c.jsonl", "--out", tmp_path / "c.db")
+    done = run_here("data/index.py", "--jsonl", tmp_path / "c.jsonl", "--out", tmp_path / "c.db")
     assert done.returncode == 0 and "2 pages indexed" in done.stdout
     assert [f"c.jsonl:{n}: skipped" in done.stderr for n in range(1, 10)] == [
         n not in (1, 9) for n in range(1, 10)
@@ -427,8 +413,9 @@ def test_pages_and_search_over_http(world_dir):
         (["data/serve.py", "--port", "x"], "--port"),
     ],
 )
-def test_bad_input_gives_one_line(arguments, words, tmp_path):
-    done = command(*arguments, cwd=tmp_path)
+def test_bad_input_gives_one_line(arguments, words, tmp_path, run_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_here(*arguments)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -679,7 +666,7 @@ def test_the_snippet_is_the_passage_with_most_of_the_words(tmp_path):
     assert hit["snippet"].startswith("… The heron stands. The grey heron eats fish.")
 
 
-def test_corpora_with_a_mark_or_another_charset(tmp_path):
+def test_corpora_with_a_mark_or_another_charset(tmp_path, run_here):
     line = {"url": "http://c.test/", "title": "Hens", "text": "hens lay eggs"}
     assert search_index(open_index(corpus(tmp_path, line, mark="\ufeff")), "eggs", 1)
     folder = tmp_path / "pages"
@@ -689,7 +676,7 @@ def test_corpora_with_a_mark_or_another_charset(tmp_path):
         (folder / f"{name}.html").write_bytes(page.format(charset).encode(charset))
     (folder / "sub" / "index.html").write_text("<p>home of sub <a href=x.html>x</a>")
     (folder / "titles.html").write_text("<title>" * 150_000)
-    done = command("data/index.py", "--html", folder, "--out", tmp_path / "h.db")
+    done = run_here("data/index.py", "--html", folder, "--out", tmp_path / "h.db")
     assert "5 pages indexed" in done.stdout, done.stderr
     search, browse = open_index_tools(tmp_path / "h.db")
     hits = search_index(open_index(tmp_path / "h.db"), "malaga", 5)
@@ -726,9 +713,9 @@ def test_a_file_that_is_no_index_is_refused(tmp_path, world_dir, table):
         Toolbox(RolloutArgs(corpus=str(tmp_path / "c.db")))
 
 
-def test_a_file_that_is_no_database_is_one_line(tmp_path):
+def test_a_file_that_is_no_database_is_one_line(tmp_path, run_here):
     (tmp_path / "c.db").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
-    done = command("data/serve.py", "--db", tmp_path / "c.db", "--port", "0")
+    done = run_here("data/serve.py", "--db", tmp_path / "c.db", "--port", "0")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
 
 
