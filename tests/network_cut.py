@@ -31,17 +31,22 @@ def test_training_is_unaffected(tmp_path, run_here):
     assert done.stdout.count("python tool: ") == 1
 
 
-REACH = "search by serper: cannot reach google.serper.dev"
-KEY = "search by tavily needs an API key in the environment variable TAVILY_API_KEY"
-
-
-@pytest.mark.parametrize("main, words", [(train.main, REACH), (evaluate.main, KEY)])
-def test_a_live_provider_fails_with_one_line(tmp_path, run_here, monkeypatch, main, words):
+@pytest.mark.parametrize(
+    "main, provider, words",
+    [
+        (train.main, "serper", ": cannot reach google.serper.dev"),
+        (evaluate.main, "tavily", " needs an API key in the environment variable TAVILY_API_KEY"),
+    ],
+)
+def test_a_live_provider_fails_with_one_line(
+    tmp_path, run_here, monkeypatch, main, provider, words
+):
     monkeypatch.setenv("SERPER_API_KEY", "k-secret")
     out = ["--out", tmp_path / "run"] if main is train.main else []
-    done = run_here(main, "--search", words.split()[2], *out)
+    done = run_here(main, "--search", provider, *out)
     [line] = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 1 and line.startswith(f"{main.__module__}.py: {words}")
+    start = f"{main.__module__}.py: search by {provider}{words}"
+    assert done.returncode == 1 and line.startswith(start)
     assert "k-secret" not in done.stdout + done.stderr
 
 

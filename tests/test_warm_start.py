@@ -47,6 +47,7 @@ def test_the_folder_that_it_leaves_trains(warm, run_here, tmp_path):
     )
     assert said.splitlines()[-1].startswith("done after 3 steps")
     flags = "--steps 1 --tasks_per_step 1 --samples 2 --eval_tasks 0 --processes 1 --check_logprobs"
+    flags += " --max_turns 2 --train_tasks data/dev.jsonl"
     model = ["--model", tmp_path / "warm", "--out", tmp_path / "run"]
     done = run_here(train.main, *flags.split(), *model)
     assert done.returncode == 0 and "update 1" in done.stdout, done.stderr
