@@ -12,7 +12,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try a hub
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 
-import forked
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,6 +77,8 @@ def quick_start(monkeypatch, full):
     """Rollout workers need not import anything; with --full they do, as in a run."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # for the server that forks them
     if not full:
+        import forked  # which imports much
+
         monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: forked)
 
 

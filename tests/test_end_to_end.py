@@ -389,7 +389,8 @@ def test_a_signal_ends_all_ranks_with_one_line(tmp_path, full, whole_run, wordy,
     flags += ["--processes", 2 if full or not is_async else 1]
     if not is_async:
         (tmp_path / "waits.py").write_text(WAITS)
-        flags += ["--save_every", 1000, "--reward", f"{tmp_path}/waits.py:waits"]
+        flags += ["--save_every", 1000, "--keep_trajectories", 1000]
+        flags += ["--reward", f"{tmp_path}/waits.py:waits"]
     run = Train(tmp_path, *flags)
     if "starts" in moment:
         run.wait_for(lambda: len(run.processes()) == 2)
