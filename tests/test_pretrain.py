@@ -94,6 +94,7 @@ def test_sum_drills_are_learned_at_the_operands_the_sign_and_the_result(chat):
         operations = re.findall(r"<think>((?:The .*?)?)(\w+): ((?:\d+, \d+)?)", shown)
         operands = iter(re.findall(r"(?:^|>)(\d+, \d+)\.</think>", learned))
         codes = re.findall(r"print\((.*?)\)\"", learned)
+        assert 0 < len(codes) <= len(operations)
         for code, (facts, name, given) in zip(codes, operations):
             pair = (given or next(operands)).split(", ")
             assert bool(facts) != bool(given) and all(f" {n}." in facts for n in pair if facts)

@@ -80,12 +80,13 @@ def ragged_prompts(chat, count):
     ]
 
 
-def generated(model, chat, prompt) -> list[int]:
+def generated(model, chat, prompt, new_tokens=20) -> list[int]:
+    """What `generate` says greedily after a prompt."""
     return model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt)),
         do_sample=False,
-        max_new_tokens=20,
+        max_new_tokens=new_tokens,
         eos_token_id=chat.end_id,
         pad_token_id=0,
     )[0, len(prompt) :].tolist()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from scripted import ScriptedLoop, ScriptedToolbox, scripted_tasks, trainer_gap
+from test_rollout import generated
 from test_train import gradient_of, same
 
 from context import MANAGERS, Trajectory, Turn, extend_segments, summarize
@@ -140,16 +141,7 @@ def test_greedy_turns_equal_generate_after_each_rewrite(tiny, chat, make_engine)
     (trajectory,), prompts = play(make_engine(tiny, args), chat, args)
     assert len(trajectory.segments) > 3
     for n, turn in enumerate(trajectory.turns):
-        prompt = prompts[trajectory.key, n]
-        wanted = tiny.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
-            do_sample=False,
-            max_new_tokens=6,
-            eos_token_id=chat.end_id,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        assert turn.action_ids == wanted
+        assert turn.action_ids == generated(tiny, chat, prompts[trajectory.key, n], new_tokens=6)
 
 
 @pytest.mark.parametrize("turns_after_request", [0, 1])

@@ -283,7 +283,10 @@ def schedule(world, level: int, rng: random.Random, form: str) -> Draft:
 
 def way(world, level: int, rng: random.Random, form: str) -> Draft | None:
     """The shortest way by road, its length or its cities; None if it came out too short."""
-    has_roads = lambda index: world.type(index) == "city" and world.position(index) is not None
+
+    def has_roads(index: int) -> bool:
+        return world.type(index) == "city" and world.position(index) is not None
+
     phrase, start, paths = pick(world, rng, has_roads, hops=int(level == 3))
     goal, bound = start, 0
     for _ in range(level + 1):  # a random walk gives the goal, and a bound on the shortest way
