@@ -1,12 +1,11 @@
 #!/bin/sh
 # Repeats rows of the ablation table, three seeds each: trains with one flag changed, and asks the 500
-# held-out questions, 4 samples each. A row of the whole budget takes about 25 minutes on two cores.
-# OUT/ablations.json then holds the results of all rows that were run; docs/figures.py draws it, once
-# it lies in docs/results/bench/.
+# held-out questions. OUT/ablations.json then holds the results of all rows that were run;
+# docs/figures.py draws it, once it lies in docs/results/bench/.
 #
-#     sh docs/ablations.sh runs/ablations                       # all rows
-#     sh docs/ablations.sh runs/ablations gamma-0.9             # one row
-#     SEEDS="0 1" STEPS=30 sh docs/ablations.sh runs/ablations gamma-0.9 default
+#     sh docs/ablations.sh runs/ablations                  # all rows, a whole run each
+#     sh docs/ablations.sh runs/ablations gamma-0.9        # one row: 25 minutes on two cores
+#     SEEDS="0 1" STEPS=20 SAMPLES=2 sh docs/ablations.sh runs/ablations gamma-0.9 default
 set -eu
 out=$1
 shift
@@ -37,7 +36,7 @@ for row in $rows; do
         run="$out/$row-$seed"
         python train.py $flags --seed "$seed" --steps "${STEPS:-40}" --eval_every 0 --eval_tasks 0 \
             --keep_trajectories 0 --out "$run"
-        python evaluate.py --model "$run" --json "$run/test.json"
+        python evaluate.py --model "$run" --samples "${SAMPLES:-4}" --json "$run/test.json"
     done
 done
 
