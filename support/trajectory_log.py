@@ -54,9 +54,9 @@ def record_of(t: Trajectory, chat: Chat | None) -> dict:
 
 
 def without_texts(record: dict, canary: str | None) -> dict:
-    """The record of a public benchmark's task, without anything that repeats its question."""
+    """The record of a public benchmark's task, without what repeats its question or its answer."""
     turns = [turn | {"text": "", "calls": [], "results": []} for turn in record["turns"]]
-    texts = {"canary": canary, "question": "", "truth": "", "why": ""}
+    texts = {"canary": canary, "question": "", "truth": "", "answer": "", "why": ""}
     return record | texts | {"pages": [], "turns": turns, "segments": []}
 
 

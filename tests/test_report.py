@@ -180,7 +180,7 @@ def test_a_long_result_is_cut_and_resume_cuts_the_lines(chat, tmp_path):
 def test_a_public_benchmark_leaves_no_text(chat):
     [right, *_] = group_of(chat, 3, "Belin is in Kor.", "A secret question?").trajectories
     text = json.dumps(without_texts(record_of(right, chat), "c4n4ry"))
-    assert "secret" not in text and "Belin" not in text and "c4n4ry" in text
+    assert not any(word in text for word in ("secret", "Belin", "Kor")) and "c4n4ry" in text
 
 
 # ------------------------------------------------------------------------------------ statistics
