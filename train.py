@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Before torch: waiting threads give up their core early (docs/rollouts.md).
+# Before torch: waiting threads give up their core early (docs/results.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings about names of this host
 

@@ -9,7 +9,7 @@ each through a funnel that needs no world:
 
     schema      fields and types are right, and the answer scores 1 under its own answer type
     leak        the answer stands in no question, title, address or id
-    guess       no yes or no, no tiny number, no answer that its kind of blank nearly always has
+    guess       no yes or no, no tiny number, no answer of one in ten of its kind, no common name
     unique      only one page has this title, and in all pages the blank has one filling
     reach       search finds the page for the question or its title, and browse shows the answer
     snippet     the first hit's snippet does not show it

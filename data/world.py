@@ -8,8 +8,8 @@ snippet), a history with stale facts, and records that need `browse`. Its style 
 (data/sites.py) and layouts of its pages. A world of kind "deep" has catalogues, contradicting
 notices, roads and a calendar besides (data/deep/pages.py), for questions that take many pages.
 
-In: a seed. Out: a folder with `pages.db` (full-text index and HTML, see data/index.py) and
-`facts.jsonl` (the ground truth). To try an idea, add a relation to data/parts.py or a form of
+In: a seed. Out: a folder with `pages.db` (full-text index and HTML, see data/index.py),
+`facts.jsonl` (the ground truth) and `world.json` (the arguments). To try an idea, add a relation to data/parts.py or a form of
 records to LAYOUTS.
 
     python data/world.py --seed 7 --entities 500 --out data/worlds/w7

@@ -8,7 +8,7 @@
     reach      every evidence page can be found by the search tool or by a link from one that can
     leak       the answer stands in no question, URL, title or task id
     snippet    a browse fact shows in no search snippet, a lookup fact does
-    guess      no yes or no, no tiny number, no answer that its template nearly always has
+    guess      no yes or no, no tiny number, no answer of one in ten of its template's
     tools      closed book, mental arithmetic, one search, and copying instead of computing all fail
     repeat     the same question again
     near       the same question in other words: the same answer, names and numbers, and mostly the
