@@ -9,8 +9,8 @@ snippet), a history with stale facts, and records that need `browse`. Its style 
 notices, roads and a calendar besides (data/deep/pages.py), for questions that take many pages.
 
 In: a seed. Out: a folder with `pages.db` (full-text index and HTML, see data/index.py),
-`facts.jsonl` (the ground truth) and `world.json` (the arguments). To try an idea, add a relation to data/parts.py or a form of
-records to LAYOUTS.
+`facts.jsonl` (the ground truth) and `world.json` (the arguments). To try an idea, add a relation to
+data/parts.py or a form of records to LAYOUTS.
 
     python data/world.py --seed 7 --entities 500 --out data/worlds/w7
 """

@@ -1,9 +1,9 @@
 """Processes of one training run on this machine: how many, who starts them, which share each has.
 
 On CPUs a run has one process (rank) a core, each with one thread: an update is then 1.3 to 1.9
-times as fast as with one process of all threads (docs/results.md). The process that the user started is
-rank 0. It starts the others itself. On GPUs, under torchrun or under MPI, the launcher has started
-all ranks.
+times as fast as with one process of all threads (docs/results.md). The process that the user
+started is rank 0. It starts the others itself. On GPUs, under torchrun or under MPI, the launcher
+has started all ranks.
 
 In: `--processes`. Out: the environment that Accelerate reads, and a process group on loopback.
 """
