@@ -110,7 +110,7 @@ class Toolbox:
         return {tool.name: by_name[tool.name] for tool in tools.TOOLS}
 
     def python_for(self, trajectory):
-        """The trajectory's session. CPython's repeats what ran where a trajectory goes on elsewhere."""
+        """The trajectory's session. Where it goes on elsewhere, CPython's repeats what has run."""
         if self.open_cpython is None:
             return Python(trajectory.memory)
         session = self.sessions.get(trajectory.key)
