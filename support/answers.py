@@ -6,7 +6,7 @@ normalisation, so that a guess with many answers in it does not score.
 
 import operator
 import re
-from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
 import regex
 
@@ -67,7 +67,7 @@ def normalize(text: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 
-def parse_number(text: str) -> tuple[Decimal, str] | None:
+def parse_number(text: str) -> tuple[Fraction, str] | None:
     """(value, unit) of a text that is a number, perhaps with a unit ("12 km", "$5"), else None. A
     unit that stands apart from the number begins with a space.
     """
@@ -80,14 +80,14 @@ def parse_number(text: str) -> tuple[Decimal, str] | None:
     while words and words[0] in SCALES:
         scale, apart = scale * SCALES[words.pop(0)], True
     try:
-        value = Decimal(sign + digits) * scale
-    except InvalidOperation:
+        value = Fraction(sign + digits) * scale  # exact; Decimal would round to 28 digits
+    except ValueError:  # more digits than Python reads
         return None
     unit = " " * bool(apart and words) + " ".join(words)
     return value, currency + ("%" if unit.strip() in ("percent", "per cent") else unit)
 
 
-def same_number(guess: tuple[Decimal, str], truth: tuple[Decimal, str]) -> bool:
+def same_number(guess: tuple[Fraction, str], truth: tuple[Fraction, str]) -> bool:
     """Whether value and unit are equal. "42 people" is 42, too; "5 k" may be 5,000 and is not 5."""
     is_counted = re.fullmatch("(?!.*(?:illi|ths?$))( [a-z]{2,}){1,2}", guess[1])
     is_counted = is_counted and not NO_UNIT & set(guess[1].split())

@@ -1,3 +1,4 @@
+import math
 import random
 import sys
 from fractions import Fraction
@@ -57,6 +58,8 @@ def test_only_correct_trajectories_are_decayed():
         ("1024", "1,024", "number"),
         ("1,024.0", "1024", "number"),
         ("-3", "−3", "number"),
+        ("265,252,859,812,191,058,636,308,480,000,000", f"{math.factorial(30)}", "number"),
+        ("1e30", "1" + "0" * 30, "number"),
         ("12 km", "12 km", "number"),
         ("12 March 1990", "1990-03-12", "date"),
         ("March 12th, 1990", "1990-3-12", "date"),
@@ -174,6 +177,7 @@ def test_right_answers(prediction, truth, kind):
         ("21, 22", "21", "number"),
         ("21 km", "21 m", "number"),
         ("2.1", "21", "number"),
+        (f"{math.factorial(30) + 1}", f"{math.factorial(30)}", "number"),
         ("twenty", "20", "number"),
         ("1e999999", "1", "number"),
         ("", "0", "number"),
