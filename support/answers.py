@@ -34,7 +34,7 @@ GROUPED = re.compile(  # digits in groups: 12,345 or 12 345 or 12'345 or 1,23,45
     r"(?<![\d.,'])\d{1,3}(?:([, '])\d{3}(?:\1\d{3})*|(?:,\d\d)+,\d{3})(?![\d,'])"
 )
 NUMBER = re.compile(
-    r"([-+]?)([$€£¥]?)\s*(\d+(?:\.\d+)?(?:e[-+]?\d{1,3})?)"
+    r"([-+]?)([$€£¥]?)\s*((?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?)"
     r"(\s*[^\d\s^.,][^\d^]{0,20}(?:\^[-\d]{1,3})?)?\s*"  # the unit
 )
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6}
@@ -62,7 +62,7 @@ def normalize(text: str) -> str:
     a number (-5, 3.5, 1/2), and + # % ^ and currencies (C++, C#, 5%)."""
     text = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", ungrouped(fold(text)))
     # \w of the module `regex` takes the vowel signs of a word for a part of it.
-    kept = r"(?<!\w)-(?=\d)|(?<=\d)[./:](?=\d)|[<>=≠≤≥×÷±](?=\s*\d)"
+    kept = r"(?<!\w)-(?=\.?\d)|(?<![\w.])\.(?=\d)|(?<=\d)[./:](?=\d)|[<>=≠≤≥×÷±](?=\s*\d)"
     words = regex.sub(rf"(?!{kept})[^\w\s+#%^$€£¥°]", " ", text).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
