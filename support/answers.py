@@ -149,7 +149,8 @@ def correct(prediction: str | None, answer: str | list[str], answer_type: str) -
         raise ValueError(f"unknown answer type {answer_type!r}: use name, number, date or list")
     truths = answer if isinstance(answer, list) else [answer]
     longest = max(MAX_ANSWER_CHARS * (5 if answer_type == "list" else 1), 2 * sum(map(len, truths)))
-    if not prediction or not prediction.strip() or len(prediction) > longest:
+    prediction = (prediction or "").strip()
+    if not prediction or len(prediction) > longest:
         return 0.0
     if answer_type == "list":
         items = truths if isinstance(answer, list) else re.split(r"[,;\n、،]", answer)

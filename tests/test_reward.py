@@ -54,6 +54,7 @@ def test_only_correct_trajectories_are_decayed():
         ("Belin", "Belin", "name"),
         (" the belin. ", "Belin", "name"),
         ("BELIN", ["Other", "Belin"], "name"),
+        ("\nBelin \n", "Belin", "name"),
         ("Ｂelin", "Belin", "name"),
         ("1024", "1,024", "number"),
         ("1,024.0", "1024", "number"),
