@@ -156,9 +156,12 @@ def correct(prediction: str | None, answer: str | list[str], answer_type: str) -
         items = truths if isinstance(answer, list) else re.split(r"[,;\n、،]", answer)
         return float(same_items(prediction, items))
     parse = {"number": parse_number, "date": parse_date}.get(answer_type)
-    if parse and any(values := [parse(truth) for truth in truths]):
+    if parse:
         guess, same = parse(prediction), same_number if answer_type == "number" else operator.eq
-        return float(bool(guess) and any(value and same(guess, value) for value in values))
+        values = [parse(truth) for truth in truths]
+        if guess and any(value and same(guess, value) for value in values):
+            return 1.0
+        truths = [truth for truth, value in zip(truths, values) if not value]
     # A name, or a "number" such as "about twenty" that cannot be read as one: text against text.
     several = [bool(SEVERAL.search(ungrouped(fold(text)))) for text in (prediction, *truths)]
     if several[0] and not any(several[1:]):
