@@ -153,8 +153,9 @@ def correct(prediction: str | None, answer: str | list[str], answer_type: str) -
     if not prediction or len(prediction) > longest:
         return 0.0
     if answer_type == "list":
-        items = truths if isinstance(answer, list) else re.split(r"[,;\n、،]", answer)
-        return float(same_items(prediction, items))
+        if isinstance(answer, str):
+            truths = [item for item in re.split(r"[,;\n、،]", answer) if item.strip()]
+        return float(same_items(prediction, truths))
     parse = {"number": parse_number, "date": parse_date}.get(answer_type)
     if parse:
         guess, same = parse(prediction), same_number if answer_type == "number" else operator.eq

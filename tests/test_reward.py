@@ -89,6 +89,7 @@ def test_only_correct_trajectories_are_decayed():
         ("Trinidad and Tobago, Rome", ["Rome", "Trinidad and Tobago"], "list"),
         ("B, A and C", ["A", "B", "C"], "list"),
         ("a;b", "b, a", "list"),
+        ("Oslo, Bergen", "Bergen\nOslo\n", "list"),
         # Marks that are optional, and the ways to write one letter.
         ("مُحَمَّد", "محمد", "name"),
         ("محمـــد", "محمد", "name"),
