@@ -631,6 +631,9 @@ def test_plain_benchmarks(tmp_path, monkeypatch):
         ("a", "a,b", False),
         ("b,a", "a,b", False),
         ("1 or 2", "1", False),
+        ("¬(A ∧ B) ↔ (¬A ∨ ¬B)", "(¬A → B) ↔ (A ∨ ¬B)", False),
+        ("(¬A→B) ↔ (A∨¬B).", "(¬A → B) ↔ (A ∨ ¬B)", True),
+        ("", "¬", False),
     ],
 )
 def test_gaia_rule(answer, truth, right):
