@@ -48,6 +48,11 @@ NO_UNIT = set(
     " three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
     " seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety".split()
 )
+# Signs that are no punctuation: -5 and e^{-x}, .5, 1/2 and 3.5, <=5 and x<y, √2.
+KEPT = (
+    r"(?<!\w)-(?=\.?\d|\w\b)|(?<![\w.])\.(?=\d)|(?<=\d)[./:](?=\d)"
+    r"|[<>=](?=[<>=]*\.?\d)|(?<=\w[<>=]*)[<>=](?=[<>=]*[\w-])|(?![<>=|~])\p{Sm}"
+)
 SEVERAL = re.compile(r"[,;|\n/、،]")  # signs between several answers
 
 
@@ -59,11 +64,12 @@ def ungrouped(text: str) -> str:
 def normalize(text: str) -> str:
     """The text without what does not change its meaning: case, the encoding of accents,
     punctuation, a leading article and spacing. What does change it stays: the sign and the point of
-    a number (-5, 3.5, 1/2), and + # % ^ and currencies (C++, C#, 5%)."""
+    a number (-5, 3.5, 1/2), + # % ^ and currencies (C++, C#, 5%), and signs of mathematics (¬A, √2,
+    x < y, e^{-x})."""
     text = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", ungrouped(fold(text)))
+    text = regex.sub(r"\s*([+<>=]|(?![|~])\p{Sm})\s*", r"\1", text)
     # \w of the module `regex` takes the vowel signs of a word for a part of it.
-    kept = r"(?<!\w)-(?=\.?\d)|(?<![\w.])\.(?=\d)|(?<=\d)[./:](?=\d)|[<>=≠≤≥×÷±](?=\s*\d)"
-    words = regex.sub(rf"(?!{kept})[^\w\s+#%^$€£¥°]", " ", text).split()
+    words = regex.sub(rf"(?!{KEPT})[^\w\s+#%^$€£¥°]", " ", text).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 
@@ -167,5 +173,5 @@ def correct(prediction: str | None, answer: str | list[str], answer_type: str) -
     several = [bool(SEVERAL.search(ungrouped(fold(text)))) for text in (prediction, *truths)]
     if several[0] and not any(several[1:]):
         return 0.0
-    guess = normalize(prediction)
-    return float(bool(guess) and any(guess == normalize(truth) for truth in truths))
+    form = normalize if normalize(prediction) else fold  # a sign alone, such as ♥
+    return float(any(form(prediction) == form(truth.strip()) for truth in truths))
