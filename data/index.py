@@ -391,7 +391,9 @@ def jsonl_document(line: bytes, own_url: str) -> dict:
     if not isinstance(page, str):
         raise ValueError("'html' is not a string")
     plain_address(url)  # it raises an error if this is none
-    title = str(record.get("title") or text[:60])
+    if len(url.splitlines()) > 1:
+        raise ValueError("'url' has a line break in it")
+    title = " ".join(str(record.get("title") or text[:60]).split())  # search shows it on one line
     (url + title + text + page).encode()  # half of a surrogate pair cannot be stored
     return {"url": url, "title": title, "text": text, "description": "", "html": page}
 
