@@ -427,10 +427,11 @@ def main():
         sys.exit(f"data/index.py: no file {args.jsonl}")
     if "://" not in args.base_url:
         sys.exit(f"data/index.py: --base_url {args.base_url!r} does not begin with http://")
+    base_url = args.base_url if args.base_url.endswith(("/", "=")) else f"{args.base_url}/"
     if args.html:
-        documents = html_documents(args.html, args.base_url, args.processes)
+        documents = html_documents(args.html, base_url, args.processes)
     else:
-        documents = jsonl_documents(args.jsonl, args.base_url, args.strict)
+        documents = jsonl_documents(args.jsonl, base_url, args.strict)
     try:
         count = build_index(documents, args.out, require_some=True)
     except (OSError, ValueError, sqlite3.Error) as error:

@@ -370,6 +370,15 @@ def test_hostile_lines_are_named_and_skipped(tmp_path, run_here):
     ]
 
 
+@pytest.mark.parametrize("base", ["http://c.test", "http://c.test/docs", "http://c.test/?id="])
+def test_pages_without_an_address_stand_below_the_base(tmp_path, run_here, base):
+    (tmp_path / "c.jsonl").write_text('{"text": "hens lay eggs"}\n')
+    flags = ["--jsonl", tmp_path / "c.jsonl", "--out", tmp_path / "c.db", "--base_url", base]
+    assert run_here("data/index.py", *flags).returncode == 0
+    [hit] = search_index(open_index(tmp_path / "c.db"), "eggs", 1)
+    assert hit["url"] == (f"{base}1" if base.endswith("=") else f"{base}/1")
+
+
 def test_a_hit_stands_on_its_own_lines(tmp_path, capsys):
     """No title and no address of a corpus can look like another hit."""
     lines = [
