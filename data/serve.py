@@ -68,7 +68,7 @@ class PageHandler(BaseHTTPRequestHandler):
         elif parts.path == "/search":
             query = parse_qs(parts.query)
             k = query.get("k", ["5"])[0]
-            count = min(int(k), 50) if k.isascii() and k.isdigit() else 5
+            count = min(int(k[:9]), 50) if k.isascii() and k.isdigit() else 5
             hits = search_index(self.index, query.get("q", [""])[0], count)
             self.reply(200, json.dumps(hits).encode(), "application/json")
         elif parts.path == "/":  # a corpus without a home page needs a way in

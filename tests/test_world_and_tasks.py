@@ -422,6 +422,8 @@ def test_pages_and_search_over_http(world_dir):
     assert requests.get(f"{base}/search", params={"q": world.name(3)}, timeout=5).json()[0][
         "title"
     ] == world.name(3)
+    many = requests.get(f"{base}/search", params={"q": "city", "k": "9" * 5000}, timeout=5)
+    assert len(many.json()) > 1  # int() reads no such number
     assert "<a href" in requests.get(f"{base}/", timeout=5).text
     server.shutdown()
 
