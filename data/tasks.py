@@ -360,7 +360,11 @@ def main():
         )
     if args.corpus and (args.families or args.forms):
         sys.exit("data/tasks.py: --families and --forms are of worlds, not of a corpus")
+    if args.number < 1:
+        sys.exit("data/tasks.py: --number is 1 or more")
     try:
+        for file in filter(None, (args.out, args.rejects)):
+            open(file, "a").close()  # tried now, since the tasks may take long
         for name in args.shipped:
             save_tasks(make_shipped(name, args.seed, SHIPPED[name][1]), DATA / f"{name}.jsonl")
         if not args.shipped:
@@ -369,6 +373,8 @@ def main():
                 save_lines(rejects, args.rejects)
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/tasks.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data/tasks.py: stopped")
 
 
 if __name__ == "__main__":

@@ -70,13 +70,20 @@ def main():
     (args,) = parse_flags((Args,), __doc__)
     try:
         funnel = Funnel(args.world, [name for name in STAGES if name not in args.skip])
-        good = [task for task in funnel.read_tasks(args.tasks) if funnel.check(task)]
+        if args.model and args.pass_n < 2:
+            raise ValueError("--pass_n must be at least 2: of one attempt none is solved sometimes")
+        tasks = funnel.read_tasks(args.tasks)
+        for file in (args.out, args.rejects):
+            open(file, "a").close()  # tried now, since --model may take hours
+        good = [task for task in tasks if funnel.check(task)]
         if args.model and good:
             good = pass_window(good, funnel, args)
         save_tasks(good, args.out)
         save_lines(funnel.rejects, args.rejects)
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/validate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data/validate.py: stopped; no task was written")
     print(funnel.table())
     total = len(good) + len(funnel.rejects)
     print(f"kept {len(good)} of {total} tasks; the others are in {args.rejects}")

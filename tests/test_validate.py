@@ -156,6 +156,37 @@ def test_pass_window_drops_what_is_never_solved(made, deep_dir, tmp_path, run_he
     )
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--out", "nowhere/good.jsonl"], "nowhere/good.jsonl"),
+        (["--rejects", "nowhere/rejects.jsonl"], "nowhere/rejects.jsonl"),
+        (["--pass_n", "1"], "--pass_n must be at least 2"),
+    ],
+)
+def test_flags_are_refused_before_the_work(tmp_path, run_here, monkeypatch, flags, words):
+    monkeypatch.setattr(Funnel, "check", lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / "in.jsonl").write_text('{"question": "Who painted it?", "answer": "Moritz Vane"}')
+    files = {"--tasks": "in.jsonl", "--out": "good.jsonl", "--rejects": "rejects.jsonl"}
+    usual = [word for flag, name in files.items() for word in (flag, tmp_path / name)]
+    done = run_here(main, *usual, "--model", "nano", *flags)
+    assert done.returncode == 1 and words in done.stderr and "\n" not in done.stderr
+
+
+@pytest.mark.parametrize("run", [main, tasks_main])
+def test_ctrl_c_is_one_line(tmp_path, run_here, monkeypatch, world_dir, run):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Funnel, "check", interrupt)
+    (tmp_path / "in.jsonl").write_text('{"question": "Who painted it?", "answer": "Moritz Vane"}')
+    flags = ["--world", world_dir, "--out", tmp_path / "out.jsonl"]
+    if run is main:
+        flags += ["--tasks", tmp_path / "in.jsonl", "--rejects", tmp_path / "rejects.jsonl"]
+    done = run_here(run, *flags)
+    assert ".py: stopped" in done.stderr and "\n" not in done.stderr
+
+
 def test_a_damaged_index_is_one_line(world_dir, tmp_path, run_here):
     shutil.copytree(world_dir, tmp_path, dirs_exist_ok=True)
     tasks, _ = make_tasks(load_world(world_dir), world_dir, 10, seed=0)

@@ -438,6 +438,8 @@ def test_pages_and_search_over_http(world_dir):
         (["data/world.py", "--out", "x", "--kind", "wide"], "invalid choice"),
         (["data/world.py", "--out", "x", "--host", "kor"], "'kor' is no host such as"),
         (["data/tasks.py", "--families", "poems", "--out", "x"], "invalid choice"),
+        (["data/tasks.py", "--world", "x", "--out", "y", "--number", "0"], "1 or more"),
+        (["data/tasks.py", "--world", "nowhere", "--out", "no/x.jsonl"], "no/x.jsonl"),
         (["data/index.py", "--html", ".", "--jsonl", "x", "--out", "x.db"], "or --jsonl"),
         (["data/serve.py", "--port", "x"], "--port"),
     ],
