@@ -74,6 +74,8 @@ def check_args(args: EvaluateArgs, rollout_args: RolloutArgs) -> None:
         raise ValueError("--judge URL and --judge_model NAME go together")
     if args.api and not args.api_model:
         raise ValueError("--api needs --api_model NAME")
+    if args.api and args.baseline != "none":
+        raise ValueError(f"--baseline {args.baseline} does not ask a served model: leave out --api")
     if args.api and rollout_args.context != "none":
         raise ValueError(
             f"--context {rollout_args.context} edits token ids, which --api does not have: "

@@ -228,6 +228,10 @@ def test_a_tool_that_is_taken_away_and_a_worthless_search_engine(world_dir):
         (["--tasks", "nowhere.jsonl"], "no task file"),
         (["--api", "http://127.0.0.1:9/v1"], "--api_model"),
         (
+            ["--api", "http://127.0.0.1:9/v1", "--api_model", "m", "--baseline", "closed_book"],
+            "--baseline closed_book does not ask a served model",
+        ),
+        (
             ["--api", "http://127.0.0.1:9/v1", "--api_model", "m", "--context", "summarize"],
             "--context summarize",
         ),
