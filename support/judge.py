@@ -39,10 +39,12 @@ def judge(trajectory: Trajectory, url: str, model: str) -> None:
     """Ask a judge about an answer that is not equal to the truth as text.
 
     The verdict goes to trajectory.memory["verdict"]: "yes", "no", or "unparsed" if there was none.
+    GAIA has a rule of its own, and no judge.
     """
-    if trajectory.status != "answered" or not trajectory.answer:
+    task = trajectory.task
+    if trajectory.status != "answered" or not trajectory.answer or task.answer_type == "gaia":
         return
-    task, answer = trajectory.task, trajectory.answer[:4000]
+    answer = trajectory.answer[:4000]
     texts = {"question": task.question, "truth": task.answer, "answer": answer}
     quoted = {name: defuse(json.dumps(text, ensure_ascii=False)) for name, text in texts.items()}
     message = {"role": "user", "content": JUDGE_PROMPT.format(**quoted)}

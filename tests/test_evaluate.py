@@ -689,11 +689,13 @@ def test_judge(tmp_path):
     trajectories.append(
         Trajectory(Task("x", "q", "a"), (9,), status="format_error", answer="Lutetia")
     )
+    of_gaia = Task("g", "q", "a", "gaia")
+    trajectories.append(Trajectory(of_gaia, (9,), status="answered", answer="Lutetia"))
     with chat_server(verdict) as url:
         for trajectory in trajectories:
             if not score(trajectory):
                 judge(trajectory, url, "m")
-    assert [score(t) for t in trajectories] == [1, 1, 0, 0, 0, 0]
+    assert [score(t) for t in trajectories] == [1, 1, 0, 0, 0, 0, 0]
     assert not any(
         line.startswith("correct: yes") for prompt in prompts for line in prompt.splitlines()
     )
