@@ -15,7 +15,7 @@ import os
 import sqlite3
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
@@ -171,10 +171,15 @@ def main():
 
     started, samples = time.time(), args.samples if args.baseline == "none" else 1
     trajectories = make_trajectories(tasks, samples, args.seed)
-    attempt(trajectories, args, rollout_args, toolbox, policy)
-    if args.judge:
-        ask_judge = functools.partial(judge, url=args.judge, model=args.judge_model)
-        side_by_side(ask_judge, [t for t in trajectories if not score(t)], 8, "judge")
+    try:
+        attempt(trajectories, args, rollout_args, toolbox, policy)
+        if args.judge:
+            ask_judge = functools.partial(judge, url=args.judge, model=args.judge_model)
+            side_by_side(ask_judge, [t for t in trajectories if not score(t)], 8, "judge")
+    except (KeyboardInterrupt, EngineError):  # no figures: what ends early is not a fair sample
+        ended = [(t, score(t)) for t in trajectories if t.status != "running"]
+        write_files(replace(args, json="", report=""), {}, ended, policy[1], public)
+        raise
 
     about = {"seconds": round(time.time() - started, 1), "torch": torch.__version__}
     settings = asdict(args) | asdict(rollout_args) | about | {"tasks_sha256": digest}

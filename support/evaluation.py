@@ -35,7 +35,10 @@ class EvaluateArgs:
     samples: int = HfArg(default=4, help="attempts at each task; pass@k needs at least k")
     limit: int = HfArg(default=0, help="use only the first so many tasks (0: all)")
     json: str = HfArg(default="", help="file to write the figures to")
-    trajectories: str = HfArg(default="", help="file for every trajectory, one JSON line each")
+    trajectories: str = HfArg(
+        default="",
+        help="file for every trajectory, one JSON line each; Ctrl-C leaves those that have ended",
+    )
     report: str = HfArg(default="", help="HTML page with the figures and every trajectory")
     seed: int = HfArg(default=0, help="decides the sampling and the bootstrap")
     api: str = HfArg(default="", help="evaluate a served model: base URL, http://127.0.0.1:8000/v1")

@@ -453,6 +453,21 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs():
     assert errors.splitlines()[-1] == "evaluate.py: stopped" and "Traceback" not in errors
 
 
+def test_ctrl_c_keeps_the_trajectories_that_have_ended(tmp_path, monkeypatch, run_here):
+    def interrupted(trajectories, *_):
+        trajectories[1].status = "answered"
+        trajectories[1].answer = trajectories[1].task.answer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "attempt", interrupted)
+    flags = ["--baseline", "top_snippet", "--limit", 3, "--trajectories", tmp_path / "t.jsonl"]
+    with pytest.raises(KeyboardInterrupt):
+        run_here(evaluate.main, *flags, "--json", tmp_path / "o.json")
+    (line,) = (tmp_path / "t.jsonl").read_text().splitlines()
+    assert json.loads(line)["group"] == 1 and json.loads(line)["score"] == 1.0
+    assert not (tmp_path / "o.json").read_text()
+
+
 # ------------------------------------------------------------- what pages say to a served model
 
 HOSTILE = (
