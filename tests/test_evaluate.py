@@ -236,6 +236,8 @@ def test_a_tool_that_is_taken_away_and_a_worthless_search_engine(world_dir):
             "--context summarize",
         ),
         (["--samples", "0"], "--samples"),
+        (["--trajectory_timeout_s", "-1"], "--trajectory_timeout_s must be at least 0"),
+        (["--tool_timeout_s", "nan"], "--tool_timeout_s must be at least 0"),
         (["--baseline", "luck"], "--baseline"),
     ],
 )
