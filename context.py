@@ -269,16 +269,13 @@ def prompt_after_notes(
 
 
 # HACK HERE: a new context manager is a function (trajectory, chat, budget_tokens) -> prompt ids.
-# What it wants to remember between turns goes into trajectory.memory, which is parked and resumed
-# with the trajectory. memory["notes_turns"] lists the turns that it asked notes of: those are free
-# text.
+# What it wants to remember goes into trajectory.memory, which travels with the trajectory.
+# memory["notes_turns"] lists the turns that it asked notes of: those are free text.
 MANAGERS = {"none": none, "elide": elide, "summarize": summarize}
 
 
 def extend_segments(segments: list[Segment], prompt_ids: list[int]) -> None:
-    """The prefix rule: extend the last segment if the new prompt is a pure extension of it, else
-    open a new one.
-    """
+    """The prefix rule: extend the last segment if the prompt begins with it, else open another."""
     if segments and prompt_ids[: len(segments[-1].ids)] == segments[-1].ids:
         segments[-1].append(prompt_ids[len(segments[-1].ids) :])
     else:

@@ -293,9 +293,7 @@ class AgentLoop:
         self.tool_runs.append(ToolRun(slot, self.clock, time.perf_counter(), memory, results))
 
     def join_results(self) -> None:
-        """Make observations of the tool results that have come; calls that take too long are given
-        up.
-        """
+        """Make observations of the results that have come; give up calls that take too long."""
         decoding, still_running = not self.engine.at_boundary(), []
         for run in self.tool_runs:
             if self.lockstep:
