@@ -40,7 +40,7 @@ from data.deep.funnel import Funnel
 from data.parts import FRAMES, LEAD, OPERATIONS, RECORDS, TYPES, number_relation
 from data.task import Task, save_lines, save_tasks
 from data.world import World, load_world, world_folder
-from support.flags import parse_flags
+from support.flags import parse_flags, try_files
 
 DATA = Path(__file__).resolve().parent
 
@@ -363,8 +363,7 @@ def main():
     if args.number < 1:
         sys.exit("data/tasks.py: --number is 1 or more")
     try:
-        for file in filter(None, (args.out, args.rejects)):
-            open(file, "a").close()  # tried now, since the tasks may take long
+        try_files(args.out, args.rejects)
         for name in args.shipped:
             save_tasks(make_shipped(name, args.seed, SHIPPED[name][1]), DATA / f"{name}.jsonl")
         if not args.shipped:

@@ -25,7 +25,7 @@ from evaluate import open_policy
 from rollout import AgentLoop, RolloutArgs, play
 from support.answers import correct
 from support.evaluation import make_trajectories
-from support.flags import parse_flags
+from support.flags import parse_flags, try_files
 from support.toolbox import Toolbox
 
 
@@ -73,8 +73,7 @@ def main():
         if args.model and args.pass_n < 2:
             raise ValueError("--pass_n must be at least 2: of one attempt none is solved sometimes")
         tasks = funnel.read_tasks(args.tasks)
-        for file in (args.out, args.rejects):
-            open(file, "a").close()  # tried now, since --model may take hours
+        try_files(args.out, args.rejects)
         good = [task for task in tasks if funnel.check(task)]
         if args.model and good:
             good = pass_window(good, funnel, args)

@@ -16,6 +16,7 @@ from rollout import EVALUATION, RolloutArgs, new_group
 from support.baselines import Baseline, weaken
 from support.checks import check_rollout_args
 from support.endpoint import probe
+from support.flags import try_files
 from support.page import Pieces, pack, write_page
 from support.toolbox import Toolbox
 from support.trajectory_log import record_of, to_lines, without_texts
@@ -69,8 +70,7 @@ def check_args(args: EvaluateArgs, rollout_args: RolloutArgs) -> None:
     """Raise a ValueError or OSError, one line, for flags that cannot work. Files are tried, and
     servers asked, before the evaluation rather than after it."""
     check_rollout_args(rollout_args)
-    for file in filter(None, (args.json, args.trajectories, args.report)):
-        open(file, "a").close()
+    try_files(args.json, args.trajectories, args.report)
     if args.samples < 1 or args.limit < 0 or args.seed < 0:
         raise ValueError("--samples must be at least 1, --limit and --seed at least 0")
     if bool(args.judge) != bool(args.judge_model):

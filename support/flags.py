@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from pathlib import Path
 
 from transformers import HfArgumentParser
 
@@ -15,6 +16,20 @@ def did_you_mean(word: str, names: dict[str, str], cutoff: float = 0.6) -> str:
     """
     near = difflib.get_close_matches(word, names, 1, cutoff)
     return f", did you mean {names[near[0]]}?" if near else ""
+
+
+def try_files(*names: str) -> None:
+    """Try the files that flags name ("" names none) before the work rather than after it. They are
+    left as they were.
+
+    Raises:
+        OSError: one of them cannot be written.
+    """
+    for file in [Path(name) for name in names if name]:
+        is_new = not file.exists()
+        file.open("a").close()
+        if is_new:
+            file.unlink()
 
 
 def parse_flags(dataclasses: tuple, doc: str, words=None, prog: str | None = None) -> list:

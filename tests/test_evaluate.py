@@ -467,7 +467,7 @@ def test_ctrl_c_keeps_the_trajectories_that_have_ended(tmp_path, monkeypatch, ru
         run_here(evaluate.main, *flags, "--json", tmp_path / "o.json")
     (line,) = (tmp_path / "t.jsonl").read_text().splitlines()
     assert json.loads(line)["group"] == 1 and json.loads(line)["score"] == 1.0
-    assert not (tmp_path / "o.json").read_text()
+    assert not (tmp_path / "o.json").exists()
 
 
 # ------------------------------------------------------------- what pages say to a served model
