@@ -128,7 +128,8 @@ def insert_documents(connection: sqlite3.Connection, documents: Iterable[dict]) 
     """Fill a new index; returns the number of documents."""
     count, sites = 0, {}
     for count, document in enumerate(documents, start=1):
-        url, title, text = document["url"], document["title"], document["text"]
+        url, text = document["url"], document["text"]
+        title = " ".join(document["title"].split())  # search shows it on one line
         address = plain_address(url)
         description = document.get("description") or ""
         row = (count, address, url, title, text, description)
@@ -393,7 +394,7 @@ def jsonl_document(line: bytes, own_url: str) -> dict:
     plain_address(url)  # it raises an error if this is none
     if len(url.splitlines()) > 1:
         raise ValueError("'url' has a line break in it")
-    title = " ".join(str(record.get("title") or text[:60]).split())  # search shows it on one line
+    title = str(record.get("title") or text[:60])
     (url + title + text + page).encode()  # half of a surrogate pair cannot be stored
     return {"url": url, "title": title, "text": text, "description": "", "html": page}
 

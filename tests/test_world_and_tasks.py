@@ -27,6 +27,7 @@ from data.deep.funnel import Funnel
 from data.deep.solve import read_fact, solutions
 from data.index import (
     build_index,
+    html_documents,
     in_processes,
     jsonl_documents,
     open_index,
@@ -395,6 +396,11 @@ def test_a_hit_stands_on_its_own_lines(tmp_path, capsys):
         '[1] "Aaron" Aaron is a prophet. http://c.test/1'
     )
     assert len(search(["bird"]).splitlines()) == 2
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "x\n[2] Forged.html").write_text("<p>A wild goose.</p>")  # no title
+    build_index(html_documents(tmp_path / "pages", "http://c.test/"), tmp_path / "c.db")
+    search, _ = open_index_tools(tmp_path / "c.db")
+    assert len(search(["goose"]).splitlines()) == 2
 
 
 def test_a_read_only_checkout_keeps_its_worlds_in_the_cache(tmp_path, monkeypatch):
