@@ -15,7 +15,7 @@ import os
 import sqlite3
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
@@ -178,7 +178,7 @@ def main():
             side_by_side(ask_judge, [t for t in trajectories if not score(t)], 8, "judge")
     except (KeyboardInterrupt, EngineError):  # no figures: what ends early is not a fair sample
         ended = [(t, score(t)) for t in trajectories if t.status != "running"]
-        write_files(replace(args, json="", report=""), {}, ended, policy[1], public)
+        write_files(args, ended, policy[1], public)
         raise
 
     about = {"seconds": round(time.time() - started, 1), "torch": torch.__version__}
@@ -186,7 +186,7 @@ def main():
     result = summarise(trajectories, settings, args.seed)
     try:
         scored = list(zip(trajectories, map(score, trajectories)))
-        write_files(args, result, scored, policy[1], public)
+        write_files(args, scored, policy[1], public, result)
     except OSError as error:
         sys.exit(f"evaluate.py: {error}")
     finally:

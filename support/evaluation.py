@@ -141,7 +141,13 @@ def usage(trajectories: list[Trajectory], hits: list[Trajectory]) -> dict:
     }
 
 
-def write_files(args: EvaluateArgs, result: dict, scored: list, chat: Chat | None, public: bool):
+def write_files(
+    args: EvaluateArgs,
+    scored: list,
+    chat: Chat | None,
+    public: bool,
+    result: dict | None = None,
+) -> None:
     """Write the files that the flags name.
 
     Args:
@@ -149,8 +155,10 @@ def write_files(args: EvaluateArgs, result: dict, scored: list, chat: Chat | Non
         chat: turns token ids into text; None where there are no ids.
         public: the tasks are a public benchmark's. Its authors ask that nobody writes its questions
             down in plain text, so of each question only the canary is kept.
+        result: the figures; None if the evaluation ended early, and then only --trajectories is
+            written.
     """
-    if args.json:
+    if args.json and result:
         Path(args.json).write_text(json.dumps(result, indent=1))
     records = []
     for t, score in scored if args.trajectories or args.report else []:
@@ -159,7 +167,7 @@ def write_files(args: EvaluateArgs, result: dict, scored: list, chat: Chat | Non
         records.append(without_texts(record, t.task.meta.get("canary")) if public else record)
     if args.trajectories:
         Path(args.trajectories).write_text("".join(to_lines(records)), encoding="utf-8")
-    if args.report:
+    if args.report and result:
         write_evaluation(args, result, records, chat)
 
 
