@@ -342,6 +342,8 @@ def from_corpus(args: Args) -> list[dict]:
 
 def from_world(args: Args) -> list[dict]:
     """Write the tasks of a world; returns rejects."""
+    if args.number < 1:
+        raise ValueError("--number is 1 or more")
     world = load_world(args.world)
     tasks, funnel = make_tasks(world, args.world, args.number, args.seed, args.families, args.forms)
     save_tasks(tasks, args.out)
@@ -360,8 +362,6 @@ def main():
         )
     if args.corpus and (args.families or args.forms):
         sys.exit("data/tasks.py: --families and --forms are of worlds, not of a corpus")
-    if args.number < 1:
-        sys.exit("data/tasks.py: --number is 1 or more")
     try:
         try_files(args.out, args.rejects)
         for name in args.shipped:

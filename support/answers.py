@@ -67,7 +67,7 @@ def normalize(text: str) -> str:
     a number (-5, 3.5, 1/2), + # % ^ and currencies (C++, C#, 5%), and signs of mathematics (¬A, √2,
     x < y, e^{-x})."""
     text = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", ungrouped(fold(text)))
-    text = regex.sub(r"\s*([+<>=]|(?![|~])\p{Sm})\s*", r"\1", text)
+    text = regex.sub(r"\s*((?![|~])\p{Sm})\s*", r"\1", text)
     # \w of the module `regex` takes the vowel signs of a word for a part of it.
     words = regex.sub(rf"(?!{KEPT})[^\w\s+#%^$€£¥°]", " ", text).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
