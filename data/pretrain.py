@@ -9,8 +9,8 @@ come again, facts, visits to addresses of every form (data/base/drills.py; induc
 within a few hundred steps, with the start of data/base/induction.py); (3) transcripts
 (data/base/explorers.py), shuffled with these drills and those of sums and plans, with loss on the
 explorer's own tokens and on a sample of the others. With `--deep_share` some of them are walks
-through the catalogues of deep worlds, too long for the window (data/base/walkers.py), under
-`--deep_manager`. A row is a segment.
+through the catalogues of deep worlds, too long for the window (data/base/walkers.py), under the
+context managers `summarize` and `elide`. A row is a segment.
 
 In: nothing. Out: `data/nano/` (config, safetensors, tokenizer); the second command below goes on
 from it to what `data/nano-deep` is. To try an idea, change `Explorer` or the sizes in `Args`.
@@ -26,7 +26,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,7 +45,6 @@ from data.base.tokenizer import tokenizer_corpus, train_tokenizer
 from data.base.walkers import write_walks
 from data.world import World
 from engine import NANO, keep_memory
-from rollout import RolloutArgs
 from support.flags import parse_flags
 from tools import signatures
 
@@ -67,10 +65,6 @@ class Args:
     deep_share: float = HfArg(default=0.0, help="share of rows that are segments of walks")
     deep_skilled_share: float = HfArg(default=0.7, help="share of sensible walkers")
     deep_entities: int = HfArg(default=600, help="entities in each deep world")
-    deep_manager: Literal["summarize", "elide"] = HfArg(
-        default="summarize", help="context manager of the walks"
-    )
-    deep_context: int = HfArg(default=1024, help="window of the walks, in tokens")
     hidden: int = HfArg(default=128, help="width of the model")
     layers: int = HfArg(default=4, help="number of layers")
     heads: int = HfArg(default=4, help="attention heads")
@@ -202,9 +196,8 @@ def main():
     walks, held_out_walks = [], []
     if args.deep_share:
         count = round(len(rows) * args.deep_share / (1 - args.deep_share))
-        window = RolloutArgs(context=args.deep_manager, max_context=args.deep_context, max_turns=99)
         walks, held_out_walks = write_walks(
-            *where, args.deep_entities, count, args.deep_skilled_share, window
+            *where, args.deep_entities, count, args.deep_skilled_share
         )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = len(chat.before_question)

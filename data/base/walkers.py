@@ -34,6 +34,11 @@ from reward import correct
 from rollout import RolloutArgs, next_prompt, read_turn, take_results
 
 WORD = rf"\b(greatest|smallest|{'|'.join(COLOURS)}|{RARE_COLOUR})\b"  # what a question looks for
+# The managers under which a base learns to walk. Segments under `elide` are three times as long as
+# those under `summarize`, so it plays one walk in three.
+WINDOWS = 2 * [RolloutArgs(context="summarize", max_context=1024, max_turns=99)] + [
+    RolloutArgs(context="elide", max_context=2560, max_turns=99)
+]
 # Turns are only parsed here, so the tools need no more than to find every call well formed.
 TOOLS = dict.fromkeys(("search", "browse"), SimpleNamespace(check=lambda arguments: None))
 
@@ -234,7 +239,6 @@ def write_walks(
     entities: int,
     rows: int,
     skilled_share: float,
-    args: RolloutArgs,
 ) -> tuple[list[Row], list[Row]]:
     """Segments of walks over deep pretraining worlds; prints how often the walkers were right.
 
@@ -244,7 +248,6 @@ def write_walks(
         entities: how many entities each has; one in fifty keeps a catalogue.
         rows: how many segments to write, at least.
         skilled_share: share of walkers that behave sensibly.
-        args: context manager and window of the walks.
 
     Returns:
         The segments, and about 40 of skilled walkers in a world of their own.
@@ -257,14 +260,16 @@ def write_walks(
         while len(walks) < rows * min(1, (number + 1) / worlds):
             skill = 0.995 if rng.random() < skilled_share else rng.uniform(0.0, 0.7)
             walker = Walker(draw_walk(site.world, rng), site, chat, rng, skill)
-            segments, is_right = walker.walk(args)
+            segments, is_right = walker.walk(rng.choice(WINDOWS))
             walks += segments
             right.append(is_right)
             progress.update(len(segments))
     progress.close()
     site = open_site(World(100 + worlds, entities, "pretrain", "deep", "varied"))
     while len(held_out) < 40:
-        held_out += Walker(draw_walk(site.world, rng), site, chat, rng, 1.0).walk(args)[0]
+        held_out += Walker(draw_walk(site.world, rng), site, chat, rng, 1.0).walk(
+            rng.choice(WINDOWS)
+        )[0]
     length = np.mean([len(ids) for ids, _ in walks])
     print(
         f"walkers were right on {np.mean(right):.1%} of {len(right)} tasks; "
