@@ -1,8 +1,8 @@
 """The pictures of docs/results.md, drawn from committed figures alone.
 
 In: from docs/results/NAME/ the files metrics.jsonl and evaluations.jsonl (train.py wrote them) and
-test.json (evaluate.py wrote it), and bench/ablations.json. Out: learning.png, ablations.png,
-gamma.png, partial.png and deep.png in docs/.
+test.json (evaluate.py wrote it), and bench/ablations.json. Out: learning.png, ablations.png and
+deep.png in docs/.
 To draw another figure, write a function `draw_...` and call it at the end.
 
     python docs/figures.py
@@ -107,79 +107,6 @@ def draw_ablations() -> None:
     plt.close(figure)
 
 
-def draw_gamma() -> None:
-    """Turns of correct test trajectories, and Pass@1, with and without decay: a dot is a seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for axis, key, title in (
-        (axes[0], "steps_mean_correct", "steps of correct trajectories"),
-        (axes[1], "pass@1", "held-out Pass@1"),
-    ):
-        for x, gamma in enumerate(("1.0", "0.9")):
-            values = [test_of(run)[key] for run in runs(f"gamma{gamma}")]
-            axis.bar(x, np.mean(values), width=0.5, color=["tab:gray", "tab:blue"][x], alpha=0.5)
-            axis.plot([x] * len(values), values, "ko", markersize=4)
-        axis.set_xticks([0, 1], ["gamma 1.0", "gamma 0.9"])
-        axis.set_title(title)
-        axis.grid(alpha=0.3, axis="y")
-    figure.savefig(DOCS / "gamma.png", dpi=110)
-    plt.close(figure)
-
-
-def draw_partial() -> None:
-    """Learning with parked trajectories beside learning in sync.
-
-    Held-out Pass@1, tokens by older weights, and tokens that were trained on.
-    """
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    modes = [
-        ("sync", "--rollout sync", "tab:gray"),
-        ("mask", "--partial --stale mask", "tab:blue"),
-        ("is", "--partial --stale is", "tab:green"),
-    ]
-    for offset, (mode, label, colour) in enumerate(modes):
-        curves = []
-        for run in runs(f"partial-{mode}-seed"):
-            evaluations = [
-                e
-                for e in lines_of(run, "evaluations")
-                if e["split"] == "test" or e["step"] not in (0, 30)
-            ]
-            curves.append([e["pass@1"] for e in sorted(evaluations, key=lambda e: e["step"])])
-        curves, x = np.array(curves), np.array(sorted({e["step"] for e in evaluations}))
-        axes[0].errorbar(
-            x + 0.4 * offset,
-            curves.mean(0),
-            yerr=[curves.mean(0) - curves.min(0), curves.max(0) - curves.mean(0)],
-            fmt="o-",
-            capsize=3,
-            color=colour,
-            label=label,
-        )
-        metrics = [lines_of(run, "metrics") for run in runs(f"partial-{mode}-seed")]
-        for axis, key in ((axes[1], "stale_share"), (axes[2], "trained_share")):
-            axis.plot(
-                [m["step"] for m in metrics[0]],
-                np.mean([[m[key] for m in run] for run in metrics], axis=0),
-                color=colour,
-                label=label,
-            )
-    for axis, title in zip(
-        axes,
-        (
-            "held-out Pass@1, lowest to highest seed",
-            "tokens sampled by older weights",
-            "sampled tokens in the loss",
-        ),
-    ):
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel("step")
-        axis.set_ylim(0, 1)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, loc="upper left")
-    figure.savefig(DOCS / "partial.png", dpi=110)
-    plt.close(figure)
-
-
 def draw_deep() -> None:
     """Context managers on walks of thirty pages.
 
@@ -236,6 +163,4 @@ def draw_deep() -> None:
 if __name__ == "__main__":
     draw_learning()
     draw_ablations()
-    draw_gamma()
-    draw_partial()
     draw_deep()
