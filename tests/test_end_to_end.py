@@ -489,13 +489,25 @@ def test_an_async_run_goes_on_after_a_kill_with_its_parked_work(tmp_path, run_he
     out = tmp_path / "run"
     flags = [*SMALL, *ASYNC, "--overlap", "--stale", "is", "--steps", 1000, "--out", out]
     first = Train(tmp_path, *flags)
+
+    def has_parked_a_turn() -> bool:
+        """Whether the newest checkpoint holds one; the trainer then stays stopped."""
+        if len(list((out / "state").glob("step-*.pt"))) < 2:
+            return False
+        first.process.send_signal(signal.SIGSTOP)
+        [kept] = load_state(out)["rollouts"]  # of the one rank
+        if any(t["turns"] for group in kept["groups"] for t in group["trajectories"]):
+            return True
+        first.process.send_signal(signal.SIGCONT)
+        return False
+
     # A checkpoint each step: the kill comes near or in the middle of one.
-    first.wait_for(lambda: len(list((out / "state").glob("step-*.pt"))) == 2)
+    first.wait_for(has_parked_a_turn)
     first.process.kill()
     _, _, errors = first.end()  # workers do not outlive a trainer that was killed
     assert "Traceback" not in errors
     done = max(int(path.name[5:11]) for path in (out / "state").glob("step-*.pt"))
-    [kept] = load_state(out)["rollouts"]  # of the one rank
+    [kept] = load_state(out)["rollouts"]
     assert any(t["turns"] for group in kept["groups"] for t in group["trajectories"])
     assert run_here(main, "--resume", out, "--steps", done + 1).returncode == 0
     rows = lines_of(out)
