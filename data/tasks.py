@@ -68,16 +68,24 @@ DEEP_SHARES = {(f, level): share for f, levels in _DEEP.items() for level, share
 
 
 # What ships in data/: worlds, number of tasks, forms (none: all). No policy learns one world by
-# heart among many small ones. Half of the test is in worlds whose addresses or layouts no training
-# world has. Walks of 30 steps are learned from the deep ones, at one host each.
+# heart among many small ones. Half of a test is in worlds whose addresses or layouts no training
+# world has. Walks of 30 steps are learned from the deep ones.
 _TEST_STYLES = ("varied", "varied", "unseen-hosts", "unseen-layouts")
 SHIPPED = {
     "train": ([World(seed, 120, "train", style="varied") for seed in range(101, 133)], 4000, ()),
     "dev": ([World(seed, 120, "dev", style="varied") for seed in range(201, 205)], 200, ()),
     "test": ([World(300 + n, 120, "test", style=_TEST_STYLES[n % 4]) for n in range(8)], 500, ()),
-    "deep-train": ([World(6, 3000, "train", "deep")], 240, ("list",)),
-    "deep-dev": ([World(7, 1500, "dev", "deep")], 60, ("list",)),
-    "deep-test": ([World(8, 1500, "test", "deep")], 120, ("list",)),
+    "deep-train": (
+        [World(n, 750, "train", "deep", "varied") for n in range(41, 49)],
+        240,
+        ("list",),
+    ),
+    "deep-dev": ([World(51, 1500, "dev", "deep", "varied")], 60, ("list",)),
+    "deep-test": (
+        [World(60 + n, 750, "test", "deep", _TEST_STYLES[n]) for n in range(4)],
+        120,
+        ("list",),
+    ),
 }
 
 
