@@ -110,44 +110,38 @@ def draw_ablations() -> None:
 def draw_deep() -> None:
     """Context managers on walks of thirty pages.
 
-    Training Pass@1 and turns over the steps, and held-out Pass@1 before and after training.
+    Training Pass@1 and turns over the steps, a line a seed, and held-out Pass@1 before and after
+    training.
     """
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    kinds = [
-        ("none", "--context none", "tab:gray"),
-        ("elide", "--context elide", "tab:orange"),
-        ("stubs", "--context elide, its own base", "tab:red"),
-        ("summarize", "--context summarize", "tab:blue"),
-    ]
-    for number, (kind, label, colour) in enumerate(kinds):
+    kinds = {"none": "tab:gray", "elide": "tab:orange", "summarize": "tab:blue"}
+    for number, (kind, colour) in enumerate(kinds.items()):
         trained = runs(f"deep-{kind}-seed")
-        metrics = [lines_of(run, "metrics") for run in trained]
-        for axis, key in ((axes[0], "pass_rate"), (axes[1], "turns")):
-            curves = np.array([[m[key] for m in run] for run in metrics])  # (seeds, steps)
-            axis.plot(
-                [m["step"] for m in metrics[0]], curves.T, color=colour, alpha=0.25, linewidth=1
-            )
-            axis.plot([m["step"] for m in metrics[0]], curves.mean(0), color=colour, label=label)
-        for k, test in enumerate(map(test_of, [f"deep-base-{kind}", *trained])):
+        for run in trained:
+            metrics = lines_of(run, "metrics")
+            label = f"--context {kind}" if run == trained[0] else None
+            for axis, key in zip(axes, ("pass_rate", "turns")):
+                axis.plot(
+                    [m["step"] for m in metrics],
+                    [m[key] for m in metrics],
+                    color=colour,
+                    linewidth=1,
+                    label=label,
+                )
+        base = json.loads((DOCS / "results" / "deep-base" / f"{kind}.json").read_text())
+        for k, test in enumerate([base, *map(test_of, trained)]):
             low, high = test["pass@1_ci"]
-            axes[2].bar(
-                number + 0.2 * k, test["pass@1"], 0.18, color=colour, alpha=0.35 if k == 0 else 0.9
-            )
-            axes[2].errorbar(
-                number + 0.2 * k,
-                test["pass@1"],
-                yerr=[[test["pass@1"] - low], [high - test["pass@1"]]],
-                color="black",
-                capsize=2,
-                linewidth=1,
-            )
-    axes[2].set_xticks([0.3, 1.3, 2.3, 3.3], ["none", "elide", "elide,\nits own base", "summarize"])
+            x, alpha = number + 0.2 * k, 0.9 if k else 0.35
+            axes[2].bar(x, test["pass@1"], 0.18, color=colour, alpha=alpha)
+            error = [[test["pass@1"] - low], [high - test["pass@1"]]]
+            axes[2].errorbar(x, test["pass@1"], error, color="black", capsize=2, linewidth=1)
+    axes[2].set_xticks([0.2, 1.2, 2.2], list(kinds))
     for axis, title in zip(
         axes,
         (
             "Pass@1 on training tasks",
             "turns a trajectory",
-            "held-out Pass@1: base (pale), seeds 0, 1, 2",
+            "held-out Pass@1: base (pale), and each seed",
         ),
     ):
         axis.set_title(title, fontsize=11)
