@@ -43,10 +43,12 @@ done
 python - "$out" <<'END'
 import json, pathlib, sys
 
+keys = ["pass@1", "pass@1_ci", "n", "samples", "steps_mean_correct", "format_error_rate"]
+keys += ["by_family", "by_hops"]
 tests, out = {}, pathlib.Path(sys.argv[1])
 for file in sorted(out.glob("*/test.json")):
     test = json.loads(file.read_text())
     print(f"{file.parent.name:20s}{100 * test['pass@1']:6.1f}")
-    tests[file.parent.name] = {k: v for k, v in test.items() if k not in ("settings", "scores")}
+    tests[file.parent.name] = {key: test[key] for key in keys}
 (out / "ablations.json").write_text(json.dumps(tests, indent=1) + "\n")
 END

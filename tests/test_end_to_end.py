@@ -491,24 +491,26 @@ def test_an_async_run_goes_on_after_a_kill_with_its_parked_work(tmp_path, run_he
     first = Train(tmp_path, *flags)
 
     def has_parked_a_turn() -> bool:
-        """Whether the newest checkpoint holds one; the trainer then stays stopped."""
+        """Whether the newest checkpoint holds one."""
+        [kept] = load_state(out)["rollouts"]  # of the one rank
+        return any(t["turns"] for group in kept["groups"] for t in group["trajectories"])
+
+    def has_stopped_where_it_has() -> bool:
         if len(list((out / "state").glob("step-*.pt"))) < 2:
             return False
         first.process.send_signal(signal.SIGSTOP)
-        [kept] = load_state(out)["rollouts"]  # of the one rank
-        if any(t["turns"] for group in kept["groups"] for t in group["trajectories"]):
+        if has_parked_a_turn():
             return True
         first.process.send_signal(signal.SIGCONT)
         return False
 
     # A checkpoint each step: the kill comes near or in the middle of one.
-    first.wait_for(has_parked_a_turn)
+    first.wait_for(has_stopped_where_it_has)
     first.process.kill()
     _, _, errors = first.end()  # workers do not outlive a trainer that was killed
     assert "Traceback" not in errors
     done = max(int(path.name[5:11]) for path in (out / "state").glob("step-*.pt"))
-    [kept] = load_state(out)["rollouts"]
-    assert any(t["turns"] for group in kept["groups"] for t in group["trajectories"])
+    assert has_parked_a_turn()
     assert run_here(main, "--resume", out, "--steps", done + 1).returncode == 0
     rows = lines_of(out)
     assert [row["step"] for row in rows] == list(range(1, done + 2))

@@ -267,9 +267,8 @@ def write_walks(
     progress.close()
     site = open_site(World(100 + worlds, entities, "pretrain", "deep", "varied"))
     while len(held_out) < 40:
-        held_out += Walker(draw_walk(site.world, rng), site, chat, rng, 1.0).walk(
-            rng.choice(WINDOWS)
-        )[0]
+        walker = Walker(draw_walk(site.world, rng), site, chat, rng, 1.0)
+        held_out += walker.walk(rng.choice(WINDOWS))[0]
     length = np.mean([len(ids) for ids, _ in walks])
     print(
         f"walkers were right on {np.mean(right):.1%} of {len(right)} tasks; "
