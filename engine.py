@@ -129,6 +129,11 @@ def check_full_attention(model, max_context: int) -> None:
         raise ValueError(f"the engine cannot play a {model.config.model_type} model: {why[0]}")
 
 
+def in_bf16(precision: str, on_gpu: bool) -> bool:
+    """Whether `--precision` asks for bfloat16: sampling by a copy, updates under autocast."""
+    return on_gpu if precision == "auto" else precision == "bf16"
+
+
 def keep_memory() -> None:
     """Tell glibc to reuse large blocks of memory: a CPU update is then 1.2 times as fast."""
     libc = ctypes.CDLL(None)
@@ -246,8 +251,8 @@ class Engine:
     trajectory with the least in its row is evicted, and what it had is computed again in its next
     turn. A row in the middle of a turn is never taken; if all are, a new turn waits.
 
-    On a GPU a copy of the model in bfloat16 samples (`--precision bf16`), by the fixed shapes of
-    decode_graphs.py.
+    On a GPU, or with `--precision bf16`, a copy of the model in bfloat16 samples. A GPU decodes by
+    the fixed shapes of decode_graphs.py.
 
     Args:
         model: its weights may change between turns, see `new_weights`.
@@ -266,7 +271,7 @@ class Engine:
         known = model.get_input_embeddings().num_embeddings
         if (used := max([chat.end_id, *chat.before_question])) >= known:
             raise ValueError(f"the model knows {known} tokens, its tokenizer more: token {used}")
-        self.learner = self.model = model  # on a GPU `self.model` becomes a copy
+        self.learner = self.model = model  # `self.model` may become a copy
         self.end_id, self.device = chat.end_id, model.device
         self.temperature, self.max_new_tokens = args.temperature, args.max_new_tokens
         self.slots: list[Slot | None] = [None] * args.slots
@@ -275,7 +280,7 @@ class Engine:
             rows = min(rows, max(1, args.kv_tokens // args.max_context))
         self.check_agreement()
         on_gpu = self.device.type == "cuda"
-        if on_gpu and args.precision == "bf16":
+        if in_bf16(args.precision, on_gpu):
             self.model = copy.deepcopy(model)
             for parameter in self.model.parameters():  # rotary angles stay in float32
                 parameter.data = parameter.data.to(torch.bfloat16)

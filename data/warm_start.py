@@ -38,7 +38,7 @@ from data.base.explorers import write_transcripts
 from data.pretrain import batches_of
 from data.task import Task, load_tasks
 from data.tasks import SHARES
-from engine import keep_memory
+from engine import in_bf16, keep_memory
 from evaluate import open_policy, summarise
 from rollout import AgentLoop, RolloutArgs, play
 from support.batches import micro_batches
@@ -109,20 +109,26 @@ def read_transcripts(chat: Chat, args: Args, rollout_args: RolloutArgs) -> list[
     return batches
 
 
-def learn(policy: Policy, optimizer, batch: list[Transcript], args: Args) -> float:
+def learn(
+    policy: Policy, optimizer, batch: list[Transcript], args: Args, precision: str = "auto"
+) -> float:
     """One step on a batch: the loss of an update whose advantage is 1 on the explorer's tokens.
+
+    Args:
+        precision: as of `RolloutArgs`.
 
     Returns:
         Its mean over these tokens.
     """
     device = policy.model.device
+    half = in_bf16(precision, device.type == "cuda")
     rows = [
         Row(Segment(ids.tolist()), own.astype(float).tolist(), [False] * len(own))
         for ids, own in batch
     ]
     total, tokens = 0.0, sum(int(own.sum()) for _, own in batch)
     for part in micro_batches(rows, args.micro_tokens):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = loss_of(policy, part, device) / tokens
         loss.backward()
         total += loss.item()
@@ -186,7 +192,7 @@ def train(policy: Policy, loop: AgentLoop, batches, tasks: list[Task], args: Arg
             group["lr"] = args.learning_rate * min(1.0, (step + 1) / args.warmup)
         queue = queue or [batches[i] for i in rng.permutation(len(batches))]
         batch = queue.pop()
-        losses.append(learn(policy, optimizer, batch, args))
+        losses.append(learn(policy, optimizer, batch, args, loop.args.precision))
         tokens += sum(len(ids) for ids, _ in batch)
 
 

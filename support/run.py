@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from context import Chat
-from engine import WorkerError, keep_memory
+from engine import WorkerError, in_bf16, keep_memory
 from evaluate import format_table, summarise
 from report import write_report
 from rollout import AgentLoop, Group, SyncRollouts, new_group, play
@@ -124,7 +124,7 @@ class Run:
             cpu=not on_gpu,
             log_with=self.args.log_with or None,
             project_config=ProjectConfiguration(logging_dir="."),  # open_folder names the folder
-            mixed_precision="bf16" if on_gpu and rollout_args.precision == "bf16" else "no",
+            mixed_precision="bf16" if in_bf16(rollout_args.precision, on_gpu) else "no",
         )
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         self.accelerator.wait_for_everyone()
@@ -246,8 +246,8 @@ class Run:
 
     def check_logprobs(self, rows: list) -> None:
         """Print the largest and the mean difference between trainer and sampler. In float32 one
-        above MAX_GAP ends the run: the data would not be on-policy. (In bfloat16, on a GPU,
-        rounding alone is above it; `--stale all-is` weighs each token by its ratio.)
+        above MAX_GAP ends the run: the data would not be on-policy. (In bfloat16 rounding
+        alone is above it; `--stale all-is` weighs each token by its ratio.)
 
         Args:
             rows: of trajectories that the present weights sampled.

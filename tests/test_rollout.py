@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from scripted import ScriptedLoop, scripted_tasks, trainer_gap
+from scripted import ScriptedLoop, scripted_tasks, trainer_gap, trainer_gaps
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from context import Segment, Trajectory, Turn
@@ -48,6 +48,21 @@ def actions(trajectories) -> list[list[list[int]]]:
 
 
 # ------------------------------------------------------------------------------------- the engine
+
+
+def test_a_copy_in_bf16_differs_by_rounding_and_follows_the_weights(tiny, chat):
+    args = RolloutArgs(slots=16, precision="bf16", max_new_tokens=24)
+    engine, policy = Engine(tiny, chat, args), Policy(tiny, 1.0)
+    for version in range(2):
+        tasks = fresh(scripted_tasks(3, 2, latency_s=0.0, turns=lambda rng: 2))
+        trajectories = play_all(ScriptedLoop(engine, chat, None, args, True), tasks)
+        gaps = trainer_gaps(policy, trajectories, version)
+        assert 1e-6 < sum(gaps) / len(gaps) < 0.05
+        with torch.no_grad():
+            for parameter in tiny.parameters():
+                parameter.mul_(1.5)
+        engine.new_weights(version + 1)
+    assert engine.model.dtype == torch.bfloat16 and tiny.dtype == torch.float32
 
 
 def decode_all(engine, prompts, tasks):

@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 
 import data.warm_start
@@ -38,8 +39,9 @@ def warm(tiny, tokenizer, tmp_path, run_here):
     signal.signal(signal.SIGTERM, before)
 
 
-def test_the_folder_that_it_leaves_trains(warm, run_here, tmp_path):
-    said = warm().stdout
+@pytest.mark.parametrize("precision, gap", [("auto", 1e-4), ("bf16", 1.0)])
+def test_the_folder_that_it_leaves_trains(warm, run_here, tmp_path, precision, gap):
+    said = warm(precision=precision).stdout
     lines = [line for line in said.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in lines] == ["step 0", "step 2", "step 3"]
     assert all(
@@ -47,10 +49,13 @@ def test_the_folder_that_it_leaves_trains(warm, run_here, tmp_path):
     )
     assert said.splitlines()[-1].startswith("done after 3 steps")
     flags = "--steps 1 --tasks_per_step 1 --samples 2 --eval_tasks 0 --processes 1 --check_logprobs"
-    flags += " --max_turns 2 --train_tasks data/dev.jsonl"
+    flags += f" --max_turns 2 --train_tasks data/dev.jsonl --precision {precision}"
     model = ["--model", tmp_path / "warm", "--out", tmp_path / "run"]
+    AcceleratorState._reset_state()  # it keeps the precision of the first run of a process
     done = run_here(train.main, *flags.split(), *model)
+    AcceleratorState._reset_state()
     assert done.returncode == 0 and "update 1" in done.stdout, done.stderr
+    assert gap / 1e4 < float(re.search(r"log-prob (\S+),", done.stdout)[1]) < gap
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
 
 
