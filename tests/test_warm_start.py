@@ -8,7 +8,6 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import ROOT
 
 import data.warm_start
@@ -51,9 +50,7 @@ def test_the_folder_that_it_leaves_trains(warm, run_here, tmp_path, precision, g
     flags = "--steps 1 --tasks_per_step 1 --samples 2 --eval_tasks 0 --processes 1 --check_logprobs"
     flags += f" --max_turns 2 --train_tasks data/dev.jsonl --precision {precision}"
     model = ["--model", tmp_path / "warm", "--out", tmp_path / "run"]
-    AcceleratorState._reset_state()  # it keeps the precision of the first run of a process
     done = run_here(train.main, *flags.split(), *model)
-    AcceleratorState._reset_state()
     assert done.returncode == 0 and "update 1" in done.stdout, done.stderr
     assert gap / 1e4 < float(re.search(r"log-prob (\S+),", done.stdout)[1]) < gap
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
@@ -111,6 +108,7 @@ def test_it_ends_where_turns_are_valid_and_some_are_right(warm, monkeypatch, see
         ({"dev_tasks": "data/deep-dev.jsonl", "families": "lookup"}, "no task of these families"),
         ({"dev_tasks": "nothing.jsonl"}, "nothing.jsonl"),
         ({"max_context": 100}, "--max_context is too small"),
+        ({"read_tasks": "data/dev.jsonl"}, "give --read_tasks a --corpus"),
     ],
 )
 def test_what_cannot_work_is_one_line(warm, flags, words):
@@ -160,9 +158,9 @@ def test_explorers_keep_the_limits_of_the_agent_loop(chat):
 def test_a_transcript_with_a_turn_too_long_to_sample_is_left_out(chat, capsys):
     args = Args(transcripts=20, batch_tokens=500)
     turns = lambda batches: [row for batch in batches for row in batch]
-    all_of_them = turns(read_transcripts(chat, args, RolloutArgs()))
+    all_of_them = turns(read_transcripts(chat, args, RolloutArgs(), None))
     most = max(np.diff(np.flatnonzero(np.diff([0, *own, 0])))[::2].max() for _, own in all_of_them)
-    fewer = turns(read_transcripts(chat, args, RolloutArgs(max_new_tokens=int(most) - 1)))
+    fewer = turns(read_transcripts(chat, args, RolloutArgs(max_new_tokens=int(most) - 1), None))
     assert 0 < len(fewer) < len(all_of_them) and "left out" in capsys.readouterr().out
 
 

@@ -1,0 +1,161 @@
+"""Readers: explorers of mixed skill on a user's own pages, for the tasks of data/blanks.py.
+
+A small model that has read fictional worlds alone has unlearned the words of other pages
+(docs/log.md). Readers show it the tools on the pages that it will be asked about. A sensible reader
+searches for the page that the question names, looks for the words next to the blank, and completes
+them. The others search for any words of the question, look for others, and answer with any word
+that they see.
+
+In: tasks, and the tools over their corpus. Out: transcripts as explorers.py writes them.
+To try an idea, change `sensible_move` or `random_move`.
+"""
+
+import random
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from context import Chat
+from data.base.explorers import Call, Row, browse, row_of, said_ids, search_for, turn_text
+from data.task import Task
+from reward import correct
+from rollout import RolloutArgs
+from tools import Browse, Search, ToolCall, run_calls, urls_in
+
+
+@dataclass
+class Reading:
+    """What a reader knows."""
+
+    task: Task
+    phrase: str  # words of the question next to the blank
+    shown: str = ""  # the last result
+    urls: list[str] = field(default_factory=list)  # of the last search
+
+
+def phrases_of(task: Task) -> list[str]:
+    """Words of the question next to its blank, and the entry that it names."""
+    before, after = task.meta["before"].split(), task.meta["after"].split()
+    spans = [before[-n:] for n in (2, 3, 4)] + [after[:n] for n in (2, 3, 4)]
+    return [task.meta["entry"]] * bool(task.meta["entry"]) + [" ".join(s) for s in spans if s]
+
+
+def any_words(text: str, rng: random.Random) -> str:
+    """One to four words of a text, as they stand there."""
+    words = re.findall(r"\w[\w.-]*", text) or ["page"]
+    start = rng.randrange(len(words))
+    return " ".join(words[start : start + rng.randint(1, 4)])
+
+
+def sensible_move(reading: Reading) -> tuple[str, Call | str]:
+    """Search for the page, look for the phrase, complete it."""
+    task, phrase = reading.task, reading.phrase
+    if not reading.urls:
+        return f"{task.meta['title']}: {phrase}.", search_for(task.meta["title"])
+    if task.answer not in reading.shown:
+        [page] = task.evidence
+        url = page if page in reading.urls else reading.urls[0]
+        return f"{task.meta['title']}: {phrase}.", browse(url, find=phrase)
+    start = " ".join(task.meta["before"].split()[-4:])
+    return f"{start} {task.answer}".strip(), task.answer
+
+
+def random_move(reading: Reading, rng: random.Random) -> tuple[str, Call | str]:
+    """A valid move that follows no plan."""
+    question, roll = reading.task.question, rng.random()
+    thought = rng.choice(["Let me look.", "Not sure.", f"{any_words(question, rng)}."])
+    if reading.shown and roll < 0.35:
+        answer = any_words(reading.shown, rng).split()[0]
+        return f"{thought} {answer}", answer
+    if reading.urls and roll < 0.7:
+        views = [{"page": rng.randint(1, 4)}] + 3 * [{"find": any_words(question, rng)}]
+        return thought, browse(rng.choice(reading.urls), **rng.choice(views))
+    return thought, search_for(any_words(question, rng))
+
+
+def read(
+    reading: Reading, tools: dict, chat: Chat, rng: random.Random, skill: float, args: RolloutArgs
+) -> tuple[Row, bool]:
+    """Play one task.
+
+    Args:
+        tools: name -> tool.
+        skill: probability of a sensible move.
+        args: the limits of turns, window and observations.
+
+    Returns:
+        The transcript, and whether its answer is right.
+    """
+    task = reading.task
+    ids = chat.head(task.question)
+    mask = [0] * len(ids)
+    for _ in range(args.max_turns):
+        is_sensible = rng.random() < skill
+        thought, action = sensible_move(reading) if is_sensible else random_move(reading, rng)
+        said = said_ids(chat, turn_text(thought, action))
+        ids += said
+        mask += [1] * len(said)
+        if isinstance(action, str):
+            return row_of(ids, mask), bool(correct(action, task.answer, task.answer_type))
+        [(reading.shown, _)] = run_calls([ToolCall(**action)], tools)
+        if action["name"] == "search":
+            reading.urls = urls_in(reading.shown)
+        observation = chat.observation([reading.shown], args.observation_tokens)
+        if len(ids) + len(observation) > args.max_context - args.max_new_tokens:
+            break
+        ids += observation
+        mask += [0] * len(observation)
+    return row_of(ids, mask), False
+
+
+def write_readings(
+    chat: Chat,
+    seed: int,
+    tasks: list[Task],
+    number: int,
+    skilled_share: float,
+    args: RolloutArgs,
+    tools: tuple[Search, Browse],
+) -> list[Row]:
+    """Transcripts of readers; prints how often they were right.
+
+    Args:
+        seed: decides tasks and moves.
+        tasks: what they are asked, in turn. Those that no phrase of the question leads to are left
+            out.
+        number: how many transcripts to write.
+        skilled_share: share of readers that behave sensibly.
+        args: limits of the readers, as of the agent loop.
+        tools: search and browse over the corpus.
+
+    Raises:
+        ValueError: a task has no blank, or no task is left.
+    """
+    if not all("before" in task.meta for task in tasks):
+        raise ValueError("readers know the tasks of data/tasks.py --corpus alone")
+    rng, search, look = random.Random(f"readers-{seed}"), *tools
+    phrases = {}
+    for task in tqdm(tasks, "readers", unit="task", mininterval=5):
+        leads = [p for p in phrases_of(task) if task.answer in look(task.evidence[0], find=p)]
+        if leads:
+            phrases[task.id] = leads
+    tasks = [task for task in tasks if task.id in phrases]
+    if not tasks:
+        raise ValueError("readers find the answer to none of these tasks")
+    rows, right = [], []
+    by_name = {"search": search, "browse": look}
+    for count in range(number):
+        task = tasks[count % len(tasks)]
+        reading = Reading(task, rng.choice(phrases[task.id]))
+        skill = 0.97 if rng.random() < skilled_share else rng.uniform(0.0, 0.12)
+        row, is_right = read(reading, by_name, chat, rng, skill, args)
+        rows.append(row)
+        right.append(is_right)
+    length = np.mean([len(ids) for ids, _ in rows])
+    print(
+        f"readers were right on {np.mean(right):.1%} of {number} tries at {len(tasks)} tasks; "
+        f"{length:.0f} tokens a transcript"
+    )
+    return rows
