@@ -130,7 +130,7 @@ def check_full_attention(model, max_context: int) -> None:
 
 
 def in_bf16(precision: str, on_gpu: bool) -> bool:
-    """Whether `--precision` asks for bfloat16: sampling by a copy, updates under autocast."""
+    """Whether a model samples by a copy in bfloat16 and learns under autocast (`--precision`)."""
     return on_gpu if precision == "auto" else precision == "bf16"
 
 

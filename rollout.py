@@ -56,7 +56,7 @@ class RolloutArgs:
     engine: str = HfArg(default="", help="URL of a vLLM or SGLang server that decodes")
     engine_weights: str = HfArg(default="", help="folder for its weights, on a path it sees, too")
     kv_tokens: int = HfArg(default=0, help="KV memory in tokens (0: slots x max_context)")
-    precision: Literal["auto", "bf16", "fp32"] = HfArg(default="auto", help="bf16 on GPUs alone")
+    precision: Literal["auto", "bf16", "fp32"] = HfArg(default="auto", help="auto: bf16 on GPUs")
     tool_steps: int = HfArg(default=8, help="engine steps between two joins of tool results")
     tool_timeout_s: float = HfArg(default=60.0, help="limit for the calls of a turn, in seconds")
     trajectory_timeout_s: float = HfArg(default=3600.0, help="seconds in all; then tool_fault")

@@ -3,9 +3,10 @@ r"""Warm start: supervised imitation of mostly clumsy explorers, so that RL has 
 A general model of this size has never seen our tools, and earns nothing with them, so all attempts
 at a task earn the same and RL learns nothing. This command shows it the transcripts that made
 `data/nano` (data/base/explorers.py), in its own tokens and chat template, with loss on the
-explorer's own tokens. They come from worlds that no task of train, dev or test is set in. Most
-explorers behave badly, and which behaviour pays is left to RL: this is not RL, and its Pass@1 is
-only a place to start from. It ends where the model writes valid turns and is right now and then.
+explorer's own tokens. They come from worlds that no task of train, dev or test is set in. With
+--read_tasks they come from readers of a user's own pages (data/base/readers.py). Most explorers
+behave badly, and which behaviour pays is left to RL: this is not RL, and its Pass@1 is only a place
+to start from. It ends where the model writes valid turns and is right now and then.
 
 In: any causal language model with a chat template. Out: a folder for `train.py --model`.
 To try an idea, change what `Explorer` does, or the goals of `main`.
@@ -91,7 +92,8 @@ def check_args(args: Args, rollout_args: RolloutArgs) -> None:
 def read_transcripts(
     chat: Chat, args: Args, rollout_args: RolloutArgs, toolbox: Toolbox
 ) -> list[list[Transcript]]:
-    """Batches of explorers' transcripts, without those that the policy could not sample.
+    """Batches of explorers' or readers' transcripts, without those that the policy could not
+    sample.
 
     Raises:
         OSError, ValueError: a file cannot be read, or nothing is left.
@@ -132,14 +134,14 @@ def learn(
         Its mean over these tokens.
     """
     device = policy.model.device
-    half = in_bf16(precision, device.type == "cuda")
+    is_bf16 = in_bf16(precision, device.type == "cuda")
     rows = [
         Row(Segment(ids.tolist()), own.astype(float).tolist(), [False] * len(own))
         for ids, own in batch
     ]
     total, tokens = 0.0, sum(int(own.sum()) for _, own in batch)
     for part in micro_batches(rows, args.micro_tokens):
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
             loss = loss_of(policy, part, device) / tokens
         loss.backward()
         total += loss.item()

@@ -456,6 +456,7 @@ def test_errors_are_one_line(corpus, tmp_path, run_here, flags, error):
 
 def test_sensible_readers_find_the_answer_and_the_others_seldom_do(corpus, chat, capsys):
     tasks, funnel = all_tasks(corpus)
+    tasks[0] = replace(tasks[0], answer=[tasks[0].answer, "another spelling"])
     tools = (funnel.pages.search, funnel.pages.browse)
     args, shares = RolloutArgs(max_turns=4, max_new_tokens=200), {}
     for share in (0.0, 1.0):
@@ -499,7 +500,7 @@ SMALL = {  # what makes a command of the chapter small; the last one of a flag c
 def test_the_commands_of_the_chapter_run(tmp_path, full, run_here, monkeypatch):
     chapter = (ROOT / "docs" / "documents.md").read_text(encoding="utf-8")
     blocks = "".join(re.findall(r"^```\n(.*?)^```", chapter, re.DOTALL | re.MULTILINE))
-    blocks = blocks.replace("200", "3").replace("201", "4").replace(MODEL, "nano")
+    blocks = blocks.replace("-n 200", "-n 3").replace("+201", "+4").replace(MODEL, "nano")
     lines = blocks.replace("\\\n", " ").splitlines()
     (tmp_path / "my_docs").mkdir()
     for number, name in enumerate(SHIPS):
@@ -518,7 +519,7 @@ def test_the_commands_of_the_chapter_run(tmp_path, full, run_here, monkeypatch):
         words += SMALL.get(script.rpartition("/")[2], "").split()
         done = run_here(train.main if script == "train.py" else script, *words)
         assert done.returncode == 0, done.stderr
-    assert len(lines) == 10
+    assert len(lines) == 11
     for name in (
         "my.jsonl",
         "my-test.jsonl",

@@ -127,6 +127,8 @@ def test_the_loss_is_on_the_explorers_own_tokens_alone(tiny, chat):
     assert learn(policy, still, rows[:1], Args()) == pytest.approx(-said.mean().item(), abs=1e-4)
     whole, cut = (learn(policy, still, rows, Args(micro_tokens=n)) for n in (9999, 1))
     assert whole == pytest.approx(cut, abs=1e-4)
+    rounded = learn(policy, still, rows, Args(), "bf16")
+    assert 0 < abs(rounded - learn(policy, still, rows, Args(), "fp32")) < 0.05
     moving = torch.optim.AdamW(tiny.parameters(), lr=1e-2)
     losses = [learn(policy, moving, rows, Args()) for _ in range(5)]
     assert losses[-1] < losses[0] - 0.5

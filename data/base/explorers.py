@@ -80,7 +80,7 @@ def worked_out(call: Call) -> str:
 
 
 def call_text(call: Call) -> str:
-    return f"<tool_call>{json.dumps(call)}</tool_call>"
+    return f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>"
 
 
 def turn_text(thought: str, action: Call | str) -> str:
@@ -301,6 +301,11 @@ class Explorer:
         return ids, mask, False
 
 
+def draw_skill(rng: random.Random, skilled_share: float) -> float:
+    """The probability of a sensible move: of so many explorers high, of the others low."""
+    return 0.97 if rng.random() < skilled_share else rng.uniform(0.0, 0.12)
+
+
 def random_frame(rng: random.Random) -> str:
     """A frame of a question that says nothing: what is asked for stands among random words, so that
     no word before it gives its place away."""
@@ -347,7 +352,7 @@ def write_transcripts(
             family, hops = rng.choices(kinds, weights)[0]
             frame = random_frame(rng) if any_frame and rng.random() < any_frame else ""
             task = draw_task(world, family, hops, rng, rng.random() < 0.4, frame)
-            skill = 0.97 if rng.random() < skilled_share else rng.uniform(0.0, 0.12)
+            skill = draw_skill(rng, skilled_share)
             ids, mask, is_right = Explorer(task, site, chat, rng, skill, args).play()
             transcripts.append(row_of(ids, mask))
             right_by_family.setdefault(f"{family}{hops}", []).append(is_right)

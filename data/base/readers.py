@@ -1,6 +1,6 @@
 """Readers: explorers of mixed skill on a user's own pages, for the tasks of data/blanks.py.
 
-A small model that has read fictional worlds alone has unlearned the words of other pages
+A small model that has seen the tools in fictional worlds alone cannot use them on other pages
 (docs/log.md). Readers show it the tools on the pages that it will be asked about. A sensible reader
 searches for the page that the question names, looks for the words next to the blank, and completes
 them. The others search for any words of the question, look for others, and answer with any word
@@ -18,7 +18,17 @@ import numpy as np
 from tqdm import tqdm
 
 from context import Chat
-from data.base.explorers import Call, Row, browse, row_of, said_ids, search_for, turn_text
+from data.base.explorers import (
+    Call,
+    Row,
+    browse,
+    draw_skill,
+    row_of,
+    said_ids,
+    search_for,
+    turn_text,
+)
+from data.deep.funnel import items, stands_in
 from data.task import Task
 from reward import correct
 from rollout import RolloutArgs
@@ -30,6 +40,7 @@ class Reading:
     """What a reader knows."""
 
     task: Task
+    answer: str  # the first of those that count as right
     phrase: str  # words of the question next to the blank
     shown: str = ""  # the last result
     urls: list[str] = field(default_factory=list)  # of the last search
@@ -37,9 +48,10 @@ class Reading:
 
 def phrases_of(task: Task) -> list[str]:
     """Words of the question next to its blank, and the entry that it names."""
-    before, after = task.meta["before"].split(), task.meta["after"].split()
+    before, after = task.meta["before"].removesuffix(": ").split(), task.meta["after"].split()
     spans = [before[-n:] for n in (2, 3, 4)] + [after[:n] for n in (2, 3, 4)]
-    return [task.meta["entry"]] * bool(task.meta["entry"]) + [" ".join(s) for s in spans if s]
+    phrases = [task.meta["entry"], *map(" ".join, spans)]
+    return [phrase for phrase in dict.fromkeys(phrases) if re.search(r"\w", phrase)]
 
 
 def any_words(text: str, rng: random.Random) -> str:
@@ -51,15 +63,14 @@ def any_words(text: str, rng: random.Random) -> str:
 
 def sensible_move(reading: Reading) -> tuple[str, Call | str]:
     """Search for the page, look for the phrase, complete it."""
-    task, phrase = reading.task, reading.phrase
-    if not reading.urls:
-        return f"{task.meta['title']}: {phrase}.", search_for(task.meta["title"])
-    if task.answer not in reading.shown:
-        [page] = task.evidence
-        url = page if page in reading.urls else reading.urls[0]
-        return f"{task.meta['title']}: {phrase}.", browse(url, find=phrase)
-    start = " ".join(task.meta["before"].split()[-4:])
-    return f"{start} {task.answer}".strip(), task.answer
+    meta, [page] = reading.task.meta, reading.task.evidence
+    plan = f"{meta['title']}: {reading.phrase}."
+    if stands_in(reading.answer, reading.shown):
+        start = " ".join(meta["before"].removesuffix(": ").split()[-4:])
+        return f"{start} {reading.answer}".strip(), reading.answer
+    if page in reading.urls:
+        return plan, browse(page, find=reading.phrase)
+    return plan, search_for(meta["title"])
 
 
 def random_move(reading: Reading, rng: random.Random) -> tuple[str, Call | str]:
@@ -123,8 +134,9 @@ def write_readings(
 
     Args:
         seed: decides tasks and moves.
-        tasks: what they are asked, in turn. Those that no phrase of the question leads to are left
-            out.
+        tasks: what they are asked, in turn. Left out are those whose page is not found by its
+            title, and those whose answer no phrase of the question shows: entries that stand above
+            their description, mostly.
         number: how many transcripts to write.
         skilled_share: share of readers that behave sensibly.
         args: limits of the readers, as of the agent loop.
@@ -135,27 +147,32 @@ def write_readings(
     """
     if not all("before" in task.meta for task in tasks):
         raise ValueError("readers know the tasks of data/tasks.py --corpus alone")
-    rng, search, look = random.Random(f"readers-{seed}"), *tools
-    phrases = {}
+    rng, by_name = random.Random(f"readers-{seed}"), {tool.name: tool for tool in tools}
+
+    def result(call: Call) -> str:
+        return run_calls([ToolCall(**call)], by_name)[0][0]
+
+    leads: dict[str, list[str]] = {}  # task id -> phrases that show the answer
     for task in tqdm(tasks, "readers", unit="task", mininterval=5):
-        leads = [p for p in phrases_of(task) if task.answer in look(task.evidence[0], find=p)]
-        if leads:
-            phrases[task.id] = leads
-    tasks = [task for task in tasks if task.id in phrases]
-    if not tasks:
+        [page], answer = task.evidence, items(task.answer)[0]
+        is_tag = "<" in task.question + answer  # it could end a turn
+        if not is_tag and page in urls_in(result(search_for(task.meta["title"]))):
+            found = [p for p in phrases_of(task) if stands_in(answer, result(browse(page, find=p)))]
+            leads |= {task.id: found} if found else {}
+    readable = [task for task in tasks if task.id in leads]
+    if not readable:
         raise ValueError("readers find the answer to none of these tasks")
     rows, right = [], []
-    by_name = {"search": search, "browse": look}
     for count in range(number):
-        task = tasks[count % len(tasks)]
-        reading = Reading(task, rng.choice(phrases[task.id]))
-        skill = 0.97 if rng.random() < skilled_share else rng.uniform(0.0, 0.12)
+        task = readable[count % len(readable)]
+        reading = Reading(task, items(task.answer)[0], rng.choice(leads[task.id]))
+        skill = draw_skill(rng, skilled_share)
         row, is_right = read(reading, by_name, chat, rng, skill, args)
         rows.append(row)
         right.append(is_right)
     length = np.mean([len(ids) for ids, _ in rows])
     print(
-        f"readers were right on {np.mean(right):.1%} of {number} tries at {len(tasks)} tasks; "
-        f"{length:.0f} tokens a transcript"
+        f"readers were right on {np.mean(right):.1%} of {number} tries at {len(readable)} of "
+        f"{len(tasks)} tasks; {length:.0f} tokens a transcript"
     )
     return rows
