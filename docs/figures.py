@@ -128,11 +128,10 @@ def draw_deep() -> None:
                     linewidth=1,
                     label=label,
                 )
-        base = DOCS / "results" / "deep-base" / f"{kind}.json"
-        bases = [json.loads(base.read_text())] if base.exists() else []
-        for k, test in enumerate([*bases, *map(test_of, trained)]):
+        base = json.loads((DOCS / "results" / "deep-base" / f"{kind}.json").read_text())
+        for k, test in enumerate([base, *map(test_of, trained)]):
             low, high = test["pass@1_ci"]
-            x, alpha = number + 0.2 * k, 0.35 if k < len(bases) else 0.9
+            x, alpha = number + 0.2 * k, 0.9 if k else 0.35
             axes[2].bar(x, test["pass@1"], 0.18, color=colour, alpha=alpha)
             error = [[test["pass@1"] - low], [high - test["pass@1"]]]
             axes[2].errorbar(x, test["pass@1"], error, color="black", capsize=2, linewidth=1)
