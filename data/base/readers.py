@@ -40,15 +40,30 @@ class Reading:
     """What a reader knows."""
 
     task: Task
-    answer: str  # the first of those that count as right
     phrase: str  # words of the question next to the blank
     shown: str = ""  # the last result
     urls: list[str] = field(default_factory=list)  # of the last search
 
 
+def result_of(call: Call, tools: dict) -> str:
+    """What a tool answers; `tools` is name -> tool."""
+    [(text, _)] = run_calls([ToolCall(**call)], tools)
+    return text
+
+
+def answer_of(task: Task) -> str:
+    """The first of the answers that count as right."""
+    return items(task.answer)[0]
+
+
+def words_before(task: Task) -> list[str]:
+    """The words before the blank."""
+    return task.meta["before"].removesuffix(": ").split()
+
+
 def phrases_of(task: Task) -> list[str]:
     """Words of the question next to its blank, and the entry that it names."""
-    before, after = task.meta["before"].removesuffix(": ").split(), task.meta["after"].split()
+    before, after = words_before(task), task.meta["after"].split()
     spans = [before[-n:] for n in (2, 3, 4)] + [after[:n] for n in (2, 3, 4)]
     phrases = [task.meta["entry"], *map(" ".join, spans)]
     return [phrase for phrase in dict.fromkeys(phrases) if re.search(r"\w", phrase)]
@@ -63,14 +78,14 @@ def any_words(text: str, rng: random.Random) -> str:
 
 def sensible_move(reading: Reading) -> tuple[str, Call | str]:
     """Search for the page, look for the phrase, complete it."""
-    meta, [page] = reading.task.meta, reading.task.evidence
-    plan = f"{meta['title']}: {reading.phrase}."
-    if stands_in(reading.answer, reading.shown):
-        start = " ".join(meta["before"].removesuffix(": ").split()[-4:])
-        return f"{start} {reading.answer}".strip(), reading.answer
+    task, answer = reading.task, answer_of(reading.task)
+    if stands_in(answer, reading.shown):
+        return " ".join([*words_before(task)[-4:], answer]), answer
+    title, [page] = task.meta["title"], task.evidence
+    plan = f"{title}: {reading.phrase}."
     if page in reading.urls:
         return plan, browse(page, find=reading.phrase)
-    return plan, search_for(meta["title"])
+    return plan, search_for(title)
 
 
 def random_move(reading: Reading, rng: random.Random) -> tuple[str, Call | str]:
@@ -110,7 +125,7 @@ def read(
         mask += [1] * len(said)
         if isinstance(action, str):
             return row_of(ids, mask), bool(correct(action, task.answer, task.answer_type))
-        [(reading.shown, _)] = run_calls([ToolCall(**action)], tools)
+        reading.shown = result_of(action, tools)
         if action["name"] == "search":
             reading.urls = urls_in(reading.shown)
         observation = chat.observation([reading.shown], args.observation_tokens)
@@ -148,24 +163,23 @@ def write_readings(
     if not all("before" in task.meta for task in tasks):
         raise ValueError("readers know the tasks of data/tasks.py --corpus alone")
     rng, by_name = random.Random(f"readers-{seed}"), {tool.name: tool for tool in tools}
-
-    def result(call: Call) -> str:
-        return run_calls([ToolCall(**call)], by_name)[0][0]
-
-    leads: dict[str, list[str]] = {}  # task id -> phrases that show the answer
+    readable: list[tuple[Task, list[str]]] = []  # with the phrases that show the answer
     for task in tqdm(tasks, "readers", unit="task", mininterval=5):
-        [page], answer = task.evidence, items(task.answer)[0]
-        is_tag = "<" in task.question + answer  # it could end a turn
-        if not is_tag and page in urls_in(result(search_for(task.meta["title"]))):
-            found = [p for p in phrases_of(task) if stands_in(answer, result(browse(page, find=p)))]
-            leads |= {task.id: found} if found else {}
-    readable = [task for task in tasks if task.id in leads]
+        [page], answer = task.evidence, answer_of(task)
+        if "<" in task.question + answer:  # a tag could end a turn
+            continue
+        if page not in urls_in(result_of(search_for(task.meta["title"]), by_name)):
+            continue
+        views = {phrase: browse(page, find=phrase) for phrase in phrases_of(task)}
+        leads = [p for p, view in views.items() if stands_in(answer, result_of(view, by_name))]
+        if leads:
+            readable.append((task, leads))
     if not readable:
         raise ValueError("readers find the answer to none of these tasks")
     rows, right = [], []
     for count in range(number):
-        task = readable[count % len(readable)]
-        reading = Reading(task, items(task.answer)[0], rng.choice(leads[task.id]))
+        task, leads = readable[count % len(readable)]
+        reading = Reading(task, rng.choice(leads))
         skill = draw_skill(rng, skilled_share)
         row, is_right = read(reading, by_name, chat, rng, skill, args)
         rows.append(row)
