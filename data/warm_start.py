@@ -90,20 +90,22 @@ def check_args(args: Args, rollout_args: RolloutArgs) -> None:
 
 
 def read_transcripts(
-    chat: Chat, args: Args, rollout_args: RolloutArgs, toolbox: Toolbox
+    chat: Chat, args: Args, rollout_args: RolloutArgs, toolbox: Toolbox, to_read: list[Task]
 ) -> list[list[Transcript]]:
-    """Batches of explorers' or readers' transcripts, without those that the policy could not
-    sample.
+    """Batches of transcripts, without those that the policy could not sample.
+
+    Args:
+        to_read: tasks of readers; without any, explorers write the transcripts.
 
     Raises:
-        OSError, ValueError: a file cannot be read, or nothing is left.
+        OSError, ValueError: an index cannot be read, or nothing is left.
     """
     rows, most = [], rollout_args.max_new_tokens
     number, skilled_share = args.transcripts, args.skilled_share
-    if args.read_tasks:
-        tasks = load_tasks(args.read_tasks)
-        tools = toolbox.index_of(tasks[0])
-        written = write_readings(chat, args.seed, tasks, number, skilled_share, rollout_args, tools)
+    if to_read:
+        tools = toolbox.index_of(to_read[0])
+        of_readers = (to_read, number, skilled_share, rollout_args, tools)
+        written = write_readings(chat, args.seed, *of_readers)
     else:
         where = (chat, args.seed, min(16, number), 300, number, skilled_share)
         written = write_transcripts(*where, rollout_args, args.families)
@@ -220,10 +222,11 @@ def main():
         tasks = [task for task in tasks if not args.families or task.family in args.families]
         if not tasks:
             raise ValueError(f"{args.dev_tasks} has no task of these families")
+        to_read = load_tasks(args.read_tasks) if args.read_tasks else []
         toolbox = Toolbox(rollout_args)
         toolbox.prepare(tasks[: args.eval_tasks])
         model, chat, engine = open_policy(args.model, rollout_args)
-        batches = read_transcripts(chat, args, rollout_args, toolbox)
+        batches = read_transcripts(chat, args, rollout_args, toolbox, to_read)
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"data/warm_start.py: {error}")
 

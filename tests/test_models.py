@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from context import Chat, Trajectory, Turn, add_turn
-from data.base.explorers import Explorer, open_site
+from data.base.explorers import Explorer, explore, open_site
 from data.tasks import draw_task
 from data.world import World
 from engine import Engine, load_policy
@@ -251,12 +251,12 @@ def test_a_prompt_is_what_the_published_template_makes(name):
     assert tokenizer.decode(whole(*asked, *past)).endswith(tokenizer.decode(observation))
 
 
-def explored(explorer: Explorer) -> tuple[list[int], list[int], list[tuple[dict, str]]]:
-    """(ids, mask, the calls with their results) of one transcript."""
-    results, run = [], explorer.run
-    explorer.run = lambda call: results.append((call, run(call))) or results[-1][1]
-    ids, mask, _ = explorer.play()
-    return ids, mask, results
+class Noting(Explorer):
+    """An explorer that notes the results of its calls."""
+
+    def see(self, call: dict, result: str) -> None:
+        self.results = [*getattr(self, "results", []), (call, result)]
+        super().see(call, result)
 
 
 def actions_in(ids: list[int], mask: list[int], end_id: int) -> list[list[int]]:
@@ -276,7 +276,8 @@ def test_explorers_write_what_the_agent_loop_would_have_made_of_their_turns(name
     toolbox, ends = Toolbox(args), []
     for family in ("lookup", "browse", "compute") * 4:
         task = draw_task(site.world, family, 1, rng)
-        ids, mask, results = explored(Explorer(task, site, chat, rng, 0.5, args))
+        explorer = Noting(task, site, rng, 0.5, args.page_chars)
+        ids, mask, _ = explore(explorer, task, chat, args)
         trajectory = Trajectory(task, (0,), head_ids=chat.head(task.question))
         for number, action in enumerate(actions_in(ids, mask, chat.end_id)):
             assert next_prompt(trajectory, chat, args)
@@ -285,7 +286,7 @@ def test_explorers_write_what_the_agent_loop_would_have_made_of_their_turns(name
             text = chat.opened + chat.decode(action)  # a thought is opened once, and closed
             assert text.count("<think>") == text.count("</think>") > 0
             if calls := read_turn(trajectory, chat, toolbox.tools_for(trajectory)):
-                call, result = results[number]
+                call, result = explorer.results[number]
                 assert [(each.name, each.arguments) for each in calls] == [tuple(call.values())]
                 take_results(trajectory, [(result, False)])
                 turn.observation_ids = chat.observation(turn.results, args.observation_tokens)

@@ -24,7 +24,7 @@ def play_walks(deep_dir, chat, skill, args=WINDOWS[0], count=12):
         level = 1 + len(done) % 2
         task = draw_task(site.world, "collection", level, rng, rng.random() < 0.3)
         if form_of(task) != "total":
-            done.append((task, *Walker(task, site, chat, rng, skill).walk(args)))
+            done.append((task, *Walker(task, site, rng, skill).walk(chat, args)))
     return done
 
 

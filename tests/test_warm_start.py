@@ -160,9 +160,9 @@ def test_explorers_keep_the_limits_of_the_agent_loop(chat):
 def test_a_transcript_with_a_turn_too_long_to_sample_is_left_out(chat, capsys):
     args = Args(transcripts=20, batch_tokens=500)
     turns = lambda batches: [row for batch in batches for row in batch]
-    all_of_them = turns(read_transcripts(chat, args, RolloutArgs(), None))
+    all_of_them = turns(read_transcripts(chat, args, RolloutArgs(), None, []))
     most = max(np.diff(np.flatnonzero(np.diff([0, *own, 0])))[::2].max() for _, own in all_of_them)
-    fewer = turns(read_transcripts(chat, args, RolloutArgs(max_new_tokens=int(most) - 1), None))
+    fewer = turns(read_transcripts(chat, args, RolloutArgs(max_new_tokens=int(most) - 1), None, []))
     assert 0 < len(fewer) < len(all_of_them) and "left out" in capsys.readouterr().out
 
 

@@ -102,7 +102,7 @@ def row_of(ids: list[int], is_own: list) -> Row:
 
 
 class Explorer:
-    """Plays one task with a given skill.
+    """Decides the turns of one task with a given skill.
 
     At each turn it makes the sensible move with probability `skill`, else a random valid one.
     Thoughts of both kinds look alike: a plan read off the question, then facts read off the last
@@ -111,23 +111,21 @@ class Explorer:
     Args:
         task: what to find out.
         site: the world of the task.
-        chat: encodes what is said.
         rng: decides every move.
         skill: probability of a sensible move.
-        args: the limits of turns and window, and how much of a page or a result is shown.
+        page_chars: of a page that one call of `browse` shows.
     """
 
     def __init__(
         self,
         task: Task,
         site: Site,
-        chat: Chat,
         rng: random.Random,
         skill: float,
-        args: RolloutArgs = WINDOW,
+        page_chars: int = WINDOW.page_chars,
     ):
-        self.task, self.site, self.chat, self.rng, self.skill = task, site, chat, rng, skill
-        self.args = args
+        self.task, self.site, self.rng, self.skill = task, site, rng, skill
+        self.page_chars = page_chars
         self.world = site.world.elsewhere(str(rng.random()))
         self.relations = task.meta.get("relations", [])
         # These names stand in the question.
@@ -152,6 +150,16 @@ class Explorer:
         return fact_text(relation, name, self.facts[name, relation])
 
     # ---------------------------------------------------------------------------------------- moves
+
+    def move(self, turn: int) -> tuple[str, Call | str]:
+        """What it does in turn `turn`, counted from 0: (thought, action)."""
+        if self.rng.random() < self.skill:
+            thought, action = self.sensible_move()
+        else:
+            thought, action = self.random_move()
+            if self.last_call and self.rng.random() < 0.08:
+                action = self.last_call  # round in circles
+        return self.plan() if turn == 0 else thought or "Let me look.", action
 
     def sensible_move(self) -> tuple[str, Call | str]:
         """Note what was found, say what is left of the plan, and go on with that."""
@@ -236,8 +244,8 @@ class Explorer:
             return f"error 404 for {url}"
         page, find = arguments.get("page", 1), arguments.get("find")
         links = arguments.get("links", False)
-        size = self.args.page_chars
-        return self.moved(view_page(self.site.pages[path], url, page, find, links, size))
+        view = view_page(self.site.pages[path], url, page, find, links, self.page_chars)
+        return self.moved(view)
 
     def moved(self, text: str) -> str:
         """A result with each address of the site where this explorer finds the page."""
@@ -270,35 +278,42 @@ class Explorer:
         self.seen_urls += [url for url in dict.fromkeys(hits) if url not in self.seen_urls]
         self.first_hit = hits[0] if hits else self.first_hit
 
-    def play(self) -> tuple[list[int], list[int], bool]:
-        """Returns (ids, mask with 1 on the explorer's own tokens, whether the answer was right)."""
-        chat, rng, args = self.chat, self.rng, self.args
-        ids = chat.head(self.task.question)
-        mask = [0] * len(ids)
-        for turn in range(args.max_turns):
-            if rng.random() < self.skill:
-                thought, action = self.sensible_move()
-            else:
-                thought, action = self.random_move()
-                if self.last_call and rng.random() < 0.08:
-                    action = self.last_call  # round in circles
-            thought = self.plan() if turn == 0 else thought or "Let me look."
-            said = said_ids(chat, turn_text(thought, action))
-            ids += said
-            mask += [1] * len(said)
-            if isinstance(action, str):
-                return ids, mask, action == self.task.answer
-            result = self.run(action)
-            # A view by `find` does not repeat the URL: the reader remembers whose page it is.
-            is_find = action["name"] == "browse" and "http" not in result
-            self.read(f"{action['arguments']['url']}\n{result}" if is_find else result)
-            observation = chat.observation([result], args.observation_tokens)
-            if len(ids) + len(observation) > args.max_context - args.max_new_tokens:
-                break
-            ids += observation
-            mask += [0] * len(observation)
-            self.last_call = action
-        return ids, mask, False
+    def see(self, call: Call, result: str) -> None:
+        """Take in the result of a call."""
+        # A view by `find` does not repeat the URL: the reader remembers whose page it is.
+        is_find = call["name"] == "browse" and "http" not in result
+        self.read(f"{call['arguments']['url']}\n{result}" if is_find else result)
+        self.last_call = call
+
+
+def explore(
+    explorer, task: Task, chat: Chat, args: RolloutArgs
+) -> tuple[list[int], list[int], str | None]:
+    """Play a task within the limits of the agent loop.
+
+    Args:
+        explorer: `move` gives its turns, `run` the result of a call, and `see` takes that in.
+
+    Returns:
+        (ids, mask with 1 on the explorer's own tokens, its answer if it gave one).
+    """
+    ids = chat.head(task.question)
+    mask = [0] * len(ids)
+    for turn in range(args.max_turns):
+        thought, action = explorer.move(turn)
+        said = said_ids(chat, turn_text(thought, action))
+        ids += said
+        mask += [1] * len(said)
+        if isinstance(action, str):
+            return ids, mask, action
+        result = explorer.run(action)
+        explorer.see(action, result)
+        observation = chat.observation([result], args.observation_tokens)
+        if len(ids) + len(observation) > args.max_context - args.max_new_tokens:
+            break
+        ids += observation
+        mask += [0] * len(observation)
+    return ids, mask, None
 
 
 def draw_skill(rng: random.Random, skilled_share: float) -> float:
@@ -353,9 +368,10 @@ def write_transcripts(
             frame = random_frame(rng) if any_frame and rng.random() < any_frame else ""
             task = draw_task(world, family, hops, rng, rng.random() < 0.4, frame)
             skill = draw_skill(rng, skilled_share)
-            ids, mask, is_right = Explorer(task, site, chat, rng, skill, args).play()
+            explorer = Explorer(task, site, rng, skill, args.page_chars)
+            ids, mask, answer = explore(explorer, task, chat, args)
             transcripts.append(row_of(ids, mask))
-            right_by_family.setdefault(f"{family}{hops}", []).append(is_right)
+            right_by_family.setdefault(f"{family}{hops}", []).append(answer == task.answer)
             progress.update()
     progress.close()
     right = sum(map(sum, right_by_family.values()))
@@ -374,6 +390,6 @@ def write_visits(chat: Chat, style: str, number: int) -> list[Row]:
         site = open_site(World(seed, 60, "pretrain", style=style))
         for _ in range(number // 8):
             task = draw_task(site.world, "browse", 1, rng)
-            ids, mask, _ = Explorer(task, site, chat, rng, 1.0).play()
+            ids, mask, _ = explore(Explorer(task, site, rng, 1.0), task, chat, WINDOW)
             rows.append(row_of(ids, mask))
     return rows

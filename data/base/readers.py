@@ -23,26 +23,15 @@ from data.base.explorers import (
     Row,
     browse,
     draw_skill,
+    explore,
     row_of,
-    said_ids,
     search_for,
-    turn_text,
 )
 from data.deep.funnel import items, stands_in
 from data.task import Task
 from reward import correct
 from rollout import RolloutArgs
 from tools import Browse, Search, ToolCall, run_calls, urls_in
-
-
-@dataclass
-class Reading:
-    """What a reader knows."""
-
-    task: Task
-    phrase: str  # words of the question next to the blank
-    shown: str = ""  # the last result
-    urls: list[str] = field(default_factory=list)  # of the last search
 
 
 def result_of(call: Call, tools: dict) -> str:
@@ -76,64 +65,51 @@ def any_words(text: str, rng: random.Random) -> str:
     return " ".join(words[start : start + rng.randint(1, 4)])
 
 
-def sensible_move(reading: Reading) -> tuple[str, Call | str]:
-    """Search for the page, look for the phrase, complete it."""
-    task, answer = reading.task, answer_of(reading.task)
-    if stands_in(answer, reading.shown):
-        return " ".join([*words_before(task)[-4:], answer]), answer
-    title, [page] = task.meta["title"], task.evidence
-    plan = f"{title}: {reading.phrase}."
-    if page in reading.urls:
-        return plan, browse(page, find=reading.phrase)
-    return plan, search_for(title)
+@dataclass
+class Reader:
+    """Decides the turns of one task with a given skill, as `Explorer` does in worlds."""
 
+    task: Task
+    phrase: str  # words of the question next to the blank
+    tools: dict  # name -> tool
+    rng: random.Random
+    skill: float  # probability of a sensible move
+    shown: str = ""  # the last result
+    urls: list[str] = field(default_factory=list)  # of the last search
 
-def random_move(reading: Reading, rng: random.Random) -> tuple[str, Call | str]:
-    """A valid move that follows no plan."""
-    question, roll = reading.task.question, rng.random()
-    thought = rng.choice(["Let me look.", "Not sure.", f"{any_words(question, rng)}."])
-    if reading.shown and roll < 0.35:
-        answer = any_words(reading.shown, rng).split()[0]
-        return f"{thought} {answer}", answer
-    if reading.urls and roll < 0.7:
-        views = [{"page": rng.randint(1, 4)}] + 3 * [{"find": any_words(question, rng)}]
-        return thought, browse(rng.choice(reading.urls), **rng.choice(views))
-    return thought, search_for(any_words(question, rng))
+    def sensible_move(self) -> tuple[str, Call | str]:
+        """Search for the page, look for the phrase, complete it."""
+        answer = answer_of(self.task)
+        if stands_in(answer, self.shown):
+            return " ".join([*words_before(self.task)[-4:], answer]), answer
+        title, [page] = self.task.meta["title"], self.task.evidence
+        plan = f"{title}: {self.phrase}."
+        if page in self.urls:
+            return plan, browse(page, find=self.phrase)
+        return plan, search_for(title)
 
+    def random_move(self) -> tuple[str, Call | str]:
+        """A valid move that follows no plan."""
+        rng, question, roll = self.rng, self.task.question, self.rng.random()
+        thought = rng.choice(["Let me look.", "Not sure.", f"{any_words(question, rng)}."])
+        if self.shown and roll < 0.35:
+            answer = any_words(self.shown, rng).split()[0]
+            return f"{thought} {answer}", answer
+        if self.urls and roll < 0.7:
+            views = [{"page": rng.randint(1, 4)}] + 3 * [{"find": any_words(question, rng)}]
+            return thought, browse(rng.choice(self.urls), **rng.choice(views))
+        return thought, search_for(any_words(question, rng))
 
-def read(
-    reading: Reading, tools: dict, chat: Chat, rng: random.Random, skill: float, args: RolloutArgs
-) -> tuple[Row, bool]:
-    """Play one task.
+    def move(self, turn: int) -> tuple[str, Call | str]:
+        return self.sensible_move() if self.rng.random() < self.skill else self.random_move()
 
-    Args:
-        tools: name -> tool.
-        skill: probability of a sensible move.
-        args: the limits of turns, window and observations.
+    def run(self, call: Call) -> str:
+        return result_of(call, self.tools)
 
-    Returns:
-        The transcript, and whether its answer is right.
-    """
-    task = reading.task
-    ids = chat.head(task.question)
-    mask = [0] * len(ids)
-    for _ in range(args.max_turns):
-        is_sensible = rng.random() < skill
-        thought, action = sensible_move(reading) if is_sensible else random_move(reading, rng)
-        said = said_ids(chat, turn_text(thought, action))
-        ids += said
-        mask += [1] * len(said)
-        if isinstance(action, str):
-            return row_of(ids, mask), bool(correct(action, task.answer, task.answer_type))
-        reading.shown = result_of(action, tools)
-        if action["name"] == "search":
-            reading.urls = urls_in(reading.shown)
-        observation = chat.observation([reading.shown], args.observation_tokens)
-        if len(ids) + len(observation) > args.max_context - args.max_new_tokens:
-            break
-        ids += observation
-        mask += [0] * len(observation)
-    return row_of(ids, mask), False
+    def see(self, call: Call, result: str) -> None:
+        self.shown = result
+        if call["name"] == "search":
+            self.urls = urls_in(result)
 
 
 def write_readings(
@@ -179,11 +155,11 @@ def write_readings(
     rows, right = [], []
     for count in range(number):
         task, leads = readable[count % len(readable)]
-        reading = Reading(task, rng.choice(leads))
-        skill = draw_skill(rng, skilled_share)
-        row, is_right = read(reading, by_name, chat, rng, skill, args)
-        rows.append(row)
-        right.append(is_right)
+        lead, skill = rng.choice(leads), draw_skill(rng, skilled_share)
+        reader = Reader(task, lead, by_name, rng, skill)
+        ids, mask, answer = explore(reader, task, chat, args)
+        rows.append(row_of(ids, mask))
+        right.append(answer is not None and bool(correct(answer, task.answer, task.answer_type)))
     length = np.mean([len(ids) for ids, _ in rows])
     print(
         f"readers were right on {np.mean(right):.1%} of {number} tries at {len(readable)} of "

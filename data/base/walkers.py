@@ -63,8 +63,8 @@ class Walker(Explorer):
     write useless notes.
     """
 
-    def __init__(self, task: Task, site: Site, chat: Chat, rng: random.Random, skill: float):
-        super().__init__(task, site, chat, rng, skill)
+    def __init__(self, task: Task, site: Site, rng: random.Random, skill: float):
+        super().__init__(task, site, rng, skill)
         self.form = form_of(task)  # list, extreme or count
         owner = re.search(rf"catalogue of ({NP})|({NP})'s catalogue", task.question)
         *relation, name = re.findall(r"(?<=the )\w+(?= of)|\w+$", owner.group(1) or owner.group(2))
@@ -183,7 +183,7 @@ class Walker(Explorer):
         self.next_url = following.group(1) if following else None
         self.ended = "catalogue ends here" in page
 
-    def walk(self, args: RolloutArgs) -> tuple[list[Row], bool]:
+    def walk(self, chat: Chat, args: RolloutArgs) -> tuple[list[Row], bool]:
         """Play under a context manager.
 
         Returns:
@@ -191,8 +191,8 @@ class Walker(Explorer):
             was found), and whether the answer was right.
         """
         news: set[int] = set()  # segments in which something was found
-        trajectory = Trajectory(self.task, (0,), head_ids=self.chat.head(self.task.question))
-        while trajectory.status == "running" and next_prompt(trajectory, self.chat, args):
+        trajectory = Trajectory(self.task, (0,), head_ids=chat.head(self.task.question))
+        while trajectory.status == "running" and next_prompt(trajectory, chat, args):
             call, self.has_news = None, False
             if len(trajectory.turns) in trajectory.memory.get("notes_turns", []):
                 text = self.notes()
@@ -201,12 +201,12 @@ class Walker(Explorer):
                 thought, call = self.sensible_move() if is_sensible else self.random_move()
                 text = turn_text(thought if trajectory.turns else self.plan(), call)
             news |= {len(trajectory.segments) - 1} if self.has_news else set()
-            ids = said_ids(self.chat, text)
+            ids = said_ids(chat, text)
             turn = Turn(ids, [0.0] * len(ids), 0)
             add_turn(trajectory, turn)
-            if read_turn(trajectory, self.chat, TOOLS):
+            if read_turn(trajectory, chat, TOOLS):
                 take_results(trajectory, [(self.run(call), False)])
-                turn.observation_ids = self.chat.observation(turn.results, args.observation_tokens)
+                turn.observation_ids = chat.observation(turn.results, args.observation_tokens)
                 self.read(turn.results[0])
                 self.last_call = call
         segments = trajectory.segments
@@ -259,16 +259,16 @@ def write_walks(
         site = open_site(World(100 + number, entities, "pretrain", "deep", "varied"))
         while len(walks) < rows * min(1, (number + 1) / worlds):
             skill = 0.995 if rng.random() < skilled_share else rng.uniform(0.0, 0.7)
-            walker = Walker(draw_walk(site.world, rng), site, chat, rng, skill)
-            segments, is_right = walker.walk(rng.choice(WINDOWS))
+            walker = Walker(draw_walk(site.world, rng), site, rng, skill)
+            segments, is_right = walker.walk(chat, rng.choice(WINDOWS))
             walks += segments
             right.append(is_right)
             progress.update(len(segments))
     progress.close()
     site = open_site(World(100 + worlds, entities, "pretrain", "deep", "varied"))
     while len(held_out) < 40:
-        walker = Walker(draw_walk(site.world, rng), site, chat, rng, 1.0)
-        held_out += walker.walk(rng.choice(WINDOWS))[0]
+        walker = Walker(draw_walk(site.world, rng), site, rng, 1.0)
+        held_out += walker.walk(chat, rng.choice(WINDOWS))[0]
     length = np.mean([len(ids) for ids, _ in walks])
     print(
         f"walkers were right on {np.mean(right):.1%} of {len(right)} tasks; "
