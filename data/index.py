@@ -265,7 +265,7 @@ def hit(connection: sqlite3.Connection, rowid: int, words: list[str]) -> dict:
     """A page as search shows it, with its description or else the passage with most of the words"""
     page = "select title, url, description, text from pages where id = ?"
     title, url, description, text = connection.execute(page, (rowid,)).fetchone()
-    snippet = description or best_passage(text, words)
+    snippet = description or (best_passage(text, words) if text.strip() else "")
     return {"title": title, "url": url, "snippet": " ".join(snippet.split())}
 
 

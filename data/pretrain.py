@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.hf_argparser import HfArg
 
 from context import Chat
@@ -44,7 +44,8 @@ from data.base.induction import build_induction
 from data.base.tokenizer import tokenizer_corpus, train_tokenizer
 from data.base.walkers import write_walks
 from data.world import World
-from engine import NANO, keep_memory
+from engine import NANO, keep_memory, load_policy
+from support.checks import at_least
 from support.flags import parse_flags
 from tools import signatures
 
@@ -78,10 +79,17 @@ class Args:
     init: str = HfArg(default="", help="model folder to go on from, with its tokenizer")
 
 
+def check_args(args: Args) -> None:
+    """Raise a ValueError, one line, for flags that cannot work."""
+    at_least(args, 1, "worlds", "hidden", "layers", "heads", "drill_steps", "steps", "batch_tokens")
+    at_least(args, 0, "seed", "skilled_share", "deep_skilled_share", "learning_rate", "minutes")
+    at_least(args, 200 + args.worlds, "transcripts")  # 200 are held out
+    if not 0 <= args.deep_share < 1:
+        raise ValueError("--deep_share must be at least 0 and below 1")
+
+
 def new_model(args: Args, chat: Chat) -> LlamaForCausalLM:
-    """A small Llama that starts with an induction circuit, or the model of --init."""
-    if args.init:
-        return LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    """A small Llama that starts with an induction circuit."""
     config = LlamaConfig(
         vocab_size=len(chat.tokenizer),
         hidden_size=args.hidden,
@@ -104,13 +112,22 @@ def new_model(args: Args, chat: Chat) -> LlamaForCausalLM:
 
 
 def batches_of(rows: list[Row], tokens: int, rng: np.random.Generator) -> list[list[Row]]:
-    """Rows of like length share a batch of about so many tokens; a rest that fills none is left."""
+    """Rows of like length share a batch of about so many tokens; a rest that fills none is left.
+
+    Raises:
+        ValueError: they fill no batch.
+    """
     batches, batch = [], []
     for index in np.argsort([len(ids) + rng.random() for ids, _ in rows], kind="stable"):
         batch.append(rows[index])
         if len(batch) * len(rows[index][0]) >= tokens:
             batches.append(batch)
             batch = []
+    if not batches:
+        raise ValueError(
+            f"{len(rows)} transcripts fill no batch: give more --transcripts or fewer "
+            "--batch_tokens"
+        )
     return batches
 
 
@@ -172,24 +189,18 @@ class Lessons:
         return name, text_drill(TEXTS[name], rng, self.chat, self.drill_world, *size)
 
 
-def main():
-    (args,) = parse_flags((Args,), __doc__)
-    if not 0 <= args.deep_share < 1:
-        sys.exit("data/pretrain.py: --deep_share must be at least 0 and below 1")
-    keep_memory()
+def pretrain(args: Args) -> None:
     torch.manual_seed(args.seed)
-    args.init = args.measure or args.init
-    if args.init:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+    if name := args.measure or args.init:
+        model, tokenizer = load_policy(name)
+        chat = Chat(tokenizer, signatures())
     else:
         corpus = tokenizer_corpus(args.seed, min(args.worlds, 6), args.entities)
-        tokenizer = train_tokenizer(corpus, 2560)
-    chat = Chat(tokenizer, signatures())
-    model = new_model(args, chat)
+        chat = Chat(train_tokenizer(corpus, 2560), signatures())
+        model = new_model(args, chat)
     if args.measure:
         print(addresses_copied(model, chat))
         return
-    tokenizer.save_pretrained(args.out)
     where = (chat, args.seed, args.worlds)
     about = (args.entities, args.transcripts, args.skilled_share)
     rows = write_transcripts(*where, *about, any_frame=0.5)
@@ -201,7 +212,8 @@ def main():
         )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = len(chat.before_question)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, prompt {prompt} tokens")
+    tokens = len(chat.tokenizer)
+    print(f"{model.num_parameters():,} parameters, {tokens} tokens, prompt {prompt} tokens")
     train(model, args, chat, rows[:-200] + walks, (rows[-200:], held_out_walks))
 
 
@@ -229,6 +241,7 @@ def train(model, args: Args, chat: Chat, rows: list[Row], held_out: tuple) -> No
         tqdm.write(f"{head} | {line} | {shown}", file=sys.stdout)
         sys.stdout.flush()
         model.save_pretrained(args.out)
+        chat.tokenizer.save_pretrained(args.out)
 
     progress = tqdm(range(total), desc="pretrain", mininterval=5)
     for step in progress:
@@ -322,6 +335,18 @@ def report(model: LlamaForCausalLM, chat: Chat, transcripts: list[Row], walks: l
         f"{line} | walks: loss {np.mean(losses):.3f}, next page {share(urls)}, "
         f"names {share(names)}, whole turns {share(turns)}, whole notes {share(notes)}"
     )
+
+
+def main():
+    (args,) = parse_flags((Args,), __doc__)
+    keep_memory()
+    try:
+        check_args(args)
+        pretrain(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"data/pretrain.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"data/pretrain.py: stopped; {args.out} is as the last report left it")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from data.task import Task, save_lines, save_tasks
 from evaluate import open_policy
 from rollout import AgentLoop, RolloutArgs, play
 from support.answers import correct
+from support.checks import at_least
 from support.evaluation import make_trajectories
 from support.flags import parse_flags, try_files
 from support.toolbox import Toolbox
@@ -70,6 +71,7 @@ def main():
     (args,) = parse_flags((Args,), __doc__)
     try:
         funnel = Funnel(args.world, [name for name in STAGES if name not in args.skip])
+        at_least(args, 1, "max_turns")
         if args.model and args.pass_n < 2:
             raise ValueError("--pass_n must be at least 2: of one attempt none is solved sometimes")
         tasks = funnel.read_tasks(args.tasks)

@@ -115,13 +115,7 @@ def read_transcripts(
             rows.append((ids, is_own))
     if len(rows) < len(written):
         print(f"{len(written) - len(rows)} have a turn above --max_new_tokens {most}: left out")
-    batches = batches_of(rows, args.batch_tokens, np.random.default_rng(args.seed))
-    if not batches:
-        raise ValueError(
-            f"{len(rows)} transcripts fill no batch: give more --transcripts, more "
-            "--max_new_tokens or fewer --batch_tokens"
-        )
-    return batches
+    return batches_of(rows, args.batch_tokens, np.random.default_rng(args.seed))
 
 
 def learn(

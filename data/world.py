@@ -49,7 +49,7 @@ from data.parts import (
     html_page,
 )
 from data.sites import COMPOSED, SEEN, UNSEEN, draw_sites
-from data.task import DEFAULTS, SPLITS, Kind, Split, Style, check_world
+from data.task import DEFAULTS, SPLITS, Kind, Split, Style, check_world, parse_object
 from support.flags import parse_flags
 from support.html_text import html_to_text
 
@@ -431,8 +431,11 @@ def load_world(folder: Path | str) -> World:
         raise FileNotFoundError(
             f"no world at {folder}: make one with `python data/world.py --out {folder}`"
         )
-    arguments = json.loads(description.read_text())
-    check_world(arguments)
+    try:
+        arguments = parse_object(description.read_bytes())
+        check_world(arguments)
+    except ValueError as error:
+        raise ValueError(f"{description}: {error}") from None
     return World(**arguments)
 
 

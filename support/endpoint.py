@@ -41,7 +41,7 @@ def ask(url: str, body: dict, deadline_s: float = 600.0) -> str:
     Raises:
         ValueError: there was no answer, or none that can be read; one line.
     """
-    start, key = time.monotonic(), os.environ.get("OPENAI_API_KEY")
+    start, key = time.monotonic(), os.environ.get("OPENAI_API_KEY", "").strip()
     again = [429, *range(500, 600)]  # busy, or failed for a moment
     retries = Retry(
         3, allowed_methods=None, status_forcelist=again, backoff_factor=0.5, raise_on_status=False

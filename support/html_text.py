@@ -188,17 +188,21 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
     """Hand the elements and texts of a tree to html2text, in the place of its own parser."""
     open_pre = open_lists = 0
     written = ""  # the text written last
+    closings = []  # what follows each open <sup>
     for event, element in etree.iterwalk(root, events=("start", "end")):
         tag, opens = element.tag, event == "start"
+        text = (element.text if opens else element.tail) or ""
         if opens:
             open_pre += tag == "pre"
             open_lists += tag in LISTS
             if tag == "sup":
                 opening, closing = around_superscript(element, written)
-                element.text = opening + (element.text or "")
-                element.tail = closing + (element.tail or "")
-            if tag == "pre" and element.text and element.text[0] != "\n":
-                element.text = LINE_OF_PRE + element.text
+                closings.append(closing)
+                text = opening + text
+            if tag == "pre" and text and text[0] != "\n":
+                text = LINE_OF_PRE + text
+        elif tag == "sup":
+            text = closings.pop() + text
         # html2text is to see neither <head> nor <abbr>, nor lists in many lists.
         if tag not in ("head", "abbr") and (tag not in LISTS or open_lists <= MAX_LISTS):
             seen = "div" if tag in LAYOUT else tag
@@ -207,7 +211,6 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
         if not opens:
             open_pre -= tag == "pre"
             open_lists -= tag in LISTS
-        text = element.text if opens else element.tail
         if text and (opens or element is not root):
             written = text.replace("\n", "\n" + LINE_OF_PRE) if open_pre else text
             converter.handle_data(written, True)  # True: no backslashes, this is no Markdown

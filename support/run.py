@@ -203,8 +203,9 @@ class Run:
             folder = folder if folder[0] else [run_folder.choose_folder(self.args.out)]
             self.lock = run_folder.lock(folder[0])
             run_folder.save_config(folder[0], self.parts)
+            done = self.done if self.args.resume else -1  # a new run keeps no line at all
             for name in run_folder.LOGS:
-                run_folder.cut_lines(folder[0] / name, self.done)
+                run_folder.cut_lines(folder[0] / name, done)
             if self.args.log_with:
                 self.open_tracker(folder[0])
         [self.out] = broadcast_object_list(folder)

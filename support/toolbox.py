@@ -44,8 +44,7 @@ class Toolbox:
 
     def __init__(self, args):
         self.args = args
-        self.shared: dict[str, tuple[Search, Browse]] = {}  # by index file; "" is the web alone
-        self.folders: dict[str, Path] = {}  # of the worlds, by their arguments
+        self.indexes: dict[str, tuple[Search, Browse]] = {}  # by world; "" is the corpus or the web
         self.sessions: dict[tuple, object] = {}  # of CPython, by trajectory key
         self.open_cpython = self.service = None
         if args.python == "cpython":
@@ -59,7 +58,7 @@ class Toolbox:
             self.service.probe()
         self.web = LiveWeb(CACHE / "pages") if args.live or self.service else None
         if args.corpus:
-            self.open(args.corpus)
+            self.open("", args.corpus)
 
     def isolation(self) -> str:
         """What confines the python tool, in words.
@@ -71,14 +70,9 @@ class Toolbox:
             return "Monty, an interpreter without system calls"
         return self.open_cpython().describe()
 
-    def open(self, db: Path | str) -> tuple[Search, Browse]:
-        """Search and browse over one index; "" is the web alone."""
-        if str(db) not in self.shared:
-            args = self.args
-            self.shared[str(db)] = open_index_tools(
-                db, args.search_results, args.page_chars, self.service, self.web
-            )
-        return self.shared[str(db)]
+    def open(self, key: str, db: Path | str) -> None:
+        sizes = (self.args.search_results, self.args.page_chars)
+        self.indexes[key] = open_index_tools(db, *sizes, self.service, self.web)
 
     def prepare(self, tasks) -> None:
         """Open (and on first use write) the worlds of these tasks before the first rollout.
@@ -90,17 +84,17 @@ class Toolbox:
             self.index_of(task)
 
     def index_of(self, task) -> tuple[Search, Browse]:
-        world = task.meta.get("world")
-        if world:
-            key = str(sorted(world.items()))
-            if key not in self.folders:  # looked for once, since each turn asks
-                self.folders[key] = world_folder(world)
-            return self.open(self.folders[key] / "pages.db")
-        if not self.args.corpus and not self.service:
-            raise ValueError(
-                f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes one)"
-            )
-        return self.open(self.args.corpus)
+        """Search and browse over the world of a task, or over the corpus."""
+        world = task.meta.get("world", {})
+        key = str(sorted(world.items())) if world else ""
+        if key not in self.indexes:
+            if not world and not self.service:
+                raise ValueError(
+                    f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes "
+                    "one)"
+                )
+            self.open(key, world_folder(world) / "pages.db" if world else "")
+        return self.indexes[key]
 
     def tools_for(self, trajectory) -> dict:
         """name -> tool, in the order of TOOLS."""

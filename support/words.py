@@ -6,6 +6,7 @@ search compare words in this form only. To cut the words of another script, chan
 
 import bisect
 import itertools
+import re
 import unicodedata
 
 import regex
@@ -55,7 +56,7 @@ def fold_words(text: str, form=fold) -> tuple[str, list[int], list[int]]:
     forms = {word: form(word) for word in set(words)}
     words = [forms[word] for word in words]
     in_folded = list(itertools.accumulate((len(word) + 1 for word in words), initial=0))
-    in_text = [word.start() for word in regex.finditer(r"\S+", text)] + [len(text) + 1]
+    in_text = [word.start() for word in re.finditer(r"\S+", text)] + [len(text) + 1]
     return " ".join(words), in_folded, in_text
 
 

@@ -479,6 +479,8 @@ def test_what_readers_cannot_read_is_one_line(corpus, chat):
     tools = (funnel.pages.search, funnel.pages.browse)
     with pytest.raises(ValueError, match="readers know the tasks of data/tasks.py --corpus alone"):
         write_readings(chat, 0, [replace(tasks[0], meta={})], 4, 1.0, RolloutArgs(), tools)
+    with pytest.raises(ValueError, match="readers know the tasks of data/tasks.py --corpus alone"):
+        write_readings(chat, 0, [replace(tasks[0], evidence=[])], 4, 1.0, RolloutArgs(), tools)
     with pytest.raises(ValueError, match="find the answer to none"):
         wrong = replace(tasks[0], answer="nowhere")
         write_readings(chat, 0, [wrong], 4, 1.0, RolloutArgs(), tools)

@@ -5,6 +5,7 @@ import random
 import re
 
 import numpy as np
+import pytest
 import torch
 
 import data.pretrain
@@ -16,6 +17,21 @@ from data.parts import FRAMES
 from data.pretrain import addresses_copied
 from data.tasks import draw_task, form_of
 from data.world import World, load_world
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--transcripts", 210], "--transcripts must be at least 216"),
+        (["--seed", -1], "--seed must be at least 0"),
+        (["--deep_share", 1], "--deep_share must be at least 0 and below 1"),
+        (["--init", "./nowhere"], "cannot load the model './nowhere': there is no such folder"),
+    ],
+)
+def test_errors_of_the_recipe_are_one_line(run_here, tmp_path, flags, words):
+    done = run_here(data.pretrain.main, *flags, "--out", tmp_path / "new")
+    assert done.returncode == 1 and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "new").exists()
 
 
 def play_walks(deep_dir, chat, skill, args=WINDOWS[0], count=12):

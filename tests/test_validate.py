@@ -79,6 +79,26 @@ def test_each_stage_names_what_it_found(made, deep_dir, stage, family, change):
     )
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What is the remainder of 7 to the power of 3 divided by 0?",
+        "How many integers from 1 to 9 are divisible by 0 but not by 3?",
+        "What is the sum of the primes from 1 to 99999999999?",
+        "What is the remainder of 7 to the power of 99999999999 divided by 5?",
+        "What is it to the power of it?",
+    ],
+)
+def test_a_sum_that_cannot_be_done_has_no_solution(question):
+    assert solutions(question, lambda path: None, lambda phrase: []) == []
+
+
+def test_a_lookup_in_other_words_meets_no_snippet(deep_dir):
+    funnel = Funnel(deep_dir, ["snippet"])
+    task = Task("t", "Pray, who leads Alba?", "Bel", family="lookup", evidence=["http://a.test/b"])
+    assert funnel.check(task) and not funnel.rejects
+
+
 def test_two_equal_answers_make_a_question_ambiguous():
     pages = {
         "Aa": "The road from Aa to Bb is 20 miles long. The road from Aa to Cc is 20 miles long.",
@@ -162,6 +182,7 @@ def test_pass_window_drops_what_is_never_solved(made, deep_dir, tmp_path, run_he
         (["--out", "nowhere/good.jsonl"], "nowhere/good.jsonl"),
         (["--rejects", "nowhere/rejects.jsonl"], "nowhere/rejects.jsonl"),
         (["--pass_n", "1"], "--pass_n must be at least 2"),
+        (["--max_turns", "0"], "--max_turns must be at least 1"),
     ],
 )
 def test_flags_are_refused_before_the_work(tmp_path, run_here, monkeypatch, flags, words):

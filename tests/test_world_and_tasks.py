@@ -32,6 +32,7 @@ from data.index import (
     jsonl_documents,
     open_index,
     page_html_of,
+    random_pages,
     search_index,
 )
 from data.parts import FRAMES, RECORDS
@@ -701,6 +702,29 @@ def test_the_snippet_is_the_passage_with_most_of_the_words(tmp_path):
     db = corpus(tmp_path, {"url": "http://c.test/", "title": "t", "text": text})
     [hit] = search_index(open_index(db), "grey heron fish", 1)
     assert hit["snippet"].startswith("… The heron stands. The grey heron eats fish.")
+
+
+def test_pages_with_control_characters_and_pages_without_text_are_found(tmp_path):
+    (tmp_path / "a.html").write_text("<title>Heron</title><pre>page\x0c one\x1ftwo heron</pre>")
+    (tmp_path / "b.html").write_text("<title>Goat</title><img src=goat.png>")
+    assert build_index(html_documents(tmp_path, "http://c.test/"), tmp_path / "c.db") == 2
+    index, (_, browse) = open_index(tmp_path / "c.db"), open_index_tools(tmp_path / "c.db")
+    assert search_index(index, "two", 1)[0]["snippet"].endswith("one two heron")
+    assert search_index(index, "goat", 1)[0]["snippet"] == ""
+    assert {hit["title"] for hit in random_pages(index, "q", 2, 0)} == {"Heron", "Goat"}
+    assert "heron" in browse(url="http://c.test/a.html", find="TWO")
+    assert "page" in browse(url="http://c.test/a.html")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("", "not valid JSON"), ("[" * 200_000, "nested too deeply"), ("{}", "seed, entities and")],
+)
+def test_a_damaged_world_is_named(world_dir, tmp_path, text, words):
+    (tmp_path / "pages.db").write_bytes((world_dir / "pages.db").read_bytes())
+    (tmp_path / "world.json").write_text(text)
+    with pytest.raises(ValueError, match=f"world.json: .*{words}"):
+        load_world(tmp_path)
 
 
 def test_corpora_with_a_mark_or_another_charset(tmp_path, run_here):

@@ -136,7 +136,8 @@ def write_readings(
     Raises:
         ValueError: a task has no blank, or no task is left.
     """
-    if not all("before" in task.meta for task in tasks):
+    needed = {"title", "entry", "before", "after"}
+    if not all(needed <= task.meta.keys() and len(task.evidence) == 1 for task in tasks):
         raise ValueError("readers know the tasks of data/tasks.py --corpus alone")
     rng, by_name = random.Random(f"readers-{seed}"), {tool.name: tool for tool in tools}
     readable: list[tuple[Task, list[str]]] = []  # with the phrases that show the answer

@@ -150,6 +150,8 @@ def snippet(task: Task, funnel: "Funnel") -> str | None:
     if not funnel.index or task.family not in ("lookup", "browse") or not task.evidence:
         return None
     _, chains = parse_question(task.question)
+    if not chains:  # in other words than those of the generator
+        return None
     name, relations = chains[0]
     seen = stands_in(task.answer, " ".join(funnel.snippets(f"{relations[0]} of {name}", 3)))
     if seen and task.family == "browse":
