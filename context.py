@@ -56,7 +56,7 @@ class Segment:
 class Turn:
     """What the policy sampled from one prompt, and what followed."""
 
-    action_ids: list[int]  # as sampled, the end-of-turn token included
+    action_ids: list[int]  # as sampled, with the end-of-turn token unless the turn was cut
     logprobs: list[float]  # of action_ids, under the distribution that they were sampled from
     version: int  # of the policy that sampled them
     observation_ids: list[int] = field(default_factory=list)  # what followed
@@ -82,9 +82,9 @@ class Trajectory:
     status: str = "running"  # answered, format_error, over_context, over_turns, tool_fault
     error: str = ""  # the kind of a format error, or what a server said
     answer: str | None = None
-    memory: dict = field(default_factory=dict)  # what context manager, tools and judge keep
-    urls: list[str] = field(default_factory=list)  # addresses that it asked for, or saw in results
-    pages: list[str] = field(default_factory=list)  # addresses that it opened, once for each piece
+    memory: dict = field(default_factory=dict)  # what managers, tools, judge and parser keep
+    urls: list[str] = field(default_factory=list)  # that it asked for, or that stood in results
+    pages: list[str] = field(default_factory=list)  # addresses that it opened, once for each call
 
 
 class Chat:
@@ -101,23 +101,23 @@ class Chat:
     def __init__(self, tokenizer, signatures: list[str]):
         self.tokenizer = tokenizer
         pieces, end_of_turn = template_pieces(tokenizer)
-        before_system, before_question, before_action, before_result, before_next_action = pieces
+        system_tag, question_tag, action_tag, result_tag, next_action_tag = pieces
         encoder = Encoder(tokenizer, pieces)
         self.encode, self.plain = encoder.encode, encoder.plain
         self.tags, self.control_ids = list(tokenizer.get_added_vocab().items()), encoder.control_ids
 
         self.end_id = tokenizer.convert_tokens_to_ids(end_of_turn)
         system = SYSTEM_PROMPT.format(signatures="; ".join(signatures))
-        self.around_question = (before_system + system + before_question, before_action)
+        self.around_question = (system_tag + system + question_tag, action_tag)
         self.before_question = self.encode(self.around_question[0], start=True)
-        self.before_action = self.trusted(before_action)
+        self.before_action = self.trusted(action_tag)
         # A thought that the generation prompt has opened counts as said by the policy.
-        self.opened = "".join(before_action.partition("<think>")[1:])
-        self.before_result = self.encode(end_of_turn + before_result)[1:]  # that end was sampled
-        self.before_next_action = self.trusted(before_next_action)
+        self.opened = "".join(action_tag.partition("<think>")[1:])
+        self.before_result = self.encode(end_of_turn + result_tag)[1:]  # that end was sampled
+        self.before_next_action = self.trusted(next_action_tag)
         self.open_response = self.trusted("<tool_response>")
         self.close_response = self.trusted("</tool_response>")
-        request = end_of_turn + before_result + NOTES_REQUEST + before_next_action
+        request = end_of_turn + result_tag + NOTES_REQUEST + next_action_tag
         self.request_notes = self.encode(request)[1:]
         self.before_notes = self.trusted("\nNotes: ")
 

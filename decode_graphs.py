@@ -20,7 +20,7 @@ class StaticDecoder:
 
     Args:
         model: whose weights may change, but not their addresses.
-        cache: an `engine.SlotCache`, in which a first pass has made the tensors.
+        cache: an `engine.SlotCache`, in which a pass of prompts makes the tensors before `step`.
     """
 
     def __init__(self, model, cache):

@@ -28,7 +28,7 @@ from support.flags import did_you_mean
 
 NANO = Path(__file__).resolve().parent / "data" / "nano"
 PREFILL_TOKENS = 2048  # of prompts in one pass, padding included
-ON_GPU = 16  # times as many there
+GPU_FACTOR = 16  # a GPU runs so many times PREFILL_TOKENS
 PIECES_GAP = 1e-3  # between log-probs of one context, read at once or in pieces; float32
 PADDING_TOKENS = 64  # of padding in one pass of prompts; more padding costs more than another pass
 
@@ -114,7 +114,7 @@ def check_full_attention(model, max_context: int) -> None:
     if "sliding_attention" in kinds:
         limits.append(("a sliding window of {} tokens", window))
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # behind them the cached keys would have to change
+    if rope.get("rope_type") == "longrope":  # past these positions all cached keys would change
         short = rope["original_max_position_embeddings"]
         limits.append(("{} positions before its rotary angles change", short))
     why = [f"it has layers of {', '.join(others)}"] if others else []
@@ -146,20 +146,20 @@ def keep_memory() -> None:
 
 
 class SlotCache(Cache):
-    """Keys and values of all rows, preallocated: one tensor (rows, heads, length + 1, head size)
+    """Keys and values of all rows, preallocated: one tensor (count, heads, most + 1, head size)
     each a layer.
 
     A forward pass first says which rows it works on and where its new tokens stand (`rows`,
-    `positions`). `update` writes the new keys and values there, and returns everything up to
+    `targets`). `update` writes the new keys and values there, and returns everything up to
     `length`. The extra column at the end takes what padding writes; nobody reads it.
     """
 
-    def __init__(self, rows: int, length: int):
-        self.layers, self.count, self.columns = [], rows, length + 1
+    def __init__(self, count: int, most: int):
+        self.layers, self.count, self.columns = [], count, most + 1
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.rows: slice | torch.Tensor = slice(0, 0)
-        self.positions: torch.Tensor | None = None  # (B, T)
+        self.targets: torch.Tensor | None = None  # (B, T)
         self.length = 0
 
     def update(self, keys, values, layer_idx, *_, **__):
@@ -173,7 +173,7 @@ class SlotCache(Cache):
         index = torch.arange(self.count, device=keys.device)[self.rows, None]  # (B, 1)
         result = []
         for stored, new in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
-            stored[index, :, self.positions] = new.transpose(1, 2)  # (B, T, heads, head size)
+            stored[index, :, self.targets] = new.transpose(1, 2)  # (B, T, heads, head size)
             # A view, not a copy, where `rows` is a slice.
             result.append(stored[self.rows, :, : self.length])
         return tuple(result)
@@ -190,7 +190,7 @@ class SlotCache(Cache):
         Returns:
             Logits after the last column, (B, V), float32.
         """
-        self.rows, self.positions, self.length = rows, targets, length
+        self.rows, self.targets, self.length = rows, targets, length
         # (B, 1, T, length): 0 where a token sees and -inf where it does not. It is made once, not
         # in each layer.
         unseen = torch.arange(length, device=ids.device) > positions[:, None, :, None]
@@ -239,7 +239,7 @@ class Slot:
     ids: list[int] = field(default_factory=list)  # sampled in this turn
     logprobs: list[float] = field(default_factory=list)  # of `ids`
     uniforms: np.ndarray | None = None  # random draws of this turn, one a token
-    started: float = 0.0  # when the prompt of this turn was queued, in seconds
+    began: float = 0.0  # when the prompt of this turn was queued, in seconds
     turn_done: bool = True
 
 
@@ -286,7 +286,7 @@ class Engine:
                 parameter.data = parameter.data.to(torch.bfloat16)
         self.cache = SlotCache(rows + 1, args.max_context)  # the last row holds the shared prefix
         self.static = StaticDecoder(self.model, self.cache) if on_gpu else None
-        self.most_prefill = PREFILL_TOKENS * (ON_GPU if on_gpu else 1)
+        self.most_prefill = PREFILL_TOKENS * (GPU_FACTOR if on_gpu else 1)
         self.users: list[Slot | None] = [None] * rows  # who used each row last; it may have left
         self.queue: list[Slot] = []  # turns that have no row yet
         self.shared_prefix, self.prefix_ready, self.version = chat.before_question, False, version
@@ -300,21 +300,22 @@ class Engine:
         Raises:
             ValueError: the model cannot do that, or its log-probs differ.
         """
-        self.cache = SlotCache(2, 16)
+        self.cache = SlotCache(2, 16)  # for this check alone
         why = "its log-probs depend on whether it reads a context at once or in pieces"
-        rows, cuts = [range(2, 14), range(5, 12)], [(0, 0), (6, 2), (11, 6), (12, 7)]
+        texts = [range(2, 14), range(5, 12)]
+        cuts = [(0, 0), (6, 2), (11, 6), (12, 7)]  # how much of each is read after each piece
         try:
             for starts, ends in zip(cuts, cuts[1:]):
-                chunks = [list(row[a:b]) for row, a, b in zip(rows, starts, ends)]
+                chunks = [list(text[a:b]) for text, a, b in zip(texts, starts, ends)]
                 logits = self.forward(chunks, list(starts), slice(0, 2))  # (2, V)
             gap = 0.0
-            for row, logprobs in zip(rows, logits.log_softmax(-1)):
-                ids = torch.tensor([row], device=self.device)
-                last = ids == row[-1]
+            for text, logprobs in zip(texts, logits.log_softmax(-1)):
+                ids = torch.tensor([text], device=self.device)
+                last = ids == text[-1]
                 output = self.model(input_ids=ids, use_cache=False, logits_to_keep=last)
                 gaps = output.logits.float().log_softmax(-1) - logprobs  # (1, V)
                 gap = max(gap, float(gaps.abs().max()))
-        except Exception as error:  # models fail in many ways, and these ids are harmless
+        except Exception as error:  # all models know these ids, and fail in many ways
             why, gap = " ".join(str(error).split())[:200], torch.inf
         if not gap < PIECES_GAP:
             raise ValueError(
@@ -344,7 +345,7 @@ class Engine:
         it.
         """
         slot.pending, slot.ids, slot.logprobs, slot.turn_done = prompt, [], [], False
-        slot.started = time.perf_counter()
+        slot.began = time.perf_counter()
         key = [*slot.trajectory.key, len(slot.trajectory.turns)]
         slot.uniforms = np.random.default_rng(key).random(self.max_new_tokens)
         self.queue.append(slot)
@@ -406,8 +407,8 @@ class Engine:
         return True
 
     def prefill(self, batch: list[Slot]) -> list[Slot]:
-        """Run pending prompts, at most `most_prefill` tokens of each; those that are complete get
-        their first token.
+        """Run pending prompts; those that are complete get their first token. Of a long one
+        `most_prefill` tokens are run, so that the others go on decoding.
         """
         batch = sorted(batch, key=lambda slot: slot.row)
         pieces = [slot.pending[: self.most_prefill] for slot in batch]
@@ -505,9 +506,7 @@ class Engine:
 
 
 def batches_of_like_length(slots: list[Slot], most: int) -> list[list[Slot]]:
-    """Slots with pending prompts, in batches of at most so many tokens and with little padding.
-    Long prompts run in pieces, so others go on decoding.
-    """
+    """Slots with pending prompts, in batches of at most so many tokens and with little padding."""
     most_padding = PADDING_TOKENS * most // PREFILL_TOKENS
     batches: list[list[Slot]] = []
     for slot in sorted(slots, key=lambda slot: len(slot.pending)):

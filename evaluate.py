@@ -140,9 +140,8 @@ def open_policy(name: str, args: RolloutArgs):
     return model, chat, open_engine(model, chat, args)
 
 
-def attempt(trajectories, args: EvaluateArgs, rollout_args: RolloutArgs, toolbox, policy) -> None:
+def attempt(trajectories, args, rollout_args, toolbox, model, chat, engine) -> None:
     """Play the trajectories to their end, by what the flags name: a baseline, an API or a model."""
-    model, chat, engine = policy
     if args.baseline != "none":
         for trajectory in tqdm(trajectories, args.baseline, disable=None):
             play_baseline(args.baseline, trajectory, toolbox, model, chat)
@@ -165,20 +164,20 @@ def main():
         digest = hashlib.sha256(Path(args.tasks).read_bytes()).hexdigest()[:16]
         toolbox = open_tools(args, rollout_args, tasks)
         local = not args.api and args.baseline in ("none", "closed_book")
-        policy = open_policy(args.model, rollout_args) if local else (None, None, None)
+        model, chat, engine = open_policy(args.model, rollout_args) if local else 3 * [None]
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"evaluate.py: {error}")
 
     started, samples = time.time(), args.samples if args.baseline == "none" else 1
     trajectories = make_trajectories(tasks, samples, args.seed)
     try:
-        attempt(trajectories, args, rollout_args, toolbox, policy)
+        attempt(trajectories, args, rollout_args, toolbox, model, chat, engine)
         if args.judge:
             ask_judge = functools.partial(judge, url=args.judge, model=args.judge_model)
             side_by_side(ask_judge, [t for t in trajectories if not score(t)], 8, "judge")
     except (KeyboardInterrupt, EngineError):  # no figures: what ends early is not a fair sample
         ended = [(t, score(t)) for t in trajectories if t.status != "running"]
-        write_files(args, ended, policy[1], public)
+        write_files(args, ended, chat, public)
         raise
 
     about = {"seconds": round(time.time() - started, 1), "torch": torch.__version__}
@@ -186,7 +185,7 @@ def main():
     result = summarise(trajectories, settings, args.seed)
     try:
         scored = list(zip(trajectories, map(score, trajectories)))
-        write_files(args, scored, policy[1], public, result)
+        write_files(args, scored, chat, public, result)
     except OSError as error:
         sys.exit(f"evaluate.py: {error}")
     finally:

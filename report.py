@@ -130,6 +130,7 @@ def shown(name: str, value: float, sign: str = "") -> str:
 def shown_difference(name: str, found: tuple) -> str:
     middle, low, high, _ = found
     words = f"{shown(name, middle, '+')} ({shown(name, low, '+')} to {shown(name, high, '+')})"
+    # +3.0% (+1.0% to +5.0%) becomes +3.0 points (+1.0 to +5.0).
     return words.replace("%", " points", 1).replace("%", "") if "%" in words else words
 
 

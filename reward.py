@@ -111,8 +111,8 @@ def advantages(group: list[list[float]], baseline: str = "leave-one-out") -> lis
 
 
 def is_negative(outcome: Reward, group: list[Reward]) -> bool:
-    """Ours: a trajectory is a negative sample if its reward lies below its group's mean. That is
-    not the opposite of "above zero", nor of a positive advantage in each of its turns.
+    """Ours: a trajectory is a negative sample if its reward lies below its group's mean. So its
+    reward may be above zero, and some of its turns may have positive advantages.
     """
     return outcome.total < statistics.mean(other.total for other in group)
 
@@ -126,8 +126,8 @@ def control_negatives(rewards: list[Reward], ratio: float) -> list[bool]:
     reason; which ones is ours. Format failures are kept first, because their cause stands in the
     trajectory itself; the rest is kept in sampling order, which is random. A wrong answer among
     format failures is not negative, so a group without a correct answer still teaches the format.
-    What is dropped still informs the baseline (train.main computes advantages first), and the
-    loss's denominator is constant.
+    What is dropped still informs the baseline (train.main gives `advantages` the whole group), and
+    the loss's denominator is constant.
 
     Args:
         rewards: outcomes of the trajectories of one task, penalties included.

@@ -16,7 +16,7 @@ come from one version of the weights, which is written in it.
 
 In: a policy behind an engine, tasks. Out: `Trajectory` objects with token ids *as sampled*, their
 log-probs, and the segments that training sees.
-To try an idea (another stop rule, another observation), change `next_prompt` or `take_results`.
+To try an idea (another stop rule, another observation), change `next_prompt` or `observe`.
 """
 
 import concurrent.futures
@@ -64,7 +64,7 @@ class RolloutArgs:
     page_chars: int = HfArg(default=400, help="characters of a page that one browse call shows")
     corpus: str = HfArg(default="", help="index (data/index.py) for tasks that name no world")
     live: bool = HfArg(default=False, help="let browse open public addresses of the real web")
-    search: Service = HfArg(default="embedded", help="another one implies --live")
+    search: Service = HfArg(default="embedded", help="any but embedded implies --live")
     search_url: str = HfArg(default="", help="address of the search service (searxng needs it)")
     python: Literal["monty", "cpython"] = HfArg(default="monty", help="cpython needs Linux")
     unsafe_python: bool = HfArg(default=False, help="cpython without its sandbox")
@@ -188,10 +188,10 @@ class AgentLoop:
 
     Args:
         engine, chat, toolbox, args: the policy, its chat template, the tools, the limits.
-        lockstep: whether a result joins at a step that follows from the step of its call alone: the
-            first join at least `tool_steps` steps later, or the next one if nothing is left to
-            decode. The engine waits for it there, so batches, and every last bit of the log-probs,
-            do not depend on tools (sync mode). Else, and on a server, it joins when it has come.
+        lockstep: for sync mode, where equal seeds give equal bits. A result joins at a step that
+            does not depend on how long its tool took: the first join at least `tool_steps` steps
+            after the call, or the next one once nothing is left to decode. The engine waits for it
+            there. Otherwise, and always on a server, a result joins once it has come.
     """
 
     def __init__(self, engine: Engine, chat: Chat, toolbox: Toolbox, args, lockstep: bool = False):
@@ -201,7 +201,7 @@ class AgentLoop:
         self.ready: list[Slot] = []  # at a turn boundary, with nothing to wait for
         self.tool_runs: list[ToolRun] = []
         self.ended: list[Trajectory] = []  # since `step` returned last
-        self.clock = 0  # engine steps
+        self.steps = 0  # of the engine; where nothing decodes it jumps to the next join
 
     def add(self, trajectories: list[Trajectory]) -> None:
         """Queue fresh trajectories, or parked ones that go on at their turn boundary."""
@@ -227,20 +227,20 @@ class AgentLoop:
             hold: begin no turn. This is all there is to partial rollout and to new weights: once no
                 slot is in the middle of a turn, every trajectory is at a turn boundary.
         """
-        if self.clock % self.args.tool_steps == 0:
+        if self.steps % self.args.tool_steps == 0:
             if not hold:
                 self.start_trajectories()
             self.join_results()
             if not hold:
                 self.begin_turns()
         if self.engine.at_boundary():  # there is nothing to decode: go straight to the next join
-            self.clock += -self.clock % self.args.tool_steps
+            self.steps += -self.steps % self.args.tool_steps
             if not self.lockstep:  # else `join_results` waits
                 self.wait(self.tool_runs, 0.005)
         else:
             for slot in self.engine.step():
                 self.end_turn(slot)
-            self.clock += 1
+            self.steps += 1
         ended, self.ended = self.ended, []
         return ended
 
@@ -270,8 +270,8 @@ class AgentLoop:
     def end_turn(self, slot: Slot) -> None:
         """Record what was sampled, and do what it says."""
         trajectory = slot.trajectory
-        turn = Turn(slot.ids, slot.logprobs, self.engine.version, began=slot.started)
-        turn.generate_s = time.perf_counter() - slot.started
+        turn = Turn(slot.ids, slot.logprobs, self.engine.version, began=slot.began)
+        turn.generate_s = time.perf_counter() - slot.began
         add_turn(trajectory, turn)
         calls = self.read_turn(trajectory)
         turn.calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
@@ -290,14 +290,14 @@ class AgentLoop:
         """Let the calls run in a thread beside the engine."""
         memory = copy.deepcopy(slot.trajectory.memory)
         results = in_thread(run_calls, calls, self.toolbox.tools_for(slot.trajectory))
-        self.tool_runs.append(ToolRun(slot, self.clock, time.perf_counter(), memory, results))
+        self.tool_runs.append(ToolRun(slot, self.steps, time.perf_counter(), memory, results))
 
     def join_results(self) -> None:
         """Make observations of the results that have come; give up calls that take too long."""
         decoding, still_running = not self.engine.at_boundary(), []
         for run in self.tool_runs:
             if self.lockstep:
-                if decoding and self.clock - run.step < self.args.tool_steps:
+                if decoding and self.steps - run.step < self.args.tool_steps:
                     still_running.append(run)
                     continue
                 self.wait([run], run.since + self.args.tool_timeout_s - time.perf_counter())

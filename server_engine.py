@@ -183,7 +183,8 @@ class ServerEngine:
         self.model, self.chat, self.args, self.end_id = model, chat, args, chat.end_id
         self.slots: list[Slot | None] = [None] * args.slots
         self.turns: dict[Slot, concurrent.futures.Future] = {}  # in flight
-        self.version, self.loaded = 0, ""  # the name of what the server has, "" if not known
+        self.version = version
+        self.loaded = ""  # the name of what the server has, "" if not known
         self.stats = {"idle_s": 0.0, "sampled": 0}
         self.folder, self.server = Path(args.engine_weights).absolute(), None
         self.one_at_a_time = threading.Lock()
@@ -199,7 +200,7 @@ class ServerEngine:
                 raise EngineError(words) from None
             if own_rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.lock = run_folder.lock(self.folder)
+                run_folder.lock(self.folder)  # until this process ends
             self.new_weights(version)
 
     # What `AgentLoop` asks for.
@@ -212,7 +213,6 @@ class ServerEngine:
 
     def start_turn(self, slot: Slot, prompt: list[int]) -> None:
         """Send a prompt of a slot that is in `slots`."""
-        slot.started = time.perf_counter()
         key = [*slot.trajectory.key, len(slot.trajectory.turns)]
         seed = int(np.random.default_rng(key).integers(2**31))
         self.turns[slot] = in_thread(self.turn, prompt, seed)
@@ -222,7 +222,7 @@ class ServerEngine:
         concurrent.futures.wait(self.turns.values(), STEP_S, "FIRST_COMPLETED")
         ended = [slot for slot, turn in self.turns.items() if turn.done()]
         for slot in ended:
-            slot.ids, slot.logprobs, slot.started = self.turns.pop(slot).result()
+            slot.ids, slot.logprobs, slot.began = self.turns.pop(slot).result()
             self.stats["sampled"] += len(slot.ids)
         return ended
 
@@ -274,7 +274,7 @@ class ServerEngine:
             raise EngineError(
                 f"the engine gave {len(ids)} tokens and {len(logprobs)} log-probs of a turn"
             )
-        if ended_by == self.end_id != ids[-1]:
+        if ended_by == self.end_id and ids[-1] != self.end_id:
             raise EngineError("the engine leaves the token out that ends a turn")
 
     # Weights.
@@ -295,7 +295,7 @@ class ServerEngine:
             while name or not self.loaded:  # else another thread was faster
                 endings.check()
                 try:
-                    self.loaded, name = self.load(name), ""
+                    self.loaded = self.load(name)
                     break
                 except requests.RequestException as error:
                     why = cause(error)
@@ -391,7 +391,7 @@ class ServerEngine:
                 f"the engine says that it has version {self.version}, but its log-probs are those "
                 f"of other weights or of another model (they differ by {gap:.2g} a token)"
             )
-        if gap < EXACT:
+        if gap < EXACT:  # this server is exact, so later pushes must be
             self.most_gap = 10 * EXACT
 
 

@@ -274,7 +274,7 @@ class Browse:
             return f"error {error}"
         if not links and read.text is None:
             read.text = html_to_text(read.html)
-        where = read.url if links else url
+        where = read.url if links else url  # links are relative to where redirects have led
         return view_page(read.html, where, int(page or 1), find, links, self.page_chars, read.text)
 
 

@@ -61,8 +61,8 @@ from tools import signatures
 from workers import AsyncArgs
 
 DATA = Path(__file__).resolve().parent / "data"
-# "mask" leaves tokens of older weights out of the loss, "keep" does not, "is" weighs each by its
-# ratio p_now / p_sampler, at most IS_CAP; so does "all-is" with every token (sampled in bf16, say).
+# Of tokens that older weights sampled: "mask" leaves them out of the loss, "keep" does not, "is"
+# weighs each by p_now / p_sampler, at most IS_CAP. "all-is" weighs every token so (bf16 rounds).
 Stale = Literal["mask", "is", "keep", "all-is"]
 IS_CAP = 2.0
 Baseline = Literal["leave-one-out", "none"]
@@ -82,7 +82,7 @@ class TrainArgs:
     steps: int = HfArg(default=40, help="updates of the optimizer")
     tasks_per_step: int = HfArg(default=16, help="tasks in one update, over all processes")
     samples: int = HfArg(default=8, help="trajectories of one task: a group")
-    learning_rate: float = HfArg(default=5e-4, help="peak of AdamW's; large models: 1e-6")
+    learning_rate: float = HfArg(default=5e-4, help="before warm-up and decay; large models: 1e-6")
     warmup: int = HfArg(default=3, help="updates of linear warm-up")
     decay_steps: int = HfArg(default=40, help="updates until a tenth of the rate (0: constant)")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping")
@@ -96,8 +96,8 @@ class TrainArgs:
     micro_tokens: int = HfArg(default=4096, help="padded tokens in one forward and backward pass")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, a slower update")
     rollout: Literal["sync", "async"] = HfArg(default="sync", help="async: in processes beside it")
-    stale: Stale = HfArg(default="mask", help="tokens of older weights: leave out, reweight, keep")
-    check_logprobs: bool = HfArg(default=False, help="against the sampler's; a gap ends a CPU run")
+    stale: Stale = HfArg(default="mask", help="mask, reweight (is) or keep tokens of older weights")
+    check_logprobs: bool = HfArg(default=False, help="against the sampler's; float32 must agree")
     eval_every: int = HfArg(default=15, help="updates between evaluations on dev (0: never)")
     eval_tasks: int = HfArg(default=128, help="test tasks, and half as many of dev (0: none)")
     save_every: int = HfArg(default=10, help="updates between checkpoints")
@@ -130,7 +130,7 @@ class Policy(torch.nn.Module):
         """
         chosen = in_loss[:, 1:]  # (B, L-1): the logits after a token predict the next one
         output = self.model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=chosen)
-        logits = output.logits.float()  # (chosen tokens, V), by the same head as the sampler's
+        logits = output.logits.float()  # (chosen tokens, V): the mask keeps these alone
         logprobs = torch.log_softmax(logits / self.temperature, dim=-1)
         return logprobs.gather(-1, ids[:, 1:][chosen][:, None])[:, 0]
 
@@ -227,8 +227,8 @@ def gradient(
 
 
 def learning_rate_at(update: int, args: TrainArgs) -> float:
-    """Linear warm-up, then linear decay to a tenth at `decay_steps`. The rate does not depend on
-    --steps, so a resumed run may be longer.
+    """Linear warm-up, times a linear decay from 1 to a tenth at `decay_steps`. The rate does not
+    depend on --steps, so a resumed run may be longer.
     """
     decayed = 1 - 0.9 * min(1.0, update / args.decay_steps) if args.decay_steps else 1.0
     return args.learning_rate * min(1.0, (update + 1) / args.warmup) * decayed
@@ -296,8 +296,9 @@ def main():
             # 4. Bookkeeping.
             trained = sum(sum(map(bool, row.advantages)) for row in rows)  # tokens
             counts = sum_over_ranks(counts_of(groups, outcomes, kept, trained, rollouts))
+            shares = run.curriculum.learn(counts["tries"], counts["hits"])  # for the next tasks
             metrics = metrics_of(counts, update) | {
-                "curriculum": run.curriculum.learn(counts["tries"], counts["hits"]),
+                "curriculum": shares,
                 "learning_rate": learning_rate_at(update, args),
                 "grad_norm": norm,
                 "rollout_s": rollout_s,

@@ -155,7 +155,7 @@ class SharedWeights:
     @torch.no_grad()
     def write(self, model, version: int) -> None:
         """Raises WorkerError if a weight is not finite; the old weights then stay."""
-        own = list(zip(model.parameters(), self.flat.split(self.sizes)))  # none: a server has them
+        own = list(zip(model.parameters(), self.flat.split(self.sizes)))  # empty: a server has them
         check_finite((parameter for parameter, _ in own), version)
         self.header[0] = -1
         for parameter, part in own:
@@ -191,7 +191,7 @@ class SharedWeights:
 class Setup:
     """What a worker needs to begin: plain data, and a class that it can import."""
 
-    policy: str  # for load_policy
+    model: str  # for load_policy
     args: RolloutArgs
     device: str = "cpu"
     threads: int = 1
@@ -204,7 +204,7 @@ class Worker:
     def __init__(self, channel: Channel, weights: SharedWeights, setup: Setup):
         self.channel, self.weights = channel, weights
         local = not setup.args.engine  # a server has the weights, and we have their version
-        self.model, tokenizer = load_policy(setup.policy, setup.device, weights=local)
+        self.model, tokenizer = load_policy(setup.model, setup.device, weights=local)
         chat = Chat(tokenizer, signatures())
         self.engine = open_engine(self.model, chat, setup.args)
         self.engine.new_weights(weights.read(self.model))
@@ -398,7 +398,12 @@ class AsyncRollouts:
         return self.lent
 
     def enough_whole(self, version: int, started: float, tokens: int) -> bool:
-        """Whether the rollouts of an update may end that began then, with so many tokens."""
+        """Whether the rollouts of an update may end.
+
+        Args:
+            started: when they began, by `time.monotonic`.
+            tokens: `self.sampled` at that time.
+        """
         whole = sum(group.whole() for group in self.groups.values())
         late = any(
             version - group.born >= self.args.max_age and not group.whole()
