@@ -86,6 +86,7 @@ def test_each_stage_names_what_it_found(made, deep_dir, stage, family, change):
         "How many integers from 1 to 9 are divisible by 0 but not by 3?",
         "What is the sum of the primes from 1 to 99999999999?",
         "What is the remainder of 7 to the power of 99999999999 divided by 5?",
+        "What is the sum of the digits of 999999 to the power of 999999?",
         "What is it to the power of it?",
     ],
 )
