@@ -37,7 +37,7 @@ from support.toolbox import Toolbox
 from tools import FormatError, ToolCall, parse_action, run_calls, urls_in
 
 MAX_FAULTY_TURNS = 3  # in a row, before a trajectory is given up as the environment's failure
-Service = Literal["embedded", "searxng", "brave", "serper", "tavily"]
+SearchEngine = Literal["embedded", "searxng", "brave", "serper", "tavily"]
 TRAINING, EVALUATION = 0, 1  # their random draws have nothing in common
 
 
@@ -64,7 +64,7 @@ class RolloutArgs:
     page_chars: int = HfArg(default=400, help="characters of a page that one browse call shows")
     corpus: str = HfArg(default="", help="index (data/index.py) for tasks that name no world")
     live: bool = HfArg(default=False, help="let browse open public addresses of the real web")
-    search: Service = HfArg(default="embedded", help="any but embedded implies --live")
+    search: SearchEngine = HfArg(default="embedded", help="any but embedded implies --live")
     search_url: str = HfArg(default="", help="address of the search service (searxng needs it)")
     python: Literal["monty", "cpython"] = HfArg(default="monty", help="cpython needs Linux")
     unsafe_python: bool = HfArg(default=False, help="cpython without its sandbox")

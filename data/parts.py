@@ -29,7 +29,7 @@ LEAD = {
     "book": {"author": "person", "publisher": "company", "chapters": "number"},
     "festival": {"venue": "city", "sponsor": "company", "attendance": "number"},
 }
-# These stand only in the table of records at the end of a page, so that they need `browse`.
+# These stand only in the records of a page and in no snippet, so that they need `browse`.
 RECORDS = {
     "country": {"poet": "person", "independence": "year"},
     "city": {"architect": "person", "foundation": "year"},

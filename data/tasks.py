@@ -5,7 +5,7 @@ only the *question's words* and the *pages* (not the world's facts), and a task 
 both agree. Families:
 
     lookup    one hop, the fact shows in a search snippet
-    browse    one hop, the fact stands only in the table deep in a page
+    browse    one hop, the fact stands only in the records of a page
     multihop  2 to 6 hops: the mayor of the headquarters of the employer of X
     compute   the sum, difference or product of two looked-up numbers, for `python`
 

@@ -215,7 +215,7 @@ def format_table(result: dict) -> str:
     at_k = ", ".join(f"pass@{k} {value:.1%}" for k, value in result["pass@k"].items())
     used = ", ".join(f"{name} {value:.2f}" for name, value in result["tool_calls"].items())
     lines.append(
-        f"{at_k}; steps {result['steps_mean']:.2f}; URLs {result['urls_mean']:.1f}; format errors "
+        f"{at_k}; turns {result['steps_mean']:.2f}; URLs {result['urls_mean']:.1f}; format errors "
         f"{result['format_error_rate']:.1%}; calls a trajectory: {used or 'none'}"
     )
     for key, what in (

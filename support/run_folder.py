@@ -1,8 +1,8 @@
 """The folder of a run: flags, checkpoints and logs, so that a run that is killed at any moment goes
 on.
 
-In: the learner's state. Out: files that appear whole or not at all. Nothing here knows how the
-policy learns.
+In: the learner's state. Out: files that appear whole or not at all, and logs that grow by whole
+lines. Nothing here knows how the policy learns.
 """
 
 import contextlib
@@ -212,7 +212,7 @@ def cut_lines(path: Path, last_step: int) -> None:
 @contextlib.contextmanager
 def save_atomically(folder: Path):
     """Gives a temporary folder to write into, which then takes the place of `folder`: a reader sees
-    the old one or the new one.
+    the old one, the new one, or none for an instant, but never a part of one.
     """
     temporary = folder.with_name(folder.name + ".new")
     old = folder.with_name(folder.name + ".old")

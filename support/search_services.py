@@ -1,7 +1,7 @@
 """Search services of the web, each as plain data, and the one class that asks them.
 
 In: queries. Out: hits (title, url, snippet), as the embedded search engine gives them. To use
-another service, add a `Service` to SERVICES.
+another service, add a `Service` to SERVICES, and its name to `SearchEngine` in rollout.py.
 """
 
 import html
