@@ -29,8 +29,9 @@ def api_rollout(
     """Play a trajectory to its end: the same prompt and tools as for a local policy, and as many
     turns and tokens a turn.
 
-    The window in tokens is the server's own, and no time is measured. A request that fails for good ends the trajectory as
-    `tool_fault`, with the reason in `error`: it counts as wrong, and is counted.
+    The window in tokens is the server's own, and no time is measured. A request that fails for good
+    ends the trajectory as `tool_fault`, with the reason in `error`: it counts as wrong, and is
+    counted.
     """
     system = SYSTEM_PROMPT.format(signatures="; ".join(signatures()))
     messages = [
