@@ -24,8 +24,10 @@ from support.behaviour import behaviour_of
 from support.page import Pieces, pack, write_page
 from support.run_folder import read_lines, whole_lines
 
-PERCENT = ("pass_rate", "share", "kept_negatives", "zero_variance")  # starts of names of shares
-NOT_COMPARED = {"out", "resume", "log_with", "processes", "threads"}  # flags that change no run
+# Starts of the names of shares.
+PERCENT = ("pass_rate", "share", "kept_negatives", "zero_variance", "all_right", "all_wrong")
+# In config.json, and no reason for a difference.
+NOT_COMPARED = {"out", "resume", "log_with", "processes", "threads", "packages"}
 TIMES = ("rollout_s", "train_s", "tokens_per_s")
 LEARNING = {  # key in metrics.jsonl -> title
     "pass_rate": "Pass@1 on training tasks",
@@ -79,34 +81,42 @@ def read_run(folder: Path) -> dict:
 # -------------------------------------------------------------------------------------- statistics
 
 
-def difference(a: dict[str, float], b: dict[str, float]) -> tuple[float, float, float, int]:
+def difference(
+    a: dict[str, float], b: dict[str, float], is_share: bool
+) -> tuple[float, float, float, int]:
     """Mean of b minus mean of a with its 95% interval, and the tasks that it is paired on (0: the
     two have too few tasks in common, and are taken as independent).
 
     Args:
         a, b: task -> value.
+        is_share: the values are shares. Of them something can be said where all are equal: no
+            difference seen does not prove that there is none. Else the interval is nan then.
     """
     shared = [task for task in a if task in b]
-    if 2 * len(shared) > max(len(a), len(b)):
-        values = [b[task] - a[task] for task in shared]
-        middle = float(np.mean(values))
-        if min(values) < max(values):
-            return middle, *bootstrap_interval(values), len(shared)
-        rest = wilson_interval(0.0, len(values))[1]  # no difference seen does not prove that
-        return middle, middle - rest, middle + rest, len(shared)
-    rng, means = np.random.default_rng(0), []
-    for values in (np.array(list(a.values())), np.array(list(b.values()))):
-        means.append(values[rng.integers(0, len(values), (2000, len(values)))].mean(axis=1))
-    low, high = np.percentile(means[1] - means[0], [2.5, 97.5])
-    return float(np.mean(list(b.values())) - np.mean(list(a.values()))), low, high, 0
+    is_paired = 2 * len(shared) > max(len(a), len(b))
+    ours = np.array([a[task] for task in (shared if is_paired else a)])
+    theirs = np.array([b[task] for task in (shared if is_paired else b)])
+    middle = float(theirs.mean() - ours.mean())
+    if is_paired and np.ptp(theirs - ours) > 0:
+        return middle, *bootstrap_interval(theirs - ours), len(shared)
+    if not is_paired and np.ptp(ours) + np.ptp(theirs) > 0:
+        rng = np.random.default_rng(0)
+        means = [
+            values[rng.integers(0, len(values), (2000, len(values)))].mean(axis=1)
+            for values in (ours, theirs)
+        ]
+        low, high = np.percentile(means[1] - means[0], [2.5, 97.5])
+        return middle, low, high, 0
+    rest = wilson_interval(0.0, min(len(ours), len(theirs)))[1] if is_share else math.nan
+    return middle, middle - rest, middle + rest, len(shared) if is_paired else 0
 
 
 def by_task(behaviours: dict, steps: list[int]) -> dict[str, dict[str, float]]:
-    """Behaviour -> task of an update -> its mean over the attempts at it, in these updates."""
+    """Behaviour -> task -> its mean over the attempts at it, in these updates."""
     groups: dict[str, list[dict]] = {}
     for step in steps:
         for task, numbers in behaviours[step]:
-            groups.setdefault(f"{step} {task}", []).append(numbers)
+            groups.setdefault(task, []).append(numbers)
     names = dict.fromkeys(n for group in groups.values() for numbers in group for n in numbers)
     return {
         name: {
@@ -129,6 +139,8 @@ def shown(name: str, value: float, sign: str = "") -> str:
 
 def shown_difference(name: str, found: tuple) -> str:
     middle, low, high, _ = found
+    if math.isnan(low):
+        return shown(name, middle, "+").replace("%", " points")
     words = f"{shown(name, middle, '+')} ({shown(name, low, '+')} to {shown(name, high, '+')})"
     # +3.0% (+1.0% to +5.0%) becomes +3.0 points (+1.0 to +5.0).
     return words.replace("%", " points", 1).replace("%", "") if "%" in words else words
@@ -139,20 +151,21 @@ def is_clear(found: tuple) -> bool:
 
 
 def held_out(run: dict) -> list[dict]:
-    """The evaluations of the split that a run ended with: test, or else dev."""
-    splits = [evaluation["split"] for evaluation in run["evaluations"]]
-    split = "test" if "test" in splits else "dev"
-    return [e for e in run["evaluations"] if e["split"] == split]
+    """The evaluations of the split that was asked last: test, where a run has ended."""
+    found = run["evaluations"]
+    last = max(found, key=lambda e: (e["step"], e["split"]), default={"split": ""})
+    return [e for e in found if e["split"] == last["split"]]
 
 
 def held_out_table(runs: list[dict]) -> dict:
     """Last held-out Pass@1 of each run, its gain since the start, and against the first run."""
-    rows, first = [], held_out(runs[0])
+    rows = []
     for run in runs:
         found = held_out(run)
         if not found:
             continue
         last = found[-1]
+        first = [e for e in runs[0]["evaluations"] if e["split"] == last["split"]]
         cells = [run["name"], f"{last['split']}, after {last['step']} updates", str(last["n"])]
         value, *interval = [shown("share", x) for x in (last["pass@1"], *last["pass@1_ci"])]
         cells += [value, " to ".join(interval)]
@@ -161,7 +174,7 @@ def held_out_table(runs: list[dict]) -> dict:
             if same or not earlier or not ("scores" in earlier and "scores" in last):
                 cells.append("")
                 continue
-            compared = difference(earlier["scores"], last["scores"])
+            compared = difference(earlier["scores"], last["scores"], is_share=True)
             clear += [len(cells)] if is_clear(compared) else []
             paired = ", paired" if compared[3] else ", on other tasks"
             cells.append(shown_difference("share", compared) + paired)
@@ -183,7 +196,7 @@ def flag_table(runs: list[dict]) -> dict:
     for name in names:
         values = [json.dumps(run["config"].get(name), ensure_ascii=False) for run in runs]
         if len(set(values)) > 1 and name not in NOT_COMPARED:
-            rows.append({"cells": [f"--{name}", *values]})
+            rows.append({"cells": [name if name == "commit" else f"--{name}", *values]})
     head = ["flag", *(run["name"] for run in runs)]
     return {"title": "Flags that differ", "head": head, "rows": rows, "note": ""}
 
@@ -200,7 +213,7 @@ def behaviour_table(runs: list[dict]) -> dict | None:
     for run in runs:
         steps = sorted(common or run["behaviours"])
         some = max(1, len(steps) // 4)
-        if len(runs) == 1:
+        if len(runs) == 1 and len(steps) > 1:
             columns.append((f"updates {steps[0]} to {steps[some - 1]}", run, steps[:some]))
         name = f"{run['name']}, " if len(runs) > 1 else ""
         columns.append((f"{name}updates {steps[-some]} to {steps[-1]}", run, steps[-some:]))
@@ -209,7 +222,7 @@ def behaviour_table(runs: list[dict]) -> dict | None:
     for name in dict.fromkeys(n for each in values for n in each):
         tasks = [each.get(name) or dict.fromkeys(each["turns"], 0.0) for each in values]
         cells = [name, *(shown(name, float(np.mean(list(v.values())))) for v in tasks)]
-        found = [difference(tasks[0], other) for other in tasks[1:]]
+        found = [difference(tasks[0], other, name.startswith(PERCENT)) for other in tasks[1:]]
         cells += [shown_difference(name, each) for each in found]
         clear = [len(cells) - len(found) + k for k, each in enumerate(found) if is_clear(each)]
         clarity = max((abs(f[0]) / (f[2] - f[1] + 1e-9) for f in found if is_clear(f)), default=0)
@@ -240,14 +253,16 @@ def curves_of(runs: list[dict], points_of, label: str = "") -> list[dict]:
 
 
 def metric(*keys: str):
-    """Points of a number in metrics.jsonl, without updates that do not have it."""
+    """Points of a number in metrics.jsonl, without updates that do not have it. A part of the
+    reward that no trajectory of an update had is 0.
+    """
 
     def points_of(run: dict) -> list[list]:
         points = []
         for metrics in run["metrics"]:
             value = metrics
             for key in keys:
-                value = value.get(key, {})
+                value = value.get(key, 0.0 if value is metrics.get("reward_parts") else {})
             is_number = isinstance(value, (int, float)) and math.isfinite(value)
             points += [[metrics["step"], value]] if is_number else []
         return points

@@ -380,8 +380,11 @@ def without_site(titles: dict[str, str]) -> dict[str, str]:
     sites = {end for end, count in ends.items() if count > max(2, 0.2 * len(titles))}
     short = {}
     for address, title in titles.items():
-        for end in sites & {parts[address][0], parts[address][-1]} - {title}:
-            title = title.removeprefix(end).removesuffix(end).strip(" —–|·-")
+        first, last = parts[address][0], parts[address][-1]
+        if first in sites - {title}:
+            title = title.removeprefix(first).strip(" —–|·-")
+        if last in sites - {title}:
+            title = title.removesuffix(last).strip(" —–|·-")
         short[address] = title
     return short
 
@@ -513,7 +516,8 @@ def draw_tasks(
             rng.shuffle(left[address])
         blanks = left[address]
         blanks.sort(key=lambda blank: -kept[blank.kind])
-        for blank in [blanks.pop() for _ in blanks[:TRIES]]:
+        for _ in range(min(TRIES, len(blanks))):
+            blank = blanks.pop()
             task = task_of(blank, title, url, split)
             if funnel.check(task):
                 kept[blank.kind] += 1

@@ -47,6 +47,7 @@ from data.world import World
 from engine import NANO, keep_memory, load_policy
 from support.checks import at_least
 from support.flags import parse_flags
+from support.run_folder import save_model
 from tools import signatures
 
 # Shares of the drills while facts are not copied yet, and later, among the transcripts.
@@ -81,11 +82,20 @@ class Args:
 
 def check_args(args: Args) -> None:
     """Raise a ValueError, one line, for flags that cannot work."""
-    at_least(args, 1, "worlds", "hidden", "layers", "heads", "drill_steps", "steps", "batch_tokens")
+    at_least(args, 1, "worlds")
+    at_least(args, 256, "batch_tokens")  # a row of a drill
     at_least(args, 0, "seed", "skilled_share", "deep_skilled_share", "learning_rate", "minutes")
+    at_least(args, 0, "drill_steps", "steps")
     at_least(args, 200 + args.worlds, "transcripts")  # 200 are held out
     if not 0 <= args.deep_share < 1:
         raise ValueError("--deep_share must be at least 0 and below 1")
+    if args.deep_share:
+        at_least(args, 300, "deep_entities")
+    if not (args.init or args.measure):  # the induction circuit needs room (data/base/induction.py)
+        at_least(args, 2, "layers")
+        at_least(args, 4, "heads")
+        if args.hidden % args.heads or args.hidden // args.heads < 12:
+            raise ValueError("--hidden must be a multiple of --heads, at least 12 times as large")
 
 
 def new_model(args: Args, chat: Chat) -> LlamaForCausalLM:
@@ -240,8 +250,7 @@ def train(model, args: Args, chat: Chat, rows: list[Row], held_out: tuple) -> No
         head = f"step {step} {minutes:.1f} min {tokens / 1e6:.1f}M tokens"
         tqdm.write(f"{head} | {line} | {shown}", file=sys.stdout)
         sys.stdout.flush()
-        model.save_pretrained(args.out)
-        chat.tokenizer.save_pretrained(args.out)
+        save_model(Path(args.out), model, chat.tokenizer)
 
     progress = tqdm(range(total), desc="pretrain", mininterval=5)
     for step in progress:

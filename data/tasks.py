@@ -134,7 +134,7 @@ def noun_phrase(name: str, relations: list[str], possessive: bool) -> str:
 def chain(
     world: World, family: str, hops: int, rng: random.Random, possessive: bool
 ) -> tuple[str, list[str], str, list[int]]:
-    """Follow random lead relations; the last one may stand in the table of records.
+    """Follow random lead relations; the last one may stand in the records of a page.
 
     Returns:
         The noun phrase, the relations, the value at the end, and the entities passed.

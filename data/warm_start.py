@@ -115,6 +115,8 @@ def read_transcripts(
             rows.append((ids, is_own))
     if len(rows) < len(written):
         print(f"{len(written) - len(rows)} have a turn above --max_new_tokens {most}: left out")
+    if not rows:
+        raise ValueError(f"0 transcripts have no turn above --max_new_tokens {most}: give more")
     return batches_of(rows, args.batch_tokens, np.random.default_rng(args.seed))
 
 

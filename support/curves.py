@@ -54,7 +54,8 @@ def draw_curves(out: Path) -> None:
     figure.subplots_adjust(0.06, 0.07, 0.98, 0.95, wspace=0.16, hspace=0.34)
     first = axes[0, 0]
     first.set_title("Pass@1")
-    first.plot(updates, [m["pass_rate"] for m in metrics], color="0.6", label="training tasks")
+    passed = [m["pass_rate"] for m in metrics]
+    first.plot(updates, passed, color="0.6", marker=marker, label="training tasks")
     draw_held_out(first, read_lines(out / "evaluations.jsonl"))
     first.set_ylim(0, 1)
     first.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -62,9 +63,12 @@ def draw_curves(out: Path) -> None:
     for axis, (key, title) in zip(axes.flat[1:], PANELS.items()):
         axis.plot(updates, [m[key] for m in metrics], linewidth=2, marker=marker)
         axis.set_title(title)
-    for part in sorted({name for m in metrics for name in m["reward_parts"]}):
+    parts = sorted({name for m in metrics for name in m["reward_parts"]})
+    for part in parts:
         values = [m["reward_parts"].get(part, 0.0) for m in metrics]
-        axes[1, 1].plot(updates, values, linewidth=1, marker=marker, label=part)
+        label = part.replace("$", r"\$")  # else matplotlib reads mathematics
+        axes[1, 1].plot(updates, values, linewidth=1, marker=marker, label=label)
+    if parts:
         axes[1, 1].legend(fontsize=10, frameon=False, loc="center right")
     for axis in axes.flat:
         axis.set_xlabel("update")

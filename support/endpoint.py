@@ -42,6 +42,8 @@ def ask(url: str, body: dict, deadline_s: float = 600.0) -> str:
         ValueError: there was no answer, or none that can be read; one line.
     """
     start, key = time.monotonic(), os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):  # the error of `requests` would show it
+        raise ValueError("OPENAI_API_KEY has a character that no header may have")
     again = [429, *range(500, 600)]  # busy, or failed for a moment
     retries = Retry(
         3, allowed_methods=None, status_forcelist=again, backoff_factor=0.5, raise_on_status=False

@@ -176,16 +176,16 @@ def write_evaluation(
 ) -> None:
     """Write the page of an evaluation: its figures and its trajectories."""
     name = args.api_model or (args.model if args.baseline == "none" else args.baseline)
-    figures = {"all": result} | result["by_family"] | result["by_hops"]
-    rows = [
-        [key, str(row["n"]), *(f"{100 * x:.1f}%" for x in (row["pass@1"], *row["pass@1_ci"]))]
-        for key, row in figures.items()
-    ]
+    rows = []
+    for title, row in table_rows(result):
+        shares = [row["pass@1"], *row["pass@1_ci"]] if row else []
+        cells = [str(row["n"]), *(f"{x:.1%}" for x in shares)] if row else 4 * [""]
+        rows.append([title, *cells])
     table = {
         "title": "Pass@1",
         "head": ["", "tasks", "Pass@1", "95% interval from", "to"],
         "rows": [{"cells": row} for row in rows],
-        "note": next(line for line in format_table(result).splitlines() if "pass@" in line),
+        "note": "; ".join(notes_of(result)),
     }
     pieces = Pieces(chat.tokenizer.backend_tokenizer if chat else None)
     run = {"name": name, "packed": {0: pack(records, pieces)}, "pieces": pieces.texts}
@@ -193,31 +193,30 @@ def write_evaluation(
     write_page(args.report, {"title": title, "runs": [run], "tables": [table], "panels": []})
 
 
-def format_table(result: dict) -> str:
-    """The figures as a text table: overall, then by family, hops, template and kind of pages.
+def table_rows(result: dict) -> list[tuple[str, dict | None]]:
+    """(title, figures) of all tasks, then by family, hops, template and kind of pages; None in a
+    row that heads a part.
 
     A part shows what the tasks state: no row for tasks without a family, hops or a template.
     """
-    lines = [f"{'':14s} {'tasks':>6s} {'Pass@1':>8s}   95% interval"]
-
-    def add(name: str, row: dict) -> None:
-        low, high = row["pass@1_ci"]
-        lines.append(f"{name:14s} {row['n']:6d} {row['pass@1']:8.1%}   {low:.1%} to {high:.1%}")
-
-    add("all", result)
+    rows = [("all", result)]
     for part in ("by_family", "by_hops", "by_template", "by_pages"):
-        rows = {name: row for name, row in result[part].items() if name != "own"}
+        of_part = {name: row for name, row in result[part].items() if name != "own"}
         if part == "by_hops":
-            rows = {name: row for name, row in rows.items() if not name.endswith(" 0")}
-        lines += [part.replace("_", " ") + ":"] if rows else []
-        for name, row in rows.items():
-            add(f"  {name}", row)
+            of_part = {name: row for name, row in of_part.items() if not name.endswith(" 0")}
+        rows += [(part.replace("_", " ") + ":", None)] if of_part else []
+        rows += [(f"  {name}", row) for name, row in of_part.items()]
+    return rows
+
+
+def notes_of(result: dict) -> list[str]:
+    """What stands below the table."""
     at_k = ", ".join(f"pass@{k} {value:.1%}" for k, value in result["pass@k"].items())
     used = ", ".join(f"{name} {value:.2f}" for name, value in result["tool_calls"].items())
-    lines.append(
+    lines = [
         f"{at_k}; turns {result['steps_mean']:.2f}; URLs {result['urls_mean']:.1f}; format errors "
         f"{result['format_error_rate']:.1%}; calls a trajectory: {used or 'none'}"
-    )
+    ]
     for key, what in (
         ("n_error", "trajectories failed through no fault of the policy and count as wrong"),
         ("n_judged", "answers were judged"),
@@ -226,4 +225,16 @@ def format_table(result: dict) -> str:
         lines += [f"{result[key]} {what}"] if result[key] else []
     if result["status"].get("over_context") and not result["steps_mean"]:
         lines.append(f"warning: {NO_TURN}")
-    return "\n".join(lines)
+    return lines
+
+
+def format_table(result: dict) -> str:
+    """The figures as a text table."""
+    lines = [f"{'':14s} {'tasks':>6s} {'Pass@1':>8s}   95% interval"]
+    for title, row in table_rows(result):
+        if row is None:
+            lines.append(title)
+            continue
+        low, high = row["pass@1_ci"]
+        lines.append(f"{title:14s} {row['n']:6d} {row['pass@1']:8.1%}   {low:.1%} to {high:.1%}")
+    return "\n".join([*lines, *notes_of(result)])

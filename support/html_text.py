@@ -28,6 +28,9 @@ LAYOUT = set(
 LISTS, MAX_LISTS = {"ol", "ul", "blockquote"}, 10  # deeper ones are not indented further
 MAX_ELEMENTS = 100_000  # a page of more gets its text a line each, without any layout
 LINE_OF_PRE = "\ue000"  # stands before each line of <pre>, so that its indentation is not stripped
+LINE_BREAK = re.compile(
+    "[\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"
+)  # with which str.splitlines ends one
 MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page,
 LINK_CHARS = 200  # where each link counts for so many more
 EXPONENT = re.compile(r"[-+−–]?(?:\d+|[a-z])(?:[-+/]\w+)?")
@@ -212,7 +215,7 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
             open_pre -= tag == "pre"
             open_lists -= tag in LISTS
         if text and (opens or element is not root):
-            written = text.replace("\n", "\n" + LINE_OF_PRE) if open_pre else text
+            written = LINE_BREAK.sub("\n" + LINE_OF_PRE, text) if open_pre else text
             converter.handle_data(written, True)  # True: no backslashes, this is no Markdown
 
 

@@ -22,9 +22,9 @@ def counts_of_group(outcomes: list, kept: list[bool]) -> dict:
         "right": right,
         "negatives": sum(below),
         "kept": sum(keep for keep, is_below in zip(kept, below) if is_below),
-        "zero_variance": not any(below),
+        "zero_variance": bool(outcomes) and not any(below),
         "all_right": 0 < len(outcomes) == right,
-        "all_wrong": right == 0,
+        "all_wrong": right == 0 < len(outcomes),
     }
 
 
@@ -107,7 +107,7 @@ def metrics_of(total: dict, version: int) -> dict:
         "zero_variance_groups": total["zero_variance"] / max(1, total["groups"]),
         "all_right_groups": total["all_right"] / max(1, total["groups"]),
         "all_wrong_groups": total["all_wrong"] / max(1, total["groups"]),
-        "kept_negatives": total["kept"] / max(1, total["negatives"]),
+        "kept_negatives": total["kept"] / total["negatives"] if total["negatives"] else 1.0,
         "stale_share": 1 - ages.get(0, 0) / tokens,
         "staleness": {str(age): count / tokens for age, count in sorted(ages.items())},
         "trained_share": total["in_loss"] / tokens,

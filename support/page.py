@@ -32,12 +32,13 @@ class Pieces:
         self.tokenizer, self.texts, self.place = tokenizer, [""], {"": 0}
         self.of_id: dict[int, int] = {}
         self.broken: set[int] = set()  # ids that hold a part of a character
-        self.anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1:] if tokenizer else []
+        if tokenizer:
+            self.anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+            self.before = len(tokenizer.decode(self.anchor, skip_special_tokens=False))
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids in the middle of a text, where no tokenizer strips a blank."""
-        before = self.tokenizer.decode(self.anchor, skip_special_tokens=False)
-        return self.tokenizer.decode(self.anchor + ids, skip_special_tokens=False)[len(before) :]
+        return self.tokenizer.decode(self.anchor + ids, skip_special_tokens=False)[self.before :]
 
     def place_of(self, text: str) -> int:
         if text not in self.place:
@@ -96,13 +97,15 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def show_turn(turn: dict, following: dict | None) -> None:
     """Add the words that head a turn, and name its results."""
-    facts = [f"decode {turn['generate_s']:.2f} s"]
-    facts += [f"tools {turn['tool_s']:.2f} s"] if turn["calls"] else []
-    if turn["version"] >= 0:  # a served model's weights have no number
-        facts.insert(0, f"weights {turn['version']}")
+    facts = []
+    if turn["version"] >= 0:  # a served model's weights have no number, and nobody has timed it
+        facts += [f"weights {turn['version']}", f"decode {turn['generate_s']:.2f} s"]
+        facts += [f"tools {turn['tool_s']:.2f} s"] if turn["calls"] else []
     if following and following["version"] != turn["version"]:
-        ended = turn["began"] + turn["generate_s"] + turn["tool_s"]
-        facts.append(f"parked {following['began'] - ended:.2f} s")
+        parked = following["began"] - turn["began"] - turn["generate_s"] - turn["tool_s"]
+        facts += (
+            [f"parked {parked:.2f} s"] if parked >= 0 else []
+        )  # the clock begins anew at a boot
     if "advantage" in turn:
         facts.append(f"advantage {number(turn['advantage'], 3)}")
         facts += [] if turn["in_loss"] else ["not in the loss"]
@@ -128,15 +131,14 @@ def show_record(record: dict, spread: float, about_group: str, pieces: Pieces) -
     for segment in record["segments"]:
         segment["tokens"] = pieces.places(segment.pop("ids"))
     turns = record["turns"]
+    said: dict[int, list] = {}  # turn -> (place in pieces, log-prob) of each of its tokens
+    for segment in record["segments"]:
+        of_tokens = (segment["tokens"], segment["turn_of"], segment["logprobs"])
+        for place, by, logprob in zip(*of_tokens):
+            said.setdefault(by, []).append((place, logprob))
     for n, (turn, following) in enumerate(itertools.zip_longest(turns, turns[1:])):
         show_turn(turn, following)
-        tokens = [  # (place in pieces, log-prob) of each
-            (place, logprob)
-            for s in record["segments"]
-            for place, by, logprob in zip(s["tokens"], s["turn_of"], s["logprobs"])
-            if by == n
-        ]
-        tokens = tokens or [(pieces.place_of(turn["text"]), None)]
+        tokens = said.get(n) or [(pieces.place_of(turn["text"]), None)]
         parts = parts_of([pieces.texts[place] for place, _ in tokens])
         turn["parts"] = [(kind, tokens[first:last]) for kind, first, last in parts]
 
@@ -153,7 +155,8 @@ def pack(records: list[dict], pieces: Pieces) -> str:
     """The trajectories of an update, as the page unpacks them: JSON, deflated, in base 64."""
     for _, group in itertools.groupby(records, key=lambda record: record["group"]):
         group = list(group)
-        rewards = [record.get("reward", record.get("score")) or 0.0 for record in group]
+        rewards = [record.get("reward", record.get("score")) for record in group]
+        rewards = [reward for reward in rewards if reward is not None] or [0.0]
         right = sum((record.get("correct") or record.get("score") or 0) > 0 for record in group)
         spread = statistics.pvariance(rewards)
         words = f"{group[0]['family']} · {right} of {len(group)} correct · variance {spread:.2f}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tools
 from data.serve import start_server
+from data.task import DEFAULTS
 from data.world import world_folder
 from support.search_services import WebSearch
 from support.web import LiveWeb
@@ -86,7 +87,7 @@ class Toolbox:
     def index_of(self, task) -> tuple[Search, Browse]:
         """Search and browse over the world of a task, or over the corpus."""
         world = task.meta.get("world", {})
-        key = str(sorted(world.items())) if world else ""
+        key = str(sorted((DEFAULTS | world).items())) if world else ""
         if key not in self.indexes:
             if not world and not self.service:
                 raise ValueError(

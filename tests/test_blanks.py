@@ -247,6 +247,8 @@ def test_the_name_of_the_site_is_no_part_of_a_title():
     )
     first = {f"{n}": f"Manual | page {n}" for n in range(9)}
     assert without_site(first)["3"] == "page 3"
+    guides = {f"{n}": f"Go{n} guide {n} — Go" for n in range(9)} | {"a": "Gopher — Go"}
+    assert without_site(guides)["a"] == "Gopher" and without_site(guides)["3"] == "Go3 guide 3"
     assert without_site({"a": "one - two", "b": "one - three"})["a"] == "one - two"
 
 

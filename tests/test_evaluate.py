@@ -33,6 +33,7 @@ from support.api_policy import api_rollout, defuse
 from support.baselines import play_baseline, weaken
 from support.benchmarks import gaia_correct, load_benchmark
 from support.endpoint import ask
+from support.evaluation import table_rows
 from support.judge import judge, parse_verdict
 from support.toolbox import Toolbox
 from tools import ToolCall, ToolFault, parse_action, run_calls
@@ -55,6 +56,24 @@ def test_intervals():
     assert bootstrap_interval([0.0] * 100)[1] > 0.03  # none of 100 solved does not prove zero
     low, high = wilson_interval(0.0, 10)
     assert low == 0 and high == pytest.approx(0.278, abs=1e-3)
+    for n in range(1, 300):  # rounding leaves no share outside
+        for share in (0.0, 1.0):
+            low, high = wilson_interval(share, n)
+            assert 0 <= low <= share <= high <= 1, n
+
+
+def test_a_family_may_be_called_all():
+    figures = {"pass@1": 0.5, "pass@1_ci": [0.4, 0.6], "n": 4}
+    parts = {
+        "by_family": {"all": figures | {"n": 3}, "own": figures},
+        "by_hops": {"own 0": figures},
+    }
+    rows = table_rows(figures | parts | {"by_template": {"own": figures}, "by_pages": {}})
+    assert [(title, row and row["n"]) for title, row in rows] == [
+        ("all", 4),
+        ("by family:", None),
+        ("  all", 3),
+    ]
 
 
 def test_bootstrap_over_questions_covers_the_truth():
@@ -427,6 +446,20 @@ def test_one_deadline_holds_for_the_whole_request(kind):
         with pytest.raises(ValueError, match="no whole answer within 1 s|no chat completion"):
             ask(url, {"messages": []}, deadline_s=1.0)
         assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("key", ["sk-a\nb", "sk-ключ", "sk-a\x01b"])
+def test_a_key_that_no_header_may_have_is_not_shown(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY has a character") as error:
+        ask("http://127.0.0.1:9/v1", {"messages": []})
+    assert "sk-" not in str(error.value)
+
+
+def test_a_key_may_end_with_a_line_break(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a\r\n")
+    with chat_server(lambda messages: "yes") as url:
+        assert ask(url, {"messages": []}) == "yes"
 
 
 def test_an_endless_reply_is_cut_off():

@@ -25,6 +25,10 @@ from data.world import World, load_world
         (["--transcripts", 210], "--transcripts must be at least 216"),
         (["--seed", -1], "--seed must be at least 0"),
         (["--deep_share", 1], "--deep_share must be at least 0 and below 1"),
+        (["--deep_share", 0.5, "--deep_entities", 20], "--deep_entities must be at least 300"),
+        (["--layers", 1], "--layers must be at least 2"),
+        (["--hidden", 40], "--hidden must be a multiple of --heads, at least 12 times"),
+        (["--batch_tokens", 100], "--batch_tokens must be at least 256"),
         (["--init", "./nowhere"], "cannot load the model './nowhere': there is no such folder"),
     ],
 )

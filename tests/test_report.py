@@ -16,11 +16,26 @@ from conftest import ROOT
 
 from context import Trajectory, Turn, add_turn, extend_segments
 from data.task import Task
-from report import behaviour_table, difference, held_out_table, main, read_run, write_report
+from evaluate import figures
+from report import (
+    behaviour_table,
+    by_task,
+    difference,
+    flag_table,
+    held_out,
+    held_out_table,
+    is_clear,
+    main,
+    metric,
+    read_run,
+    shown_difference,
+    write_report,
+)
 from reward import Reward
 from rollout import Group
 from support.behaviour import behaviour_of
-from support.page import Pieces, parts_of
+from support.curves import draw_curves
+from support.page import Pieces, pack, parts_of
 from support.run_folder import cut_lines
 from support.trajectory_log import is_written, record_of, to_lines, update_records, without_texts
 from train import rows_of
@@ -203,22 +218,38 @@ def test_differences_are_paired_on_the_same_tasks():
     hard = rng.random(200) < 0.5
     a = {f"t{n}": float(x) for n, x in enumerate(hard)}
     b = {task: min(1.0, x + float(rng.random() < 0.1)) for task, x in a.items()}
-    middle, low, high, tasks = difference(a, b)
+    middle, low, high, tasks = difference(a, b, True)
     assert tasks == 200 and 0 < low < middle < high < 0.12
     other = {f"other {task}": x for task, x in b.items()}
-    middle_apart, low_apart, high_apart, tasks = difference(a, other)
+    middle_apart, low_apart, high_apart, tasks = difference(a, other, True)
     assert tasks == 0 and middle_apart == pytest.approx(middle)
     assert high_apart - low_apart > 2 * (high - low)
 
 
 def test_no_difference_seen_does_not_prove_that_there_is_none():
-    middle, low, high, tasks = difference({"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 0.0})
+    same = {"a": 1.0, "b": 0.0}
+    middle, low, high, tasks = difference(same, same, True)
     assert middle == 0 and low == -high < 0 and tasks == 2
+    middle, low, high, tasks = difference({"a": 0.0}, {"b": 0.0}, True)
+    assert middle == 0 and low == -high < 0 and tasks == 0
+
+
+@pytest.mark.parametrize("b", [{"a": 130.0}, {"b": 130.0}, {"b": 130.0, "c": 130.0}])
+def test_nothing_is_clear_where_nothing_varies(b):
+    found = difference({"a": 100.0}, b, False)
+    assert found[0] == 30 and not is_clear(found)
+    assert shown_difference("tokens", found) == "+30.00"
+
+
+def test_attempts_at_a_task_in_several_updates_count_as_one_task():
+    behaviours = {step: [("t1", {"turns": step}), ("t2", {"turns": 5.0})] for step in (1, 3)}
+    assert by_task(behaviours, [1, 3]) == {"turns": {"t1": 2.0, "t2": 5.0}}
 
 
 def test_tables_name_what_differs_most_clearly_first(chat, tmp_path):
     one = read_run(write_run(tmp_path / "one", chat, ["r"] * 5))
-    two = read_run(write_run(tmp_path / "two", chat, ["error: r"] * 5, scores=(1.0, 1.0, 1.0)))
+    results = ["error: r"] * 4 + ["r"]
+    two = read_run(write_run(tmp_path / "two", chat, results, scores=(1.0, 1.0, 1.0)))
     table = behaviour_table([one, two])
     assert table["rows"][0]["cells"][0] == "errors of tools" and table["rows"][0]["clear"]
     assert [row["cells"][0] for row in table["rows"] if row["clear"]] == ["errors of tools"]
@@ -226,6 +257,50 @@ def test_tables_name_what_differs_most_clearly_first(chat, tmp_path):
     assert alone["head"][1:3] == ["updates 1 to 1", "updates 3 to 3"]
     rows = held_out_table([one, two])["rows"]
     assert rows[1]["cells"][-1].startswith("+66.7 points") and "paired" in rows[1]["cells"][-1]
+    assert len(behaviour_table([one | {"behaviours": {1: one["behaviours"][1]}}])["head"]) == 2
+
+
+def test_a_run_under_way_shows_the_split_that_was_asked_last(chat, tmp_path):
+    run = read_run(write_run(tmp_path / "one", chat, ["r"]))
+    assert held_out(run)[-1]["split"] == "test" and not held_out(run | {"evaluations": []})
+    run["evaluations"].pop()  # the one at its end
+    run["evaluations"] += [
+        run["evaluations"][0] | {"split": "dev", "step": step} for step in (1, 2)
+    ]
+    assert [(e["split"], e["step"]) for e in held_out(run)] == [("dev", 1), ("dev", 2)]
+
+
+def test_what_is_no_flag_is_none_in_the_table(chat, tmp_path):
+    runs = [read_run(write_run(tmp_path / name, chat, ["r"])) for name in ("one", "two")]
+    for number, run in enumerate(runs):
+        run["config"] |= {"gamma": number, "commit": f"c{number}", "packages": {"torch": number}}
+    assert [row["cells"][0] for row in flag_table(runs)["rows"]] == ["--gamma", "commit"]
+
+
+def test_a_part_of_the_reward_that_nobody_had_is_zero(chat, tmp_path):
+    run = read_run(write_run(tmp_path / "one", chat, ["r"]))
+    run["metrics"][1]["reward_parts"] = {}
+    assert metric("reward_parts", "correct")(run) == [[1, 0.3], [2, 0.0], [3, 0.3]]
+    assert metric("pass_rate_by_family", "other")(run) == []
+
+
+def test_attempts_that_the_environment_failed_do_not_vary(chat):
+    group = group_of(chat, 3, "r")
+    group.trajectories[0].status = "tool_fault"
+    records = recorded(chat, 5, [group], [[False, True, True]], [CREDITS], "mask")
+    for record in records[1:]:
+        record["reward"] = 1.0
+    pack(records, Pieces(chat.tokenizer.backend_tokenizer))
+    assert records[0]["reward"] is None and "variance 0.00" in records[0]["about"]
+
+
+def test_one_update_and_a_part_with_a_dollar_are_drawn(tmp_path):
+    metrics = {"step": 1, "pass_rate": 0.0, "turns": 3.0, "entropy": 0.1, "reward": 0.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics | {"reward_parts": {"$a_$": 1.0}}))
+    found = figures([[0.0]] * 11, 0) | {"step": 0, "split": "test"}  # none of eleven is right
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(found))
+    draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 # ------------------------------------------------------------------------------ tokens as texts

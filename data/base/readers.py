@@ -134,10 +134,13 @@ def write_readings(
         tools: search and browse over the corpus.
 
     Raises:
-        ValueError: a task has no blank, or no task is left.
+        ValueError: a task is not of data/blanks.py, or no task is left.
     """
     needed = {"title", "entry", "before", "after"}
-    if not all(needed <= task.meta.keys() and len(task.evidence) == 1 for task in tasks):
+    if not all(
+        len(task.evidence) == 1 and all(isinstance(task.meta.get(key), str) for key in needed)
+        for task in tasks
+    ):
         raise ValueError("readers know the tasks of data/tasks.py --corpus alone")
     rng, by_name = random.Random(f"readers-{seed}"), {tool.name: tool for tool in tools}
     readable: list[tuple[Task, list[str]]] = []  # with the phrases that show the answer
