@@ -113,13 +113,18 @@ def draw_deep() -> None:
     Training Pass@1 and turns over the steps, a line a seed, and held-out Pass@1 before and after
     training.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    kinds = {"none": "tab:gray", "elide": "tab:orange", "summarize": "tab:blue"}
-    for number, (kind, colour) in enumerate(kinds.items()):
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    kinds = {  # of a run's folder -> colour, and what the policy sees
+        "none": ("tab:gray", "none\n1,024 tokens"),
+        "elide-1024": ("tab:olive", "elide\n1,024"),
+        "elide": ("tab:orange", "elide\n2,560"),
+        "summarize": ("tab:blue", "summarize\n1,024"),
+    }
+    for number, (kind, (colour, title)) in enumerate(kinds.items()):
         trained = runs(f"deep-{kind}-seed")
         for run in trained:
             metrics = lines_of(run, "metrics")
-            label = f"--context {kind}" if run == trained[0] else None
+            label = title.replace("\n", ", ") if run == trained[0] else None
             for axis, key in zip(axes, ("pass_rate", "turns")):
                 axis.plot(
                     [m["step"] for m in metrics],
@@ -135,7 +140,7 @@ def draw_deep() -> None:
             axes[2].bar(x, test["pass@1"], 0.18, color=colour, alpha=alpha)
             error = [[test["pass@1"] - low], [high - test["pass@1"]]]
             axes[2].errorbar(x, test["pass@1"], error, color="black", capsize=2, linewidth=1)
-    axes[2].set_xticks([0.2, 1.2, 2.2], list(kinds))
+    axes[2].set_xticks([n + 0.3 for n in range(4)], [title for _, title in kinds.values()])
     for axis, title in zip(
         axes,
         (

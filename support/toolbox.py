@@ -92,7 +92,7 @@ class Toolbox:
             if not world and not self.service:
                 raise ValueError(
                     f"task {task.id!r} names no world: give --corpus FILE.db (data/index.py makes "
-                    "one)"
+                    "one), or a --search service"
                 )
             self.open(key, world_folder(world) / "pages.db" if world else "")
         return self.indexes[key]
