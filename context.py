@@ -269,7 +269,7 @@ def prompt_after_notes(
 
 
 # HACK HERE: a new context manager is a function (trajectory, chat, budget_tokens) -> prompt ids.
-# What it wants to remember goes into trajectory.memory, which travels with the trajectory.
+# What it wants to remember goes into trajectory.memory as plain data, and travels with it.
 # memory["notes_turns"] lists the turns that it asked notes of: those are free text.
 MANAGERS = {"none": none, "elide": elide, "summarize": summarize}
 

@@ -162,7 +162,7 @@ def main():
         check_args(args, rollout_args)
         tasks = (load_benchmark if public else load_tasks)(args.tasks)[: args.limit or None]
         digest = hashlib.sha256(Path(args.tasks).read_bytes()).hexdigest()[:16]
-        toolbox = open_tools(args, rollout_args, tasks)
+        toolbox = open_tools(args, rollout_args, tasks, public)
         local = not args.api and args.baseline in ("none", "closed_book")
         model, chat, engine = open_policy(args.model, rollout_args) if local else 3 * [None]
     except (OSError, ValueError, sqlite3.Error) as error:

@@ -75,8 +75,8 @@ def gamma_decay(r: float, T: int, gamma: float) -> list[float]:
 
 
 def turn_rewards(outcome: Reward, T: int, gamma: float) -> list[float]:
-    """The reward of each of T turns: decayed for a correct trajectory, else the same for all."""
-    return gamma_decay(outcome.total, T, gamma if outcome.correct > 0 else 1.0)
+    """The reward of each of T turns. Only a positive one of a correct trajectory is decayed."""
+    return gamma_decay(outcome.total, T, gamma if min(outcome.correct, outcome.total) > 0 else 1.0)
 
 
 # HACK HERE: the baseline is ours. GRPO divides by the group's standard deviation besides.
@@ -85,8 +85,7 @@ def advantages(group: list[list[float]], baseline: str = "leave-one-out") -> lis
 
     Turn i is compared with turn min(i, T_k) of each other trajectory k, so the baseline decays as
     the reward does: equal trajectories get zero, and a long correct trajectory among shorter ones
-    gets negative early turns. Nothing is divided by a standard deviation. A trajectory that is
-    alone in its group gets zero, because there is nothing to compare it with.
+    gets negative early turns. A trajectory that is alone in its group gets zero.
 
     Args:
         group: turn rewards of each trajectory of one task.
@@ -102,11 +101,12 @@ def advantages(group: list[list[float]], baseline: str = "leave-one-out") -> lis
     result = []
     for k, turns in enumerate(group):
         others = group[:k] + group[k + 1 :]
-        means = [
-            sum(other[min(i, len(other) - 1)] for other in others) / len(others)
-            for i in range(len(turns))
-        ]
-        result.append([turn - mean for turn, mean in zip(turns, means)])
+        result.append(
+            [
+                sum(turn - other[min(i, len(other) - 1)] for other in others) / len(others)
+                for i, turn in enumerate(turns)
+            ]
+        )
     return result
 
 

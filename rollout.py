@@ -71,8 +71,9 @@ class RolloutArgs:
 
 
 def budget_of(args: RolloutArgs) -> int:
-    """Prompt tokens at which the context manager acts."""
-    return args.context_budget or args.max_context * 3 // 4
+    """Prompt tokens at which the context manager acts; behind them a turn must find room."""
+    budget = args.context_budget or args.max_context * 3 // 4
+    return min(budget, args.max_context - args.max_new_tokens)
 
 
 # ------------------------------------------------------------------------------------------ groups

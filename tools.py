@@ -197,7 +197,6 @@ class Search:
         return "search takes 'queries', a list of 1 to 8 strings"
 
     def __call__(self, queries: list[str]) -> str:
-        queries = [queries] if isinstance(queries, str) else queries
         blocks = []
         for query, hits in zip(queries, self.find(queries)):
             heading = [f"{query}:"] if len(queries) > 1 else []

@@ -90,7 +90,7 @@ class TrainArgs:
     gamma: float = HfArg(default=0.95, help="decay of a correct trajectory's reward a turn")
     format_penalty: float = HfArg(default=0.5, help="cost of a format failure, for any --reward")
     baseline: Baseline = HfArg(default="leave-one-out", help="subtract the other tries' mean")
-    negatives: float = HfArg(default=2.0, help="negatives kept for each positive; inf: all")
+    negatives: float = HfArg(default=2.0, help="negatives kept for each reward above 0; inf: all")
     reward: str = HfArg(default="", help="file.py:function, a reward of your own")
     nominal_tokens: int = HfArg(default=128, help="assumed for a trajectory in the constant N")
     micro_tokens: int = HfArg(default=4096, help="padded tokens in one forward and backward pass")

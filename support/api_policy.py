@@ -10,6 +10,7 @@ import re
 from context import SYSTEM_PROMPT, Trajectory, Turn
 from rollout import RolloutArgs, take_results
 from support.endpoint import ask
+from support.threads import in_thread
 from support.toolbox import Toolbox
 from tools import FormatError, parse_action, run_calls, signatures
 
@@ -27,7 +28,7 @@ def api_rollout(
     trajectory: Trajectory, url: str, model: str, toolbox: Toolbox, args: RolloutArgs
 ) -> Trajectory:
     """Play a trajectory to its end: the same prompt and tools as for a local policy, and as many
-    turns and tokens a turn.
+    turns, tokens a turn and seconds for its tools.
 
     The window in tokens is the server's own, and no time is measured. A request that fails for good
     ends the trajectory as `tool_fault`, with the reason in `error`: it counts as wrong, and is
@@ -64,7 +65,11 @@ def api_rollout(
             trajectory.status, trajectory.answer = "answered", answer
             break
         turn.calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
-        take_results(trajectory, run_calls(calls, tools))
+        try:
+            results = in_thread(run_calls, calls, tools).result(args.tool_timeout_s)
+        except TimeoutError:
+            results = [(f"error: no answer within {args.tool_timeout_s:g} s", True)] * len(calls)
+        take_results(trajectory, results)
         observation = "".join(
             f"<tool_response>{defuse(result)}</tool_response>" for result in turn.results
         )

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from support import endings
 from support.shards import reshard
 
 
@@ -64,6 +65,7 @@ def logprob_gaps(policy, rows: list, micro_tokens: int, device) -> list[float]:
     """
     gaps = []
     for batch, weight in shared_batches(rows, micro_tokens):
+        endings.check()
         ids = padded([row.segment.ids for row in batch], torch.long, device)
         in_loss = padded([row.advantages for row in batch], torch.float32, device) != 0
         sampled = padded([row.segment.logprobs for row in batch], torch.float32, device)[in_loss]

@@ -155,8 +155,8 @@ def gaia_same(answer: str, truth: str, keep: str = "") -> bool:
     try:
         number = float(truth)
     except ValueError:
-        dropped = set(string.whitespace + string.punctuation) - set(keep)
-        told = lambda text: [c for c in text.casefold() if c not in dropped]
+        dropped = set(string.punctuation) - set(keep)
+        told = lambda text: [c for c in text.casefold() if not c.isspace() and c not in dropped]
         return told(answer) == told(truth)
     try:
         return float(re.sub(r"[$%,]", "", answer)) == number

@@ -28,7 +28,7 @@ def check_rollout_args(args) -> None:
     at_least(args, 1, "max_turns", "max_new_tokens", "max_context", "observation_tokens", "slots")
     at_least(args, 1, "search_results", "page_chars", "tool_steps")
     at_least(args, 0, "temperature", "context_budget", "kv_tokens")
-    at_least(args, 0, "tool_timeout_s", "trajectory_timeout_s")
+    at_least(args, 0.001, "tool_timeout_s", "trajectory_timeout_s")
     finite(args, "temperature")
     if bool(args.engine) != bool(args.engine_weights):
         raise ValueError("--engine URL and --engine_weights DIR go together")

@@ -93,12 +93,14 @@ def check_args(args: EvaluateArgs, rollout_args: RolloutArgs) -> None:
         probe(url)
 
 
-def open_tools(args: EvaluateArgs, rollout_args: RolloutArgs, tasks: list[Task]) -> Toolbox:
-    """The tools, as weak as the flags ask, with the worlds of these tasks open."""
+def open_tools(args: EvaluateArgs, rollout_args: RolloutArgs, tasks: list, public: bool) -> Toolbox:
+    """The tools, as weak as the flags ask, with the worlds of these tasks open. Queries about
+    public benchmarks are not kept on disk: they hold the questions.
+    """
     runs_python = args.baseline == "none" and "python" not in args.without
     if not runs_python:  # then no code runs, and none needs a sandbox
         rollout_args = replace(rollout_args, python="monty")
-    toolbox = Toolbox(rollout_args)
+    toolbox = Toolbox(rollout_args, keeps=not public)
     weaken(toolbox, args.without, args.retriever, args.seed)
     if runs_python:
         print(f"python tool: {toolbox.isolation()}", file=sys.stderr)

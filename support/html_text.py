@@ -23,22 +23,31 @@ DROPPED = ("title", "script", "style", "template", "iframe", "noembed", "noframe
 # Elements that stand on lines of their own, of which html2text knows nothing.
 LAYOUT = set(
     "section article aside header footer main nav figure figcaption form fieldset address details"
-    " summary caption option textarea center".split()
+    " summary caption option textarea center legend dialog search".split()
 )
 LISTS, MAX_LISTS = {"ol", "ul", "blockquote"}, 10  # deeper ones are not indented further
 MAX_ELEMENTS = 100_000  # a page of more gets its text a line each, without any layout
 LINE_OF_PRE = "\ue000"  # stands before each line of <pre>, so that its indentation is not stripped
-LINE_BREAK = re.compile(
-    "[\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"
-)  # with which str.splitlines ends one
+LINE_BREAK = re.compile("[\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # as str.splitlines
 MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all links of a page,
 LINK_CHARS = 200  # where each link counts for so many more
-EXPONENT = re.compile(r"[-+−–]?(?:\d+|[a-z])(?:[-+/]\w+)?")
+EXPONENT = re.compile(r"[-+−–]?\s?(?:\d+(?:\.\d+)?[A-Za-z]?|[A-Za-zα-ω])(?:\s?[-+/−–]\s?\w+)?")
 FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
+BLANK_CELL = re.compile(r"\| {2,}")
 RULE = re.compile(r"[-| :>]+")  # a line of a table, or an empty quotation
 NESTED_ITEM = re.compile(r"  ( +)(?:\* |\d+\. )")  # of a list inside a list
 SENTENCE_END = re.compile(r"\n|\. ")
 CHARSET = r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})"
+WIDER = {  # what the web means by the names of smaller encodings
+    "iso8859-1": "cp1252",
+    "ascii": "cp1252",
+    "iso8859-9": "cp1254",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "big5": "big5hkscs",
+}
 MARKS = {  # byte order marks
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -58,8 +67,9 @@ def decode_page(body: bytes, content_type: str = "") -> str:
             codec = codecs.lookup(found.group(1)).name
             if re.search("punycode|idna|undefined|escape", codec):  # slow or odd, never of a page
                 continue
-            is_latin = codec in ("iso8859-1", "ascii")  # which on the web means cp1252
-            return body.decode("cp1252" if is_latin else codec, "replace")
+            if found is meta and codec.startswith("utf-16"):  # then it could not be read
+                continue
+            return body.decode(WIDER.get(codec, codec), "replace")
         except (LookupError, ValueError):  # unknown, or no encoding of text (base64, zip)
             continue
     try:
@@ -177,7 +187,7 @@ def tree_to_text(tree: etree._Element) -> str:
         write_tree(part, converter)
     lines = []
     for line in converter.finish().splitlines():
-        text = line.strip().replace(LINE_OF_PRE, "").rstrip()
+        text = BLANK_CELL.sub("| ", line.strip()).replace(LINE_OF_PRE, "").rstrip()
         if text and not RULE.fullmatch(text):
             nested = NESTED_ITEM.match(line)
             lines.append(nested.group(1) + text if nested else text)
@@ -210,7 +220,10 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
         if tag not in ("head", "abbr") and (tag not in LISTS or open_lists <= MAX_LISTS):
             seen = "div" if tag in LAYOUT else tag
             start = {"start": element.get("start", "1")[:9]} if tag == "ol" else {}
-            converter.handle_tag(seen, start, opens)
+            if seen in ("p", "div") and converter.split_next_td:  # ignored there: words would touch
+                converter.handle_data(" ", True)
+            else:
+                converter.handle_tag(seen, start, opens)
         if not opens:
             open_pre -= tag == "pre"
             open_lists -= tag in LISTS
@@ -308,6 +321,10 @@ def view_page(
         text = "\n".join(f"[{n}] {label} {href}" for n, (href, label) in numbered) or "no links"
     elif text is None:
         text = html_to_text(page)
+    if find and find.strip() and links:
+        wanted = fold_words(find)[0]
+        found = [line for line in text.split("\n") if wanted in fold_words(line)[0]]
+        return "\n".join(found)[:page_chars] or "Not found."
     if find and find.strip():
         found = itertools.islice(passages_with(find, text, page_chars), page_chars)
         return "\n".join(found)[:page_chars] or "Not found."

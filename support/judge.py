@@ -30,7 +30,10 @@ def parse_verdict(reply: str) -> str:
     missed "**Correct:** yes", compared "correct: yes" with "yes", or counted a judge that failed as
     "no".
     """
-    line = r"^[ \t*_#>`-]*correct[ \t*_`]*[:：][ \t*_`]*(yes|no)[ \t*_`.]*$"
+    reply = reply.rpartition("</think>")[2]
+    if "<think>" in reply:  # it was cut in the middle of its thought
+        return "unparsed"
+    line = r"^[ \t*_#>`-]*correct[ \t*_`]*[:：][ \t*_`]*(yes|no)[ \t\r*_`.]*$"
     verdicts = {v.casefold() for v in re.findall(line, reply, re.IGNORECASE | re.MULTILINE)}
     return verdicts.pop() if len(verdicts) == 1 else "unparsed"
 

@@ -185,7 +185,7 @@ class Run:
             return self.rollouts
         on_cpu = self.device.type == "cpu"
         workers = async_args.workers or (cores_of(self.local_ranks) if on_cpu else 1)
-        threads = cores_of(self.local_ranks * workers) if on_cpu else 1
+        threads = args.threads or (cores_of(self.local_ranks * workers) if on_cpu else 1)
         setup = Setup(args.model, learner.loop.args, str(self.device), threads)
         under_way = self.state["rollouts"] if self.state else []
         state = share_of(under_way, self.rank, self.ranks, args.tasks_per_step)
@@ -259,7 +259,8 @@ class Run:
         if self.is_main:
             words = f"largest |trainer - sampler| log-prob {gap:.1e}, mean {mean:.1e}"
             print(f"step {self.done + 1}: {words}", flush=True)
-        if gap > MAX_GAP and self.accelerator.mixed_precision == "no":
+        is_near = all(gap <= MAX_GAP for gap in gaps)  # a gap may be nan
+        if not is_near and self.accelerator.mixed_precision == "no":
             self.fail(f"trainer and sampler disagree by more than {MAX_GAP:g}")
 
     def fail(self, words: str) -> NoReturn:
@@ -390,7 +391,7 @@ class Run:
     def why(self, error) -> str | None:
         """The line for the user, "" where another rank says it, None where there is no line."""
         if isinstance(error, UserCodeError):
-            return str(error)
+            return f"{error}; {self.how_to_go_on()}" if self.done else str(error)
         if isinstance(error, (ValueError, OSError, sqlite3.Error)) and not self.began:
             return str(error) if self.is_main else ""
         if isinstance(error, (WorkerError, OSError)):
@@ -423,7 +424,7 @@ class Run:
             since = ", since another process has ended,"
         if endings.losses:
             since = f", {endings.losses[0]},"
-        if not self.began:
+        if not self.began and not self.done:
             return f"stopped{since} before the first step"
         problem = ""
         whole = self.ranks == 1 or self.rollouts.state(ask=False) is None

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -263,6 +264,7 @@ def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
     if own_rank():
         return
     states.mkdir(exist_ok=True)
+    check_plain(more)
     try:
         torch.save(state | more, temporary)
         with open(temporary, "rb") as file:
@@ -281,6 +283,24 @@ def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
         old.unlink()
 
 
+def read_state(file) -> dict:
+    """A state: tensors and plain data, and nothing that could run code."""
+    with torch.serialization.safe_globals([bytes]):  # torch writes b"" as a call of bytes
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def check_plain(data: dict) -> None:
+    """Raise OSError if a state that holds these data could not be read again."""
+    file = io.BytesIO()
+    try:
+        torch.save(data, file)
+        file.seek(0)
+        read_state(file)
+    except Exception as error:  # as pickle says it, in many ways
+        words = " ".join(str(error).split())[:200]
+        raise OSError(f"trajectory.memory holds what no checkpoint can hold: {words}") from None
+
+
 def load_state(out: Path) -> dict:
     """The newest whole state of a run.
 
@@ -291,8 +311,7 @@ def load_state(out: Path) -> dict:
         try:
             if path.stem != f"{path.stem[:11]}-{sha256(path)}":
                 raise ValueError("checksum")
-            with torch.serialization.safe_globals([bytes]):  # torch writes b"" as a call of bytes
-                return torch.load(path, map_location="cpu", weights_only=True)
+            return read_state(path)
         except Exception as error:
             words = f"{type(error).__name__}: {str(error)[:60]}"
             print(f"{path} is damaged ({words}): trying the one before", file=sys.stderr)

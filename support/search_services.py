@@ -138,6 +138,9 @@ class WebSearch:
 
     def ask(self, query: str) -> list[dict]:
         """The hits of one query, after up to four requests; raises as `find` does."""
+        query = query.encode("utf-8", "ignore").decode().strip()  # half a character finds nothing
+        if not query:
+            return []
         deadline = time.monotonic() + self.timeout_s
         place = "params" if self.service.method == "GET" else "json"
         arguments = {place: self.service.arguments(query, self.k)}

@@ -36,6 +36,7 @@ class Toolbox:
 
     Args:
         args: `RolloutArgs`; what concerns the tools is read.
+        keeps: whether answers of the real web are kept on disk, with the queries.
 
     Raises:
         FileNotFoundError: the corpus has no index.
@@ -43,7 +44,7 @@ class Toolbox:
             package is missing, or this machine has no sandbox.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, keeps: bool = True):
         self.args = args
         self.indexes: dict[str, tuple[Search, Browse]] = {}  # by world; "" is the corpus or the web
         self.sessions: dict[tuple, object] = {}  # of CPython, by trajectory key
@@ -54,10 +55,11 @@ class Toolbox:
             self.open_cpython = cpython_sandbox.opener(args.unsafe_python)
         self.others = [tool() for tool in tools.TOOLS if tool not in (Search, Browse, Python)]
         if args.search != "embedded":
-            cache = CACHE / "search"
+            cache = CACHE / "search" if keeps else ""
             self.service = WebSearch(args.search, args.search_url, args.search_results, cache)
             self.service.probe()
-        self.web = LiveWeb(CACHE / "pages") if args.live or self.service else None
+        is_live = args.live or self.service
+        self.web = LiveWeb(CACHE / "pages" if keeps else "") if is_live else None
         if args.corpus:
             self.open("", args.corpus)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from context import Trajectory
 from reward import Reward, reward
+from support import endings
 
 
 class UserCodeError(ValueError):
@@ -107,6 +108,7 @@ def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
     name, function = load_function(spec, "--reward")
 
     def user_reward(trajectory: Trajectory) -> Reward:
+        endings.check()  # rewards may be slow
         plain = reward(trajectory)
         if not plain.format_ok:
             return plain
@@ -118,8 +120,11 @@ def load_reward(spec: str) -> Callable[[Trajectory], Reward]:
         if not isinstance(value, Reward):
             value = Reward(value, plain.correct, parts={name: value})
         try:
-            parts = {str(part): finite(number) for part, number in dict(value.parts or {}).items()}
-            return Reward(finite(value.total), finite(value.correct), value.format_ok, parts)
+            parts = {
+                str(part).encode("utf-8", "replace").decode(): finite(number)
+                for part, number in dict(value.parts or {}).items()
+            }
+            return Reward(finite(value.total), finite(value.correct), bool(value.format_ok), parts)
         except (TypeError, ValueError) as error:
             raise UserCodeError(
                 f"--reward {spec} gave {error} for task {trajectory.task.id}: "

@@ -39,10 +39,18 @@ HEADERS = {
     "Accept": "text/html,text/*;q=0.9,*/*;q=0.5",
     "Accept-Encoding": "gzip",
 }
-# What is_global of the `ipaddress` module lets through: protocols, tunnels, documentation.
+# What is_global of the `ipaddress` module lets through: protocols, tunnels, documentation, and the
+# host of each machine at Azure.
 NOT_PUBLIC = [
     ipaddress.ip_network(network)
-    for network in ("192.0.0.0/24", "192.88.99.0/24", "2002::/16", "3fff::/20", "fec0::/10")
+    for network in (
+        "192.0.0.0/24",
+        "192.88.99.0/24",
+        "2002::/16",
+        "3fff::/20",
+        "fec0::/10",
+        "168.63.129.16/32",
+    )
 ]
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses in disguise
 
@@ -137,15 +145,17 @@ class Connection:
     public = False  # whether an address must be public
 
     def _new_conn(self) -> PlainSocket:
+        ends = time.monotonic() + self.timeout  # for the name and all of its addresses
         found = addresses_of(self.host, self.port, self.timeout)
         if self.public and not all(is_public(address[0]) for *_, address in found):
             raise Refused("this address is not public")
         problem = OSError("the name has no address")
         for family, kind, protocol, _, address in found:
             connected = PlainSocket(family, kind, protocol)
-            connected.settimeout(self.timeout)
+            connected.settimeout(max(0.001, ends - time.monotonic()))
             try:
                 connected.connect(address)
+                connected.settimeout(max(0.001, ends - time.monotonic()))
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return connected
             except OSError as error:
@@ -253,6 +263,7 @@ def bounded_session(
             allowable_codes=(200, *requests.models.REDIRECT_STATI),
             **cache_options,
         )
+        session.cache.delete(expired=True)
     session.trust_env = False
     adapter = BoundedAdapter(public, gap_s)
     session.mount("http://", adapter)
@@ -389,7 +400,8 @@ class LiveWeb:
 
     def __init__(self, cache: Path | str = "", gap_s: float = 1.0):
         self.parse_robots = optional("protego").Protego.parse
-        self.session, self.gap_s = bounded_session(True, gap_s, cache), gap_s
+        whole = {"filter_fn": lambda reply: "X-Cut" not in reply.headers} if cache else {}
+        self.session, self.gap_s = bounded_session(True, gap_s, cache, **whole), gap_s
         self.robots = {}  # site -> its rules
 
     def get(self, request, url: str, deadline: float) -> requests.Response:
@@ -436,6 +448,6 @@ def html_of(reply: requests.Response, url: str) -> str:
     if not is_text or (b"\0" in body[:512].strip(b"\xff\xfe\0") and not wide):
         raise Refused(f"{url} is not a text page ({kind[:60]})")
     text = decode_page(body, content_type)
-    if "html" not in kind and "xml" not in kind:
+    if "html" not in kind:  # of a feed in XML, say, an HTML parser would drop the texts
         text = f"<pre>{html.escape(text, quote=False)}</pre>"
     return text + "\n<p>[the page was cut here]</p>" * ("X-Cut" in reply.headers)

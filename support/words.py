@@ -26,7 +26,7 @@ POINTS = regex.compile(POINTS, regex.V1)
 PILE = regex.compile(r"(\p{M}{30})\p{M}+")  # unicodedata takes quadratic time for it
 RAISED, FRACTION = regex.compile("[²³¹⁰⁴-⁹]+"), regex.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
 ACCENTS = regex.compile("[\u0300-\u036f]+")
-SAME = str.maketrans("‘’‚“”„«»‐‑‒–—−⁄", '\'\'\'"""""------/', "\xad")
+SAME = str.maketrans("‘’‚ʻʼ“”„«»‐‑‒–—−⁄", "'''''\"\"\"\"\"------/", "\xad")
 
 
 def fold(text: str) -> str:
@@ -36,7 +36,8 @@ def fold(text: str) -> str:
     """
     if text.isascii():
         return text.lower()
-    text = RAISED.sub(r"^\g<0>", FRACTION.sub(" ", PILE.sub(r"\1", text)))
+    text = PILE.sub(r"\1", text).replace("´", "'")  # NFKC would make it a space and an accent
+    text = RAISED.sub(r"^\g<0>", FRACTION.sub(" ", text))
     text = unicodedata.normalize("NFKC", text).casefold()
     text = unicodedata.normalize("NFKC", text).translate(SAME)
     return POINTS.sub("", text).replace("i\u0307", "i")  # İ is i, not i with two dots

@@ -493,6 +493,13 @@ def test_types_and_charsets(server, browse, kind, body, seen):
 # ----------------------------------------------------------------------------------------- the page
 
 
+def test_a_link_is_found_with_its_address():
+    page = "<a href=/x>Chapter 1. Setup</a><a href=/y>St. Mary</a>"
+    found = view_page(page, "http://h.test/", find="MARY", links=True)
+    assert found == "[2] St. Mary http://h.test/y"
+    assert view_page(page, "http://h.test/", find="nobody", links=True) == "Not found."
+
+
 def test_links_have_stable_numbers(server):
     browse = Browse({"w.test": "127.0.0.1:%d" % server.server_address[1]}, page_chars=200)
     server.answers = {
@@ -736,6 +743,12 @@ def test_the_text_of_the_embedded_pages_does_not_change(world_dir, deep_dir):
         ("10<sup>6</sup>, 2<sup>10</sup>, 10<sup>-6</sup> m<sup>2</sup>", "10^6, 2^10, 10^-6 m^2"),
         ("in 1921<sup>3</sup>, Oslo<sup><a href=#a>[4]</a></sup>", "in 1921 [3], Oslo [4]"),
         ("2<sup>nd</sup>, H<sub>2</sub>O, Acme<sup>TM</sup>", "2nd, H2O, AcmeTM"),
+        (
+            "10<sup>2.5</sup> 2<sup>31 − 1</sup> 2<sup>N</sup>, x<sup>1,2</sup>",
+            "10^2.5 2^31 − 1 2^N, x [1,2]",
+        ),
+        ("<table><tr><td>k<td><p>12</p><p>34</p><td></table><p>after", "k| 12 34 |\nafter"),
+        ("<fieldset><legend>Size</legend>Big</fieldset>", "Size\nBig"),
         ("Oslo<sup><a href=#a>a</a><sup>nd</sup> b</sup> y", "Oslo [and b] y"),
         ("<pre>one\x1b[1m\x0c  two</pre><p>10<sup>\x0c6</sup> \x0c", "one\x1b[1m\n  two\n10^ 6"),
         ("<p>1986. A great year</p><p>- item</p><p>a \\* b", "1986. A great year\n- item\na \\* b"),
@@ -814,6 +827,9 @@ def test_find_shows_what_a_heading_or_a_term_names(page, words, seen):
 def test_bytes_are_decoded_in_one_way(mark):
     assert decode_page("grün".encode(mark)) == "grün"
     assert decode_page('<meta charset="windows-1252">Málaga'.encode("cp1252")).endswith("Málaga")
+    for name, codec, text in (("gb2312", "gb18030", "朱镕基"), ("shift_jis", "cp932", "①㈱髙")):
+        assert decode_page(text.encode(codec), f"text/html; charset={name}") == text
+    assert decode_page(b'<meta charset="utf-16">plain').endswith("plain")
 
 
 def test_scripts_and_attributes_do_not_show():
@@ -1153,6 +1169,7 @@ def test_odd_hits(provider):
         (200, {}, json.dumps({"results": [], "organic": [], "web": {"results": []}}).encode()),
     )
     assert Search("", service=WebSearch(name, url, gap_s=0))(queries=["q"]) == "no results"
+    assert Search("", service=WebSearch(name, url, gap_s=0))(queries=[" \ud83d"]) == "no results"
 
 
 def test_queries_run_side_by_side_in_call_order(server, monkeypatch):

@@ -29,7 +29,7 @@ from context import (
 )
 from data.task import Task
 from reward import reward
-from rollout import read_turn
+from rollout import RolloutArgs, budget_of, read_turn
 from support.chat_template import CHATML
 from tools import FormatError, parse_action, parse_tool_calls, signatures
 
@@ -108,6 +108,12 @@ def test_elide_keeps_the_prompt_within_its_budget(chat):
         assert prompt[-len(newest) :] == newest  # it is whole
     assert any(prompt[i : i + len(stub)] == stub for i in range(len(prompt)))
     assert len(none(trajectory, chat, 1000)) > 1000
+
+
+def test_a_budget_leaves_room_for_a_turn():
+    assert budget_of(RolloutArgs()) == 768
+    assert budget_of(RolloutArgs(max_new_tokens=512)) == 512
+    assert budget_of(RolloutArgs(context_budget=5000)) == 1024 - 96
 
 
 def test_prefix_rule():

@@ -561,6 +561,19 @@ def test_a_served_model_gets_no_tags_from_pages_and_a_quoted_call_is_not_run():
     assert observation.replace("\u200b", "") == f"<tool_response>{HOSTILE}</tool_response>"
 
 
+def test_a_tool_that_hangs_is_given_up_with_a_served_model():
+    toolbox, hung = PageToolbox(), threading.Event()
+    toolbox.page = lambda url: hung.wait(30)
+    toolbox.page.name, toolbox.page.check = "browse", lambda arguments: None
+    call = '<tool_call>{"name": "browse", "arguments": {"url": "http://good.test/"}}</tool_call>'
+    trajectory = Trajectory(Task("t", "Who?", "a"), (0,))
+    with chat_server(lambda messages: "<answer>a</answer>" if messages[2:] else call) as url:
+        api_rollout(trajectory, url, "m", toolbox, RolloutArgs(tool_timeout_s=0.2))
+    hung.set()
+    assert trajectory.turns[0].faults == 1 and trajectory.status == "answered"
+    assert trajectory.turns[0].results == ["error: no answer within 0.2 s"]
+
+
 def test_a_thought_that_the_server_has_opened_counts_as_said():
     trajectory = Trajectory(Task("t", "Who?", "a"), (0,))
     with chat_server(lambda messages: "so it is a</think><answer>a</answer>") as url:
@@ -681,6 +694,7 @@ def test_plain_benchmarks(tmp_path, monkeypatch):
         ("12", "13", False),
         ("", "0", False),
         ("The Cat!", "the cat", True),
+        ("New\u00a0York", "new york", True),
         ("a, 2.0", "A,2", True),
         ("a", "a,b", False),
         ("b,a", "a,b", False),
@@ -710,6 +724,9 @@ def test_gaia_rule(answer, truth, right):
         ("correct: yes or no", "unparsed"),
         ("the candidate says correct: yes", "unparsed"),
         ("correct: yes\ncorrect: yes", "yes"),
+        ("correct: yes\r\n", "yes"),
+        ("<think>\nDraft:\ncorrect: yes\nBut wait, the year", "unparsed"),
+        ("<think>Perhaps\ncorrect: no\n</think>\ncorrect: yes", "yes"),
     ],
 )
 def test_verdicts(reply, verdict):

@@ -46,6 +46,7 @@ def test_only_correct_trajectories_are_decayed():
     assert turn_rewards(Reward(-0.5, 0, False), 3, 0.9) == [-0.5] * 3
     assert turn_rewards(Reward(0.0, 0, True), 3, 0.9) == [0.0] * 3
     assert turn_rewards(Reward(1.0, 1, True), 2, 0.5) == [0.5, 1.0]
+    assert turn_rewards(Reward(-1.0, 1, True), 2, 0.5) == [-1.0, -1.0]  # else length would pay
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,8 @@ def test_tool_fault_is_no_format_failure():
 
 def test_our_baseline_leave_one_out_by_hand():
     result = advantages([[1.0], [0.0], [0.0], [-0.5]])
-    assert result == [[1.0 - (-0.5 / 3)], [0.0 - 0.5 / 3], [0.0 - 0.5 / 3], [-0.5 - 1 / 3]]
+    by_hand = [1.0 - (-0.5 / 3), 0.0 - 0.5 / 3, 0.0 - 0.5 / 3, -0.5 - 1 / 3]
+    assert [steps[0] for steps in result] == pytest.approx(by_hand)
 
 
 def test_our_advantages_obey_their_laws():
@@ -334,7 +336,9 @@ def test_our_advantages_obey_their_laws():
         result = advantages(group)
         for i in range(T):  # equal lengths: each step has mean zero
             assert sum(steps[i] for steps in result) == pytest.approx(0)
-        assert advantages([group[0]] * 4) == [[0.0] * T] * 4  # all equal: no gradient
+        equal = gamma_decay(rng.random(), T, 0.95)
+        for count in range(2, 17):  # to the last bit, so that there is no gradient
+            assert advantages([equal] * count) == [[0.0] * T] * count
     assert advantages([[1.0, 1.0]]) == [[0.0, 0.0]]  # alone in its group
     assert advantages([[1.0, 1.0], [0.5]], "none") == [[1.0, 1.0], [0.5]]
 
@@ -378,6 +382,10 @@ def test_reward_from_a_file(tmp_path):
     for spec in (f"{mine}:short", str(mine)):  # the only function of the file need not be named
         outcome = load_reward(spec)(finished(turns=4))
         assert outcome == Reward(0.25, 1.0, True, {"short": 0.25})
+    (tmp_path / "odd.py").write_text(
+        "from reward import Reward\ndef f(t): return Reward(1, 1, 'yes', {'\\ud800': 1})\n"
+    )
+    assert load_reward(f"{tmp_path}/odd.py:f")(finished()) == Reward(1.0, 1.0, True, {"?": 1.0})
     (tmp_path / "two.py").write_text("def f(t): pass\ndef g(t): pass\n")
     (tmp_path / "none.py").write_text("from math import *\nx = 1\n")
     (tmp_path / "quits.py").write_text("raise SystemExit('bye')\n")

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import random
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
@@ -386,7 +386,8 @@ def test_metrics_of_nothing():
     """All trajectories were the environment's failures, and nothing was sampled."""
     groups = [made_up_group("hop", [0, 0], statuses=["tool_fault"] * 2)]
     metrics = metrics_of(counts_of(groups, [[]], [[]], 0, ROLLOUTS), 0)
-    assert metrics["reward"] == metrics["pass_rate"] == metrics["kept_negatives"] == 0
+    assert metrics["reward"] == metrics["pass_rate"] == metrics["zero_variance_groups"] == 0
+    assert metrics["kept_negatives"] == 1  # none was dropped
     assert metrics["pass_rate_by_family"] == {"hop": 0} and metrics["reward_parts"] == {}
     json.dumps(metrics)
 
@@ -762,6 +763,16 @@ def test_a_state_holds_everything_and_two_are_kept(tmp_path, tiny, chat):
     moments = state["optimizer"]["state"]
     assert len(moments) == len(list(tiny.parameters()))
     assert torch.equal(moments[0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("value", [deque([1]), np.float64(1.0), 10**700, Path("p")])
+def test_a_state_that_could_not_be_read_again_is_not_written(tmp_path, tiny, chat, value):
+    optimizer = torch.optim.AdamW(tiny.parameters())
+    save(tmp_path, 1, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
+    more = {"rollouts": [{"memory": {"mine": value}}]}
+    with pytest.raises(OSError, match="trajectory.memory holds what no checkpoint can hold") as e:
+        save(tmp_path, 2, tiny, optimizer, chat.tokenizer, more)
+    assert "\n" not in str(e.value) and load_state(tmp_path)["step"] == 1
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
