@@ -254,15 +254,17 @@ def curves_of(runs: list[dict], points_of, label: str = "") -> list[dict]:
 
 def metric(*keys: str):
     """Points of a number in metrics.jsonl, without updates that do not have it. A part of the
-    reward that no trajectory of an update had is 0.
+    run's reward that no trajectory of an update had is 0.
     """
 
     def points_of(run: dict) -> list[list]:
         points = []
+        is_part = any(keys[-1] in metrics.get("reward_parts", {}) for metrics in run["metrics"])
         for metrics in run["metrics"]:
             value = metrics
             for key in keys:
-                value = value.get(key, 0.0 if value is metrics.get("reward_parts") else {})
+                absent = 0.0 if is_part and value is metrics.get("reward_parts") else {}
+                value = value.get(key, absent)
             is_number = isinstance(value, (int, float)) and math.isfinite(value)
             points += [[metrics["step"], value]] if is_number else []
         return points

@@ -47,7 +47,6 @@ from data.world import World
 from engine import NANO, keep_memory, load_policy
 from support.checks import at_least
 from support.flags import parse_flags
-from support.run_folder import save_model
 from tools import signatures
 
 # Shares of the drills while facts are not copied yet, and later, among the transcripts.
@@ -86,6 +85,8 @@ def check_args(args: Args) -> None:
     at_least(args, 256, "batch_tokens")  # a row of a drill
     at_least(args, 0, "seed", "skilled_share", "deep_skilled_share", "learning_rate", "minutes")
     at_least(args, 0, "drill_steps", "steps")
+    if args.drill_steps + args.steps < 1:
+        raise ValueError("--drill_steps and --steps must not both be 0")
     at_least(args, 200 + args.worlds, "transcripts")  # 200 are held out
     if not 0 <= args.deep_share < 1:
         raise ValueError("--deep_share must be at least 0 and below 1")
@@ -250,7 +251,8 @@ def train(model, args: Args, chat: Chat, rows: list[Row], held_out: tuple) -> No
         head = f"step {step} {minutes:.1f} min {tokens / 1e6:.1f}M tokens"
         tqdm.write(f"{head} | {line} | {shown}", file=sys.stdout)
         sys.stdout.flush()
-        save_model(Path(args.out), model, chat.tokenizer)
+        model.save_pretrained(args.out)
+        chat.tokenizer.save_pretrained(args.out)
 
     progress = tqdm(range(total), desc="pretrain", mininterval=5)
     for step in progress:

@@ -5,6 +5,7 @@ server turns our texts into tokens, so text from outside must not hold what it c
 control token: see `defuse`.
 """
 
+import copy
 import re
 
 from context import SYSTEM_PROMPT, Trajectory, Turn
@@ -65,9 +66,12 @@ def api_rollout(
             trajectory.status, trajectory.answer = "answered", answer
             break
         turn.calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
+        memory = copy.deepcopy(trajectory.memory)
         try:
             results = in_thread(run_calls, calls, tools).result(args.tool_timeout_s)
         except TimeoutError:
+            trajectory.memory = memory  # late calls write to the old dict
+            tools = toolbox.tools_for(trajectory)
             results = [(f"error: no answer within {args.tool_timeout_s:g} s", True)] * len(calls)
         take_results(trajectory, results)
         observation = "".join(

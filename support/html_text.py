@@ -33,7 +33,6 @@ MAX_ADDRESS, MAX_LINKS = 4000, 4_000_000  # characters of one link, and of all l
 LINK_CHARS = 200  # where each link counts for so many more
 EXPONENT = re.compile(r"[-+−–]?\s?(?:\d+(?:\.\d+)?[A-Za-z]?|[A-Za-zα-ω])(?:\s?[-+/−–]\s?\w+)?")
 FOOTNOTE = re.compile(r"[\[(]?(?:\d{1,3}|[a-z*†‡§])(?:, ?\w{1,3})*[\])]?")
-BLANK_CELL = re.compile(r"\| {2,}")
 RULE = re.compile(r"[-| :>]+")  # a line of a table, or an empty quotation
 NESTED_ITEM = re.compile(r"  ( +)(?:\* |\d+\. )")  # of a list inside a list
 SENTENCE_END = re.compile(r"\n|\. ")
@@ -187,7 +186,7 @@ def tree_to_text(tree: etree._Element) -> str:
         write_tree(part, converter)
     lines = []
     for line in converter.finish().splitlines():
-        text = BLANK_CELL.sub("| ", line.strip()).replace(LINE_OF_PRE, "").rstrip()
+        text = line.strip().replace(LINE_OF_PRE, "").rstrip()
         if text and not RULE.fullmatch(text):
             nested = NESTED_ITEM.match(line)
             lines.append(nested.group(1) + text if nested else text)
@@ -221,7 +220,7 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
             seen = "div" if tag in LAYOUT else tag
             start = {"start": element.get("start", "1")[:9]} if tag == "ol" else {}
             if seen in ("p", "div") and converter.split_next_td:  # ignored there: words would touch
-                converter.handle_data(" ", True)
+                converter.handle_data("" if opens else " ", True)
             else:
                 converter.handle_tag(seen, start, opens)
         if not opens:

@@ -424,7 +424,7 @@ class Run:
             since = ", since another process has ended,"
         if endings.losses:
             since = f", {endings.losses[0]},"
-        if not self.began and not self.done:
+        if not self.began and not (self.done and self.rollouts):
             return f"stopped{since} before the first step"
         problem = ""
         whole = self.ranks == 1 or self.rollouts.state(ask=False) is None

@@ -264,7 +264,7 @@ def save(out: Path, step: int, model, optimizer, tokenizer, more: dict) -> None:
     if own_rank():
         return
     states.mkdir(exist_ok=True)
-    check_plain(more)
+    check_plain(more["rollouts"])
     try:
         torch.save(state | more, temporary)
         with open(temporary, "rb") as file:
@@ -289,11 +289,16 @@ def read_state(file) -> dict:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def check_plain(data: dict) -> None:
-    """Raise OSError if a state that holds these data could not be read again."""
+def check_plain(rollouts: list[dict | None]) -> None:
+    """Raise OSError if a state with these rollouts could not be read again. Looked at is what a
+    tool or a manager of the user's own may have put there.
+    """
+    groups = [group for rollout in rollouts if rollout for group in rollout["groups"]]
+    trajectories = [trajectory for group in groups for trajectory in group["trajectories"]]
+    calls = [turn["calls"] for trajectory in trajectories for turn in trajectory["turns"]]
     file = io.BytesIO()
     try:
-        torch.save(data, file)
+        torch.save([calls, [trajectory["memory"] for trajectory in trajectories]], file)
         file.seek(0)
         read_state(file)
     except Exception as error:  # as pickle says it, in many ways

@@ -9,6 +9,7 @@ To try an idea (another kind of page, such as PDF), change `html_of`.
 
 import codecs
 import concurrent.futures
+import contextlib
 import html
 import importlib
 import io
@@ -263,7 +264,10 @@ def bounded_session(
             allowable_codes=(200, *requests.models.REDIRECT_STATI),
             **cache_options,
         )
-        session.cache.delete(expired=True)
+        for file in Path(cache).glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if file.stat().st_mtime < time.time() - CACHE_S:
+                    file.unlink()
     session.trust_env = False
     adapter = BoundedAdapter(public, gap_s)
     session.mount("http://", adapter)
@@ -448,6 +452,7 @@ def html_of(reply: requests.Response, url: str) -> str:
     if not is_text or (b"\0" in body[:512].strip(b"\xff\xfe\0") and not wide):
         raise Refused(f"{url} is not a text page ({kind[:60]})")
     text = decode_page(body, content_type)
-    if "html" not in kind:  # of a feed in XML, say, an HTML parser would drop the texts
+    is_html = "html" in kind or ("xml" in kind and re.search(r"(?i)<html[\s>]", text[:2000]))
+    if not is_html:  # of a feed in XML, say, an HTML parser would drop the texts
         text = f"<pre>{html.escape(text, quote=False)}</pre>"
     return text + "\n<p>[the page was cut here]</p>" * ("X-Cut" in reply.headers)

@@ -5,6 +5,7 @@ import concurrent.futures
 import gzip
 import hashlib
 import json
+import os
 import random
 import shutil
 import socket
@@ -26,7 +27,7 @@ from rollout import RolloutArgs
 from support.html_text import decode_page, html_to_text, links_of, split_pages, view_page
 from support.search_services import SERVICES, WebSearch
 from support.toolbox import Toolbox
-from support.web import LiveWeb, Refused, ToolFault, is_public
+from support.web import CACHE_S, LiveWeb, Refused, ToolFault, is_public
 from tools import Browse, Search
 
 # What html_to_text and links_of gave for the embedded pages when the base models were pretrained.
@@ -748,6 +749,7 @@ def test_the_text_of_the_embedded_pages_does_not_change(world_dir, deep_dir):
             "10^2.5 2^31 − 1 2^N, x [1,2]",
         ),
         ("<table><tr><td>k<td><p>12</p><p>34</p><td></table><p>after", "k| 12 34 |\nafter"),
+        ("<pre>a\n|   +-- b</pre>", "a\n|   +-- b"),
         ("<fieldset><legend>Size</legend>Big</fieldset>", "Size\nBig"),
         ("Oslo<sup><a href=#a>a</a><sup>nd</sup> b</sup> y", "Oslo [and b] y"),
         ("<pre>one\x1b[1m\x0c  two</pre><p>10<sup>\x0c6</sup> \x0c", "one\x1b[1m\n  two\n10^ 6"),
@@ -918,9 +920,18 @@ def test_pages_of_the_real_web_are_kept_on_disk(server, web, tmp_path):
     assert "first" in make()(url="http://site.example/")
     server.answers["/"] = (200, {}, b"second")
     assert "first" in make()(url="http://site.example/")  # another process sees the same page
+    assert list(tmp_path.glob("*.json"))
     make()(url="http://site.example/bad")
     server.answers["/bad"] = (200, {}, b"good now")
     assert "good now" in make()(url="http://site.example/bad")  # errors are not kept
+
+
+def test_pages_that_have_expired_leave_the_disk(web, tmp_path):
+    for name, age_s in (("old", CACHE_S + 60), ("new", 60)):
+        (tmp_path / f"{name}.json").write_text("{}")
+        os.utime(tmp_path / f"{name}.json", times=(0, time.time() - age_s))
+    LiveWeb(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["new.json"]
 
 
 def test_redirects_are_kept_on_disk_and_a_crawl_delay_is_for_requests_alone(server, web, tmp_path):

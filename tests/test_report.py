@@ -282,6 +282,7 @@ def test_a_part_of_the_reward_that_nobody_had_is_zero(chat, tmp_path):
     run["metrics"][1]["reward_parts"] = {}
     assert metric("reward_parts", "correct")(run) == [[1, 0.3], [2, 0.0], [3, 0.3]]
     assert metric("pass_rate_by_family", "other")(run) == []
+    assert metric("reward_parts", "of another run")(run) == []
 
 
 def test_attempts_that_the_environment_failed_do_not_vary(chat):

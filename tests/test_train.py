@@ -769,7 +769,9 @@ def test_a_state_holds_everything_and_two_are_kept(tmp_path, tiny, chat):
 def test_a_state_that_could_not_be_read_again_is_not_written(tmp_path, tiny, chat, value):
     optimizer = torch.optim.AdamW(tiny.parameters())
     save(tmp_path, 1, tiny, optimizer, chat.tokenizer, {"rollouts": [None]})
-    more = {"rollouts": [{"memory": {"mine": value}}]}
+    group = asdict(new_group(Task("t", "q", "a"), 2, 2, 0))
+    group["trajectories"][1]["memory"]["mine"] = value
+    more = {"rollouts": [{"next_number": 3, "groups": [group]}]}
     with pytest.raises(OSError, match="trajectory.memory holds what no checkpoint can hold") as e:
         save(tmp_path, 2, tiny, optimizer, chat.tokenizer, more)
     assert "\n" not in str(e.value) and load_state(tmp_path)["step"] == 1
