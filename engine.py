@@ -494,9 +494,8 @@ class Engine:
             cumulative = logprobs.exp().cumsum(-1)
             draws = [slot.uniforms[len(slot.ids)] for slot in slots]
             u = torch.tensor(draws, dtype=torch.float32, device=logits.device)[:, None]
-            u.clamp_(
-                max=1 - 2**-24
-            )  # else a draw could round to 1: the last token, however unlikely
+            # A draw that rounds to 1 would take the last token, however unlikely that is.
+            u.clamp_(max=1 - 2**-24)
             tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
             tokens = tokens.clamp_(max=logits.shape[-1] - 1)
         chosen = logprobs.gather(-1, tokens)[:, 0].tolist()

@@ -76,8 +76,9 @@ def bootstrap_interval(values: list[float], seed: int = 0, resamples: int = 2000
     return np.percentile(values[picks].mean(axis=1), [2.5, 97.5]).tolist()
 
 
-def wilson_interval(share: float, n: int, z: float = 1.96) -> list[float]:
+def wilson_interval(share: float, n: int) -> list[float]:
     """95% interval of a share seen in n trials (Wilson 1927), which holds at 0 and 1 as well."""
+    z = 1.96
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

@@ -63,6 +63,9 @@ def read_run(folder: Path) -> dict:
     metrics = read_lines(folder / "metrics.jsonl")
     if not metrics:
         raise FileNotFoundError(f"{folder}: no run there, no metrics.jsonl with an update")
+    parts = {name for m in metrics for name in m.get("reward_parts", {})}
+    for m in metrics:  # a part that no trajectory of an update had is 0
+        m["reward_parts"] = dict.fromkeys(parts, 0.0) | m.get("reward_parts", {})
     tokenizer = folder / "checkpoint" / "tokenizer.json"
     pieces = Pieces(Tokenizer.from_file(str(tokenizer)) if tokenizer.exists() else None)
     packed, behaviours = read_trajectories(folder / "trajectories.jsonl", pieces)
@@ -253,18 +256,14 @@ def curves_of(runs: list[dict], points_of, label: str = "") -> list[dict]:
 
 
 def metric(*keys: str):
-    """Points of a number in metrics.jsonl, without updates that do not have it. A part of the
-    run's reward that no trajectory of an update had is 0.
-    """
+    """Points of a number in metrics.jsonl, without updates that do not have it."""
 
     def points_of(run: dict) -> list[list]:
         points = []
-        is_part = any(keys[-1] in metrics.get("reward_parts", {}) for metrics in run["metrics"])
         for metrics in run["metrics"]:
             value = metrics
             for key in keys:
-                absent = 0.0 if is_part and value is metrics.get("reward_parts") else {}
-                value = value.get(key, absent)
+                value = value.get(key, {})
             is_number = isinstance(value, (int, float)) and math.isfinite(value)
             points += [[metrics["step"], value]] if is_number else []
         return points

@@ -101,12 +101,10 @@ def advantages(group: list[list[float]], baseline: str = "leave-one-out") -> lis
     result = []
     for k, turns in enumerate(group):
         others = group[:k] + group[k + 1 :]
-        result.append(
-            [
-                sum(turn - other[min(i, len(other) - 1)] for other in others) / len(others)
-                for i, turn in enumerate(turns)
-            ]
-        )
+        result.append([])
+        for i, turn in enumerate(turns):
+            gaps = [turn - other[min(i, len(other) - 1)] for other in others]
+            result[k].append(sum(gaps) / len(gaps))
     return result
 
 

@@ -104,8 +104,9 @@ def read_transcripts(
     number, skilled_share = args.transcripts, args.skilled_share
     if to_read:
         tools = toolbox.index_of(to_read[0])
-        of_readers = (to_read, number, skilled_share, rollout_args, tools)
-        written = write_readings(chat, args.seed, *of_readers)
+        written = write_readings(
+            chat, args.seed, to_read, number, skilled_share, rollout_args, tools
+        )
     else:
         where = (chat, args.seed, min(16, number), 300, number, skilled_share)
         written = write_transcripts(*where, rollout_args, args.families)
@@ -116,7 +117,8 @@ def read_transcripts(
     if len(rows) < len(written):
         print(f"{len(written) - len(rows)} have a turn above --max_new_tokens {most}: left out")
     if not rows:
-        raise ValueError(f"0 transcripts have no turn above --max_new_tokens {most}: give more")
+        words = "0 transcripts fill no batch: all have a turn above --max_new_tokens"
+        raise ValueError(f"{words} {most}, give more")
     return batches_of(rows, args.batch_tokens, np.random.default_rng(args.seed))
 
 

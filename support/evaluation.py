@@ -180,8 +180,9 @@ def write_evaluation(
     name = args.api_model or (args.model if args.baseline == "none" else args.baseline)
     rows = []
     for title, row in table_rows(result):
-        shares = [row["pass@1"], *row["pass@1_ci"]] if row else []
-        cells = [str(row["n"]), *(f"{x:.1%}" for x in shares)] if row else 4 * [""]
+        cells = 4 * [""]
+        if row:
+            cells = [str(row["n"]), *(f"{x:.1%}" for x in (row["pass@1"], *row["pass@1_ci"]))]
         rows.append([title, *cells])
     table = {
         "title": "Pass@1",

@@ -219,10 +219,10 @@ def write_tree(root: etree._Element, converter: html2text.HTML2Text) -> None:
         if tag not in ("head", "abbr") and (tag not in LISTS or open_lists <= MAX_LISTS):
             seen = "div" if tag in LAYOUT else tag
             start = {"start": element.get("start", "1")[:9]} if tag == "ol" else {}
-            if seen in ("p", "div") and converter.split_next_td:  # ignored there: words would touch
-                converter.handle_data("" if opens else " ", True)
-            else:
+            if not (seen in ("p", "div") and converter.split_next_td):
                 converter.handle_tag(seen, start, opens)
+            elif not opens:  # html2text ignores these in the cells of a table: words would touch
+                converter.handle_data(" ", True)
         if not opens:
             open_pre -= tag == "pre"
             open_lists -= tag in LISTS
@@ -320,13 +320,12 @@ def view_page(
         text = "\n".join(f"[{n}] {label} {href}" for n, (href, label) in numbered) or "no links"
     elif text is None:
         text = html_to_text(page)
-    if find and find.strip() and links:
-        wanted = fold_words(find)[0]
-        found = [line for line in text.split("\n") if wanted in fold_words(line)[0]]
-        return "\n".join(found)[:page_chars] or "Not found."
     if find and find.strip():
-        found = itertools.islice(passages_with(find, text, page_chars), page_chars)
-        return "\n".join(found)[:page_chars] or "Not found."
+        found = passages_with(find, text, page_chars)
+        if links:  # a link is a line, with its address
+            wanted = fold_words(find)[0]
+            found = (line for line in text.split("\n") if wanted in fold_words(line)[0])
+        return "\n".join(itertools.islice(found, page_chars))[:page_chars] or "Not found."
     pieces = split_pages(text, page_chars)
     if page_number > len(pieces):
         return f"{url} has only {len(pieces)} pages"

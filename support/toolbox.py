@@ -74,6 +74,7 @@ class Toolbox:
         return self.open_cpython().describe()
 
     def open(self, key: str, db: Path | str) -> None:
+        """Open an index, "" for the web alone, under its key in `indexes`."""
         sizes = (self.args.search_results, self.args.page_chars)
         self.indexes[key] = open_index_tools(db, *sizes, self.service, self.web)
 

@@ -404,8 +404,9 @@ class LiveWeb:
 
     def __init__(self, cache: Path | str = "", gap_s: float = 1.0):
         self.parse_robots = optional("protego").Protego.parse
-        whole = {"filter_fn": lambda reply: "X-Cut" not in reply.headers} if cache else {}
-        self.session, self.gap_s = bounded_session(True, gap_s, cache, **whole), gap_s
+        is_whole = lambda reply: "X-Cut" not in reply.headers
+        self.session = bounded_session(True, gap_s, cache, filter_fn=is_whole)
+        self.gap_s = gap_s
         self.robots = {}  # site -> its rules
 
     def get(self, request, url: str, deadline: float) -> requests.Response:

@@ -278,8 +278,11 @@ def test_what_is_no_flag_is_none_in_the_table(chat, tmp_path):
 
 
 def test_a_part_of_the_reward_that_nobody_had_is_zero(chat, tmp_path):
-    run = read_run(write_run(tmp_path / "one", chat, ["r"]))
-    run["metrics"][1]["reward_parts"] = {}
+    metrics = write_run(tmp_path / "one", chat, ["r"]) / "metrics.jsonl"
+    first, second, third = map(json.loads, metrics.read_text().splitlines())
+    lines = [first, second | {"reward_parts": {}}, third]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(tmp_path / "one")
     assert metric("reward_parts", "correct")(run) == [[1, 0.3], [2, 0.0], [3, 0.3]]
     assert metric("pass_rate_by_family", "other")(run) == []
     assert metric("reward_parts", "of another run")(run) == []

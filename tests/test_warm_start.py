@@ -102,7 +102,7 @@ def test_it_ends_where_turns_are_valid_and_some_are_right(warm, monkeypatch, see
         ({"out": ROOT / "data"}, "exists: choose another folder"),
         ({"model": "no/such/model/here"}, "cannot load the model"),
         ({"batch_tokens": 100_000}, "transcripts fill no batch"),
-        ({"max_new_tokens": 5}, "0 transcripts have no turn above --max_new_tokens 5"),
+        ({"max_new_tokens": 5}, "0 transcripts fill no batch"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"families": "logic"}, "invalid choice"),
         ({"dev_tasks": "data/deep-dev.jsonl", "families": "lookup"}, "no task of these families"),

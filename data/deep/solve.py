@@ -285,7 +285,7 @@ def schedule(question: str, read, find) -> list:
 def mathematics(question: str, read, find) -> list:
     """By brute force, where the generator has a formula."""
     n = [int(number) for number in re.findall(r"\d+", question)]
-    # Brute force has its limits, and the generator's tasks are far below.
+    # Brute force has its limits, and the generator's tasks are below them.
     if "digits" in question and n[1] * len(str(n[0])) <= 4300:
         return [str(sum(map(int, str(math.prod([n[0]] * n[1])))))]
     if "remainder" in question and n[1] <= 10**7:
